@@ -1,0 +1,1 @@
+"""Normalizer-free networks, exactly as in the paper, for timm."""
