@@ -1,1 +1,3 @@
-"""Normalizer-free networks, exactly as in the paper, for timm."""
+"""Normalizer-free networks, exactly as in the papers, for timm."""
+
+from . import convert, nfnets

@@ -1,0 +1,175 @@
+"""The zoo: what one network is, and one row for every variant.
+
+A row yields the entrypoint, timm's default config, the command line's listing and the tests' parameters.
+
+Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class NfCfg:
+    """One network. Every field is also a keyword of `timm.create_model`, with timm's meaning.
+
+    Attributes:
+        depths: Blocks of each stage.
+        channels: Output channels of each stage, before `width_factor`.
+        alpha: Scale of the residual branch; the expected variance grows by its square with every block.
+        stem_type: `deep_quad` (four 3x3, stride 4), `3x3` (stride 2) or `7x7_pool` (stride 4).
+        stem_chs: Output channels of the stem, before `width_factor`. By default they follow `channels` as in the
+            authors' code: half of the first stage (`deep_quad`), all of it (`3x3`) or a quarter (`7x7_pool`).
+        num_features: Output channels of the final convolution, before `width_factor`; 0 for no such convolution. By
+            default twice the last stage, or 1280 / 440 of it if `reg`.
+        group_size: Channels per group of the 3x3 convolutions, to a multiple of which the bottleneck is rounded down;
+            None for no groups.
+        bottle_ratio: Width of a bottleneck over its block's output, or over its input if `reg`.
+        width_factor: Factor on all widths, which are truncated, not rounded.
+        attn_layer: `se` for squeeze-excite or None. It stands at the end of the branch, or after the 3x3 if `reg`.
+        attn_kwargs: Arguments of squeeze-excite, `rd_ratio`.
+        reg: Blocks as in NF-RegNet; the first one of all has a bottle ratio of 1.
+        extra_conv: A second 3x3 convolution in the branch.
+        avg_down: Shortcuts of strided blocks average-pool before their convolution, instead of striding in it.
+        zero_init_fc: The classifier starts at zero, not at N(0, 0.01).
+        act_layer: Name of an activation that the authors give gamma for.
+    """
+
+    depths: tuple[int, ...]
+    channels: tuple[int, ...]
+    alpha: float = 0.2
+    stem_type: str = "deep_quad"
+    stem_chs: int | None = None
+    num_features: int | None = None
+    group_size: int | None = 128
+    bottle_ratio: float = 0.5
+    width_factor: float = 1.0
+    attn_layer: str | None = "se"
+    attn_kwargs: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rd_ratio": 0.5})
+    reg: bool = False
+    extra_conv: bool = True
+    avg_down: bool = True
+    zero_init_fc: bool = False
+    act_layer: str = "gelu"
+
+    def __post_init__(self) -> None:
+        stems = ("deep_quad", "3x3", "7x7_pool")
+        if self.stem_type not in stems:
+            raise ValueError(f"stem_type must be one of {', '.join(stems)}, got {self.stem_type!r}")
+        if self.attn_layer not in ("se", None):
+            raise ValueError(f"attn_layer must be 'se' or None, got {self.attn_layer!r}")
+        if not self.depths or len(self.depths) != len(self.channels):
+            raise ValueError(f"expected as many depths as channels, got {self.depths} and {self.channels}")
+
+    def stage_chs(self) -> list[int]:
+        """Output channels of the stages."""
+        return [int(c * self.width_factor) for c in self.channels]
+
+    def stem_out_chs(self) -> int:
+        """Output channels of the stem."""
+        if self.stem_chs is not None:
+            return int(self.stem_chs * self.width_factor)
+        if self.stem_type == "deep_quad":  # nfnet.py scales the stages with its width, not the stem
+            return self.channels[0] // 2
+        return self.stage_chs()[0] // (4 if self.stem_type == "7x7_pool" else 1)
+
+    def final_chs(self) -> int:
+        """Output channels of the final convolution, 0 if there is none."""
+        if self.num_features is not None:
+            return int(self.num_features * self.width_factor)
+        last = self.stage_chs()[-1]
+        return 1280 * last // 440 if self.reg else 2 * last
+
+    def bottleneck(self, in_chs: int, out_chs: int, first: bool) -> tuple[int, int]:
+        """Width and number of groups of a block's bottleneck; `first` is the first block of the network."""
+        chs = int(in_chs * (1 if first else self.bottle_ratio)) if self.reg else int(out_chs * self.bottle_ratio)
+        if not self.group_size:
+            return chs, 1
+        groups = chs // self.group_size
+        if groups == 0:
+            raise ValueError(
+                f"group_size {self.group_size} exceeds a bottleneck of {chs} channels "
+                f"(channels {self.channels}, bottle_ratio {self.bottle_ratio}); choose a group_size up to {chs}"
+            )
+        return groups * self.group_size, groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the zoo.
+
+    Attributes:
+        cfg: The network.
+        train_size: Height and width of training images in the paper.
+        test_size: Height and width of test images.
+        drop_rate: The paper's dropout for it; a recipe's business, models are built with 0.
+        rand_augment: Magnitude of RandAugment (4 layers), None where the authors give none.
+        crop_pct: Of timm's evaluation; the authors resize to size + 32, in both directions.
+        hf_hub_id: Where the authors' weights are.
+    """
+
+    cfg: NfCfg
+    train_size: int = 224
+    test_size: int = 224
+    drop_rate: float = 0.0
+    rand_augment: int | None = None
+    crop_pct: float | None = None
+    hf_hub_id: str | None = None
+
+
+_F = (256, 512, 1536, 1536)
+_F_PLUS = (384, 768, 2048, 2048)
+_R = (256, 512, 1024, 2048)
+
+
+def _nfnet(repeats: int, channels: tuple[int, ...], *sizes: Any, hub: bool = False) -> Variant:
+    cfg = NfCfg(depths=tuple(repeats * d for d in (1, 2, 6, 3)), channels=channels)
+    return Variant(cfg, *sizes, hf_hub_id=f"timm/dm_nfnet_f{repeats - 1}.dm_in1k" if hub else None)
+
+
+_resnet = partial(
+    NfCfg, channels=_R, stem_type="7x7_pool", num_features=0, group_size=None, bottle_ratio=0.25, attn_layer=None,
+    extra_conv=False, avg_down=False, act_layer="relu",
+)  # fmt: skip
+_regnet = partial(
+    NfCfg, stem_type="3x3", group_size=8, bottle_ratio=2.25, width_factor=0.75, reg=True, extra_conv=False,
+    zero_init_fc=True, act_layer="silu",
+)  # fmt: skip
+
+# fmt: off
+VARIANTS: dict[str, Variant] = {
+    # N x depths (1, 2, 6, 3); train and test size, dropout, RandAugment, timm's crop_pct: arXiv:2102.06171, table 1
+    "nfnet_f0": _nfnet(1, _F, 192, 256, 0.2, 5, 0.9, hub=True),
+    "nfnet_f1": _nfnet(2, _F, 224, 320, 0.3, 10, 0.91, hub=True),
+    "nfnet_f2": _nfnet(3, _F, 256, 352, 0.4, 10, 0.92, hub=True),
+    "nfnet_f3": _nfnet(4, _F, 320, 416, 0.4, 15, 0.94, hub=True),
+    "nfnet_f4": _nfnet(5, _F, 384, 512, 0.5, 15, 0.951, hub=True),
+    "nfnet_f5": _nfnet(6, _F, 416, 544, 0.5, 15, 0.954, hub=True),
+    "nfnet_f6": _nfnet(7, _F, 448, 576, 0.5, 15, 0.956, hub=True),
+    "nfnet_f7": _nfnet(8, _F, 480, 608, 0.5, 15),
+    "nfnet_f0_plus": _nfnet(1, _F_PLUS, 192, 256, 0.2, 5),
+    "nfnet_f1_plus": _nfnet(2, _F_PLUS, 224, 320, 0.3, 10),
+    "nfnet_f2_plus": _nfnet(3, _F_PLUS, 256, 352, 0.4, 10),
+    "nfnet_f3_plus": _nfnet(4, _F_PLUS, 320, 416, 0.4, 15),
+    "nfnet_f4_plus": _nfnet(5, _F_PLUS, 384, 512, 0.5, 15),
+    "nfnet_f5_plus": _nfnet(6, _F_PLUS, 416, 544, 0.5, 15),
+    "nfnet_f6_plus": _nfnet(7, _F_PLUS, 448, 576, 0.5, 15),
+    "nfnet_f7_plus": _nfnet(8, _F_PLUS, 480, 608, 0.5, 15),
+    "dm_nf_resnet50": Variant(_resnet((3, 4, 6, 3))),
+    "dm_nf_resnet101": Variant(_resnet((3, 4, 23, 3))),
+    "dm_nf_resnet152": Variant(_resnet((3, 8, 36, 3))),
+    "dm_nf_resnet200": Variant(_resnet((3, 24, 36, 3))),
+    "dm_nf_resnet288": Variant(_resnet((24, 24, 24, 24))),
+    "dm_nf_resnet600": Variant(_resnet((50, 50, 50, 50))),
+    "dm_nf_regnet_b0": Variant(_regnet((1, 3, 6, 6), (48, 104, 208, 440)), 192, 224, 0.2),
+    "dm_nf_regnet_b1": Variant(_regnet((2, 4, 7, 7), (48, 104, 208, 440)), 224, 256, 0.2),
+    "dm_nf_regnet_b2": Variant(_regnet((2, 4, 8, 8), (56, 112, 232, 488)), 240, 272, 0.3),
+    "dm_nf_regnet_b3": Variant(_regnet((2, 5, 9, 9), (56, 128, 248, 528)), 288, 320, 0.3),
+    "dm_nf_regnet_b4": Variant(_regnet((2, 6, 11, 11), (64, 144, 288, 616)), 320, 384, 0.4),
+    "dm_nf_regnet_b5": Variant(_regnet((3, 7, 14, 14), (80, 168, 336, 704)), 384, 456, 0.4),
+    "dm_nf_regnet_b6": Variant(_regnet((3, 8, 16, 16), (88, 184, 376, 792)), 448, 528, 0.5),
+    "dm_nf_regnet_b7": Variant(_regnet((4, 10, 19, 19), (96, 208, 416, 880)), 512, 600, 0.5),
+    "dm_nf_regnet_b8": Variant(_regnet((4, 11, 22, 22), (104, 232, 456, 968)), 600, 672, 0.5),
+}
+# fmt: on
