@@ -1,3 +1,3 @@
 """Normalizer-free networks, exactly as in the papers, for timm."""
 
-from . import convert, nfnets
+from . import convert, diagnostics, nfnets
