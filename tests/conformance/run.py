@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# One of each family; every other variant differs in widths and depths only, and all 31 take the tests on meta tensors.
+# One of each family; the others differ in widths and depths only. With --large, all 31 take the test on meta tensors.
 SMALL = ("nfnet_f0", "dm_nf_resnet50", "dm_nf_regnet_b0")
 LARGE = ("nfnet_f1", "nfnet_f0_plus", "dm_nf_resnet101", "dm_nf_regnet_b1", "dm_nf_regnet_b5")
 
@@ -47,6 +47,7 @@ def main() -> int:
     args = parser.parse_args()
 
     names = LARGE if args.large else SMALL
+    selection = [f"--our-models={','.join(names)}", *(["--every-config"] if args.large else [])]
     suites = ["tests/test_models.py"] if args.large else ["tests/test_models.py", "tests/test_optim.py"]
     folder = fetch_tests(version("timm"), ROOT / ".cache")
     environment = os.environ | {
@@ -60,7 +61,7 @@ def main() -> int:
         "-n",
         str(os.cpu_count() or 1),
         "--dist=worksteal",
-        f"--our-models={','.join(names)}",
+        *selection,
         *suites,
         *args.pytest_args,
     ]
