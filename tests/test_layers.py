@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -377,7 +378,7 @@ def test_an_activation_without_gamma_is_refused_with_the_choices(name: Any) -> N
 
 # --- SAME padding ---
 
-SIZES = [(h, w) for h in range(1, 10) for w in (h, 10 - h)]
+SIZES = list(itertools.product(range(1, 10), repeat=2))
 
 
 def nhwc(x: Tensor) -> np.ndarray:
