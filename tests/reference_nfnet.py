@@ -63,7 +63,7 @@ def standardize(w: Array, gain: Array, eps: float = 1e-4) -> Array:
 
 
 def _windows(x: Array, kernel: int, stride: int, fill: float) -> Array:
-    """(N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), C, kernel, kernel), SAME: the odd zero goes to the end."""
+    """(N, H, W, C) -> (N, ceil(H / stride), ceil(W / stride), C, kernel, kernel), the odd zero at the end."""
     pads = [(0, 0)]
     for size in x.shape[1:3]:
         total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
@@ -250,7 +250,7 @@ class Net:
         return shortcut + self.alpha * params[name]["skip_gain"] * out, out.var((0, 1, 2)).mean()
 
     def forward(self, params: Params, x: Array) -> dict[str, Any]:
-        """Evaluation: logits, pool, features (the tensor that is pooled), and the signal metrics of the golden files."""
+        """Evaluation: logits, pool, features (what is pooled), and the signal metrics of the golden files."""
         outputs: dict[str, Any] = {}
 
         def measure(i: int, y: Array) -> None:

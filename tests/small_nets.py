@@ -8,7 +8,7 @@ import numpy as np
 import timm
 import torch
 from reference_nfnet import Net
-from torch import Tensor, nn
+from torch import Tensor
 
 import timm_nf
 from timm_nf.verify import fill, image
@@ -34,7 +34,9 @@ def keywords(net: Net) -> dict[str, Any]:
     kwargs = {k: v for k, v in fields.items() if k in ("depths", "channels") or v != getattr(default, k)}
     if "rd_ratio" in kwargs:
         rd_ratio = kwargs.pop("rd_ratio")
-        kwargs |= {"attn_layer": None} if rd_ratio is None else {"attn_layer": "se", "attn_kwargs": {"rd_ratio": rd_ratio}}
+        kwargs |= (
+            {"attn_layer": None} if rd_ratio is None else {"attn_layer": "se", "attn_kwargs": {"rd_ratio": rd_ratio}}
+        )
     return kwargs
 
 
@@ -47,12 +49,12 @@ def state_dict(net: Net, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
     return {k: v.to(dtype, copy=True) for k, v in _state_dict(net).items()}
 
 
-def create(family: str, **kwargs: Any) -> nn.Module:
+def create(family: str, **kwargs: Any) -> Any:
     """The small network of `family` as timm initialises it."""
     return timm.create_model(NAMES[family], **(keywords(NETS[family]) | kwargs))
 
 
-def build(net: Net | str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
+def build(net: Net | str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
     """The network in evaluation mode with the synthetic parameters; `kwargs` may not change their shapes."""
     net = NETS[net] if isinstance(net, str) else net
     # create_model would drop the keywords that are None

@@ -51,7 +51,13 @@ def test_trees_of_any_depth_survive_both_directions_bit_for_bit(
     seed: int,
 ) -> None:
     net = Net(
-        family, depths, tuple(channels[: len(depths)]), num_classes=3, group_size=4, stem_chs=stem_chs, rd_ratio=rd_ratio
+        family,
+        depths,
+        tuple(channels[: len(depths)]),
+        num_classes=3,
+        group_size=4,
+        stem_chs=stem_chs,
+        rd_ratio=rd_ratio,
     )
     params = random_tree(net, dtype, seed)
     converted = haiku_to_timm(params)
@@ -87,7 +93,11 @@ def test_axes_are_permuted_from_hwio_to_oihw_and_io_to_oi() -> None:
         ("stages.1.0.conv2.weight", (f"{block}/~/conv1", "w"), lambda w: np.transpose(w, (3, 2, 0, 1))),
         ("stages.1.0.conv2.gain", (f"{block}/~/conv1", "gain"), lambda g: g.reshape(-1, 1, 1, 1)),
         ("stages.1.0.conv2b.bias", (f"{block}/~/conv1b", "bias"), lambda b: b),
-        ("stages.1.0.attn_last.fc1.weight", (f"{block}/~/squeeze_excite/~/linear", "w"), lambda w: w.T[:, :, None, None]),
+        (
+            "stages.1.0.attn_last.fc1.weight",
+            (f"{block}/~/squeeze_excite/~/linear", "w"),
+            lambda w: w.T[:, :, None, None],
+        ),
         ("stages.1.0.skipinit_gain", (block, "skip_gain"), lambda g: g.reshape(1)),
         ("head.fc.weight", ("NFNet/~/linear", "w"), lambda w: w.T),
         ("head.fc.bias", ("NFNet/~/linear", "b"), lambda b: b),

@@ -1,19 +1,18 @@
 """The authors' own numbers, golden/README.md. A missing file is a failure."""
 
-import gc
+import copy
 import gzip
 import json
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
-import torch
 from reference_nfnet import Net
 from small_nets import nchw, relative_error
-from torch import nn
+from torch import Tensor
 
 import timm_nf
 from timm_nf.diagnostics import signal_stats
@@ -49,15 +48,15 @@ def parameters(net: str) -> dict[str, dict[str, np.ndarray]]:
     return {m: {n: fill(tuple(s), m, n) for n, s in entries.items()} for m, entries in TREES[NETS[net][1]].items()}
 
 
-@pytest.fixture(scope="module", params=NETS)
-def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module]]:
-    """One network at a time, in float64: the largest takes a gigabyte."""
-    state_dict = timm_nf.convert.haiku_to_timm(parameters(request.param))
-    model = timm.create_model(NETS[request.param][0], dtype=torch.float64).eval()
+@lru_cache(maxsize=1)  # the files are in order of their network, and the largest takes a gigabyte
+def networks(net: str) -> tuple[Any, Any]:
+    """The network in float64 and in float32."""
+    state_dict = timm_nf.convert.haiku_to_timm(parameters(net))
+    model = timm.create_model(NETS[net][0], device="meta").eval().requires_grad_(False)
+    single = copy.deepcopy(model)
     model.load_state_dict(state_dict, strict=True, assign=True)
-    yield request.param, model.requires_grad_(False)
-    del model, state_dict
-    gc.collect()
+    single.load_state_dict({k: v.float() for k, v in state_dict.items()}, strict=True, assign=True)
+    return model, single
 
 
 def test_every_forward_file_is_tested() -> None:
@@ -66,27 +65,27 @@ def test_every_forward_file_is_tested() -> None:
     assert len(files) == 10
 
 
-def test_golden_logits_pool_and_signal_metrics_in_float64_and_logits_in_float32(golden: Any) -> None:
-    net, model = golden
-    for size in SIZES[net]:
-        expected = load(net, size)
-        x = nchw(image(*map(int, size.split("x"))))
-        pool = model.forward_head(model.forward_features(x), pre_logits=True)
-        assert relative_error(pool, expected["pool"]) < 1e-11, size
-        assert relative_error(model(x), expected["logits"]) < 1e-11, size
+@pytest.mark.timeout(600)  # the first file of a network builds it, and float64 convolutions are slow
+@pytest.mark.parametrize(("net", "size"), [(net, size) for net, sizes in SIZES.items() for size in sizes])
+def test_golden_logits_pool_and_signal_metrics(net: str, size: str) -> None:
+    model, single = networks(net)
+    expected, x = load(net, size), nchw(image(*map(int, size.split("x"))))
 
-        rows = signal_stats(model, x)
-        got = {f"{key}_{i}": row[key] for i, row in enumerate(rows) for key in ("avg_sq_mean", "avg_var")}
-        got |= {f"res_avg_var_{i}": row["res_avg_var"] for i, row in enumerate(rows[1:])}
-        assert got.keys() == expected.keys() - {"logits", "pool"}
-        assert rows[0]["res_avg_var"] is None
-        for key, value in got.items():
-            assert value == pytest.approx(expected[key].item(), rel=1e-11), (size, key)
+    head: list[Tensor] = []
+    with model.head.fc.register_forward_hook(lambda _, args, out: head.extend((*args, out))):
+        rows = signal_stats(model, x)  # the one float64 pass
+    pool, logits = head
+    assert relative_error(pool, expected["pool"]) < 1e-11
+    assert relative_error(logits, expected["logits"]) < 1e-11
 
-    model.float()  # last, as the network is not needed in float64 again
-    for size in SIZES[net]:
-        x = nchw(image(*map(int, size.split("x")))).float()
-        assert relative_error(model(x), load(net, size)["logits"]) < 1e-4, size
+    got = {f"{key}_{i}": row[key] for i, row in enumerate(rows) for key in ("avg_sq_mean", "avg_var")}
+    got |= {f"res_avg_var_{i}": row["res_avg_var"] for i, row in enumerate(rows[1:])}
+    assert got.keys() == expected.keys() - {"logits", "pool"}
+    assert rows[0]["res_avg_var"] is None
+    for key, value in got.items():
+        assert value == pytest.approx(expected[key].item(), rel=1e-11), key
+
+    assert relative_error(single(x.float()), expected["logits"]) < 1e-4
 
 
 def test_reference_network_reproduces_the_golden_numbers() -> None:

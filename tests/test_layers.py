@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -321,7 +322,12 @@ def test_other_route_makes_one_temporary_of_the_size_of_the_weight() -> None:
     with _LargeResults(weight.numel()) as ops:
         standardize_weight(weight, torch.ones(32, 1, 1, 1, device="meta"))
     assert ops.large == ["sub", "addcmul"]
-    assert [op for op in ops.all if op in ("mean", "var_mean", "sub", "addcmul")] == ["mean", "sub", "var_mean", "addcmul"]
+    assert [op for op in ops.all if op in ("mean", "var_mean", "sub", "addcmul")] == [
+        "mean",
+        "sub",
+        "var_mean",
+        "addcmul",
+    ]
 
 
 # --- activations ---
@@ -355,7 +361,9 @@ def test_there_are_exactly_the_fourteen_elementwise_activations_of_the_authors()
     assert len(ACTIVATIONS) == 14
 
 
-@pytest.mark.parametrize(("alias", "name"), [("swish", "silu"), ("soft_sign", "softsign"), ("logsigmoid", "log_sigmoid")])
+@pytest.mark.parametrize(
+    ("alias", "name"), [("swish", "silu"), ("soft_sign", "softsign"), ("logsigmoid", "log_sigmoid")]
+)
 def test_other_spellings_resolve(alias: str, name: str) -> None:
     assert activation_name(alias) == name
     assert activation_gain(alias) == activation_gain(name)
@@ -370,7 +378,7 @@ def test_an_activation_without_gamma_is_refused_with_the_choices(name: Any) -> N
 
 # --- SAME padding ---
 
-SIZES = [(h, w) for h in range(1, 10) for w in (h, 10 - h)]
+SIZES = list(itertools.product(range(1, 10), repeat=2))
 
 
 def nhwc(x: Tensor) -> np.ndarray:
@@ -380,7 +388,7 @@ def nhwc(x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_convolution_pads_as_tensorflow_does(kernel: int, stride: int) -> None:
-    conv = SameConv2d(4, 6, kernel, stride, groups=2, dtype=torch.float64)
+    conv: Any = SameConv2d(4, 6, kernel, stride, groups=2, dtype=torch.float64)
     w, bias = conv.weight.detach().numpy().transpose(2, 3, 1, 0), conv.bias.detach().numpy()
     for h, width in SIZES:
         x = torch.randn(2, 4, h, width, dtype=torch.float64)
@@ -418,7 +426,7 @@ def test_average_pool_pads_as_tensorflow_does_and_counts_no_padding(stride: int)
 
 
 @pytest.mark.parametrize("kwargs", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "dilation": 2}])
-def test_a_convolution_that_same_padding_does_not_cover_is_refused(kwargs: dict[str, int]) -> None:
+def test_a_convolution_that_same_padding_does_not_cover_is_refused(kwargs: Any) -> None:
     with pytest.raises(ValueError, match=f"kernel_size={kwargs['kernel_size']}"):
         SameConv2d(4, 4, **kwargs)
 
@@ -429,7 +437,7 @@ def test_a_convolution_that_same_padding_does_not_cover_is_refused(kwargs: dict[
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_standardised_convolution_equals_the_reference(groups: int, stride: int) -> None:
-    conv = ScaledStdConv2d(4, 6, 3, stride, groups=groups, scale=1.7, dtype=torch.float64)
+    conv: Any = ScaledStdConv2d(4, 6, 3, stride, groups=groups, scale=1.7, dtype=torch.float64)
     nn.init.normal_(conv.gain)
     nn.init.normal_(conv.bias)
     x = torch.randn(2, 4, 9, 6, dtype=torch.float64)
@@ -444,7 +452,7 @@ def test_standardised_convolution_equals_the_reference(groups: int, stride: int)
 
 def test_standardised_convolution_starts_with_unit_gain_no_bias_and_fan_in_variance() -> None:
     torch.manual_seed(0)
-    conv = ScaledStdConv2d(64, 256, 3, groups=2)
+    conv: Any = ScaledStdConv2d(64, 256, 3, groups=2)
     assert conv.gain.shape == (256, 1, 1, 1)
     assert torch.equal(conv.gain, torch.ones_like(conv.gain))
     assert torch.equal(conv.bias, torch.zeros_like(conv.bias))
@@ -473,7 +481,7 @@ def test_parameters_are_made_on_the_given_device_and_dtype(cls: type[nn.Module])
 
 
 def test_squeeze_excite_is_the_reference_gate() -> None:
-    se = SqueezeExcite(6, 0.5, dtype=torch.float64)
+    se: Any = SqueezeExcite(6, 0.5, dtype=torch.float64)
     for p in se.parameters():
         nn.init.normal_(p)
     x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
@@ -492,7 +500,7 @@ def test_squeeze_excite_truncates_its_hidden_width_to_at_least_one(channels: int
 
 def test_squeeze_excite_starts_with_truncated_normal_weights_and_no_bias() -> None:
     torch.manual_seed(0)
-    se = SqueezeExcite(512, 0.5)
+    se: Any = SqueezeExcite(512, 0.5)
     for fc in (se.fc1, se.fc2):
         std = fc.in_channels**-0.5
         assert not fc.bias.any()

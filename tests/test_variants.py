@@ -77,7 +77,7 @@ def test_row_yields_an_entrypoint_and_a_default_config(name: str) -> None:
     assert name in timm.list_models(module="nfnets")
     assert getattr(nfnets, name).__name__ == name
     assert name in nfnets.__all__
-    cfg = timm.get_pretrained_cfg(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
     assert cfg.input_size == (3, variant.train_size, variant.train_size)
     assert cfg.test_input_size == (3, variant.test_size, variant.test_size)
     assert cfg.pool_size == (-(-variant.train_size // 32),) * 2
@@ -89,7 +89,7 @@ def test_row_yields_an_entrypoint_and_a_default_config(name: str) -> None:
 
 def test_default_pool_size_is_what_the_network_pools() -> None:
     for name in ("nfnet_f0", "dm_nf_resnet50", "dm_nf_regnet_b2"):
-        model = timm.create_model(name, device="meta")
+        model: Any = timm.create_model(name, device="meta")
         features = model.forward_features(torch.empty(1, *model.default_cfg["input_size"], device="meta"))
         assert tuple(features.shape[2:]) == model.default_cfg["pool_size"]
 
