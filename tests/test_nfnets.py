@@ -300,11 +300,13 @@ def test_pruning_keeps_the_intermediates_and_removes_the_rest(family: str, indic
     assert model.double()(x).shape == (2, 3)
 
 
-def test_pruning_can_keep_the_head() -> None:
+def test_pruning_can_keep_the_head_where_the_last_stage_stays() -> None:
     model, x = build("NFNet"), batch()
     expected = model(x)
     model.prune_intermediate_layers([1, 4], prune_head=False)
     assert torch.equal(model(x), expected)
+    model.prune_intermediate_layers([1], prune_head=False)  # it no longer fits
+    assert isinstance(model.get_classifier(), nn.Identity)
 
 
 @EACH_FAMILY
