@@ -64,7 +64,7 @@ def build(net: Net | str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> 
 
 
 def batch(n: int = 2, h: int = 64, w: int = 64, dtype: torch.dtype = torch.float64) -> Tensor:
-    return nchw(image(n, h, w)).to(dtype)
+    return image(n, h, w).to(dtype)
 
 
 def nchw(x: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 from reference_nfnet import Net
-from small_nets import nchw, relative_error
+from small_nets import relative_error
 from torch import Tensor
 
 import timm_nf
@@ -69,7 +69,7 @@ def test_every_forward_file_is_tested() -> None:
 @pytest.mark.parametrize(("net", "size"), [(net, size) for net, sizes in SIZES.items() for size in sizes])
 def test_golden_logits_pool_and_signal_metrics(net: str, size: str) -> None:
     model, single = networks(net)
-    expected, x = load(net, size), nchw(image(*map(int, size.split("x"))))
+    expected, x = load(net, size), image(*map(int, size.split("x")))
 
     head: list[Tensor] = []
     with model.head.fc.register_forward_hook(lambda _, args, out: head.extend((*args, out))):
@@ -91,7 +91,9 @@ def test_golden_logits_pool_and_signal_metrics(net: str, size: str) -> None:
 def test_reference_network_reproduces_the_golden_numbers() -> None:
     for family, net, size in (("NF_RegNet", "nf_regnet_B0", "2x97x75"), ("NF_ResNet", "nf_resnet_ResNet50", "1x64x64")):
         cfg, expected = timm_nf.nfnets.VARIANTS[NETS[net][0]].cfg, load(net, size)
-        got = Net(family, cfg.depths, cfg.channels).forward(parameters(net), image(*map(int, size.split("x"))))
+        got = Net(family, cfg.depths, cfg.channels).forward(
+            parameters(net), image(*map(int, size.split("x"))).permute(0, 2, 3, 1).numpy()
+        )
         assert expected.keys() == got.keys() - {"features"}
         for key, value in expected.items():
             assert relative_error(got[key], value) < 1e-11, (net, key)

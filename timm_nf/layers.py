@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, to_2tuple
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 _STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
@@ -147,7 +147,8 @@ class _StandardizeOnCPU(torch.autograd.Function):
         ctx.save_for_backward(weight, gain, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad, _, _ = grads
         weight, gain, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled() or not rstd[0]:
             return *_standardize_vjp(grad, weight, gain, ctx.eps), None
@@ -160,8 +161,9 @@ class _StandardizeOnCPU(torch.autograd.Function):
         return grad_weight.view_as(weight), (grad_scale * fan_in**-0.5).view_as(gain), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, weight: Tensor, gain: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tuple]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Rows are independent, so a batch of weights is one weight with more rows."""
+        weight, gain, eps = args
         batch = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip((weight, gain), in_dims, strict=False)
@@ -224,7 +226,6 @@ class SameConv2d(nn.Conv2d):
         stride: Of both axes; 1 if `dilation` is above 1.
         dilation: Of both axes.
         groups: Divides both channel counts.
-        bias: Whether there is a bias (O,).
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -240,7 +241,6 @@ class SameConv2d(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
-        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -253,19 +253,19 @@ class SameConv2d(nn.Conv2d):
         self.same_pad = stride > 1 and kernel_size > 1
         padding = 0 if self.same_pad else (kernel_size - 1) * dilation // 2
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, device=device, dtype=dtype
         )
 
     def effective_weight(self) -> Tensor:
         """(O, I, K, K), what the input is convolved with."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.same_pad:
-            top, bottom = _same_padding(x.shape[-2], self.kernel_size[0], self.stride[0])
-            left, right = _same_padding(x.shape[-1], self.kernel_size[1], self.stride[1])
-            x = F.pad(x, (left, right, top, bottom))
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+            top, bottom = _same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
+            left, right = _same_padding(input.shape[-1], self.kernel_size[1], self.stride[1])
+            input = F.pad(input, (left, right, top, bottom))
+        return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
 class ScaledStdConv2d(SameConv2d):
@@ -305,6 +305,7 @@ class ScaledStdConv2d(SameConv2d):
     def reset_parameters(self) -> None:
         """Normal weight of variance 1 / fan-in, gain 1, bias 0, as the authors initialise it."""
         nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
         if hasattr(self, "gain"):  # nn.Conv2d's constructor calls this before there is one
             nn.init.ones_(self.gain)
@@ -363,6 +364,7 @@ class SqueezeExcite(nn.Module):
         for fc in (self.fc1, self.fc2):  # haiku's default for a linear layer
             std = fc.in_channels**-0.5
             nn.init.trunc_normal_(fc.weight, std=std, a=-2 * std, b=2 * std)
+            assert fc.bias is not None
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:

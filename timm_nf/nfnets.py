@@ -133,7 +133,7 @@ class NormFreeNet(nn.Module):
             nn.init.normal_(self.head.fc.weight, std=0.0 if self.cfg.zero_init_fc else 0.01)
             nn.init.zeros_(self.head.fc.bias)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Here, as timm loads with strict=False whenever num_classes or the stem differ.
         start = f"{prefix}stages."
         blocks = {k[: len(start)] + ".".join(k[len(start) :].split(".")[:2]) for k in state_dict if k.startswith(start)}
@@ -144,10 +144,10 @@ class NormFreeNet(nn.Module):
                 "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
                 "or create it in a process that does not import timm_nf, and load the file there."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups for layer-wise learning rate decay: the stem, every block (or stage), the final conv."""
+        """Timm's layer groups for layer-wise learning rate decay: the stem, every block (or stage), the final conv."""
         block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(block, None), (r"^final_conv", (99999,))]}
 
@@ -261,7 +261,7 @@ class NormFreeNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A pretrained state dict with its stem converted to the model's number of input channels.
 
     timm converts the raw weight, which standardisation then rescales. Here the effective weight is converted, summed

@@ -165,7 +165,7 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
     features = model.forward_features(x)
     return {"pool": model.forward_head(features, pre_logits=True), "logits": model.forward_head(features)}
 
@@ -298,7 +298,8 @@ def _pretrained_checks(
     else:
         what = Path(image_file).name
         with Image.open(image_file) as picture:
-            x = create_transform(**data, is_training=False)(picture.convert("RGB"))[None]
+            transform: Any = create_transform(**data, is_training=False)
+            x = transform(picture.convert("RGB"))[None]
     x = x.to(device)
     a, b = ours(x), stock(x)
     # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
@@ -307,7 +308,7 @@ def _pretrained_checks(
     yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
-    dataset = create_dataset(
+    dataset: Any = create_dataset(
         "", root=str(imagenet_val), class_map={n: i for i, n in enumerate(ImageNetInfo().label_names())}
     )
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
