@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_nfnet import ACTIVATIONS, Net, stochastic_depth_rates
 from safetensors.torch import load_file, save_file
-from small_nets import FAMILIES, NAMES, NETS, batch, build, create, nchw, relative_error, state_dict, tree
+from small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, nchw, relative_error, state_dict, tree
 from timm.models._hub import save_for_hf
 from timm.models._manipulate import group_with_matcher
 from timm.optim._optim_factory import create_optimizer_v2
@@ -711,3 +711,28 @@ def test_fused_structure_has_plain_convolutions_without_gains() -> None:
         assert model.state_dict().keys() == {n for n in names if not n.endswith(".gain")}
         assert model._model_args["fused"] is True
         assert model(batch(dtype=torch.float32)).shape == (2, 10)
+
+
+def test_attention_can_be_left_out_through_create_model() -> None:
+    model = timm.create_model("nfnet_f0", **(keywords(NETS["NFNet"]) | {"attn_layer": ""}))
+    assert not [n for n, _ in model.named_parameters() if "attn" in n]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_traces_with_stochastic_depth(training: bool) -> None:
+    traced = torch.fx.symbolic_trace(build("NFNet", drop_path_rate=0.5).train(training))
+    assert traced(batch(3)).shape == (3, 10)
+
+
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # torchvision: the head's dropout
+def test_fx_features_take_any_batch_size_with_stochastic_depth() -> None:
+    model = create("NFNet", features_only=True, feature_cls="fx", drop_path_rate=0.5)
+    for n in (2, 3):
+        assert len(model(batch(n, dtype=torch.float32))) == 5
+
+
+def test_converting_the_stem_leaves_its_name_in_the_traits() -> None:
+    overlay = {"num_classes": 10, "state_dict": state_dict(NETS["NFNet"])}
+    model = create("NFNet", num_classes=3, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model._traits["first_conv"] == "stem.conv1"
+    assert "head.fc.weight" in overlay["state_dict"]

@@ -102,7 +102,7 @@ def test_default_pool_size_is_what_the_network_pools() -> None:
         ({"depths": (1, 2)}, r"\(1, 2\)"),
         ({"depths": ()}, "as many depths as channels"),
         ({"act_layer": "mish"}, "'mish'"),
-        ({"group_size": 256}, "256.*128"),
+        ({"group_size": 256}, "128.*256"),
         ({"output_stride": 4}, "got 4"),
         ({"drop_path_rate": 1.5}, "1.5"),
         ({"drop_path_rate": -0.1}, "-0.1"),
@@ -138,3 +138,18 @@ def test_bottleneck_is_truncated_to_whole_groups() -> None:
     assert reg.bottleneck(18, 100, first=True) == (16, 2)
     assert reg.bottleneck(18, 100, first=False) == (40, 5)
     assert dataclasses.replace(cfg, group_size=None).bottleneck(16, 101, first=False) == (50, 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"depths": (1, 0, 1, 1)}, "depths"),
+        ({"depths": (1, -1, 1, 1)}, "depths"),
+        ({"depths": (1, 1)}, "depths"),
+        ({"bottle_ratio": 0.0, "group_size": 0}, "bottleneck"),
+        ({"channels": (1, 8, 8, 8)}, "widths"),
+    ],
+)
+def test_a_network_without_blocks_or_channels_is_refused(bad: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("nfnet_f0", device="meta", **bad)

@@ -6,7 +6,7 @@ Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping 
 
 from . import convert, diagnostics, nfnets, optim
 from .agc import adaptive_clip_grad_, param_groups_agc, unitwise_norm
-from .layers import standardize_weight
+from .standardize import standardize_weight
 
 __version__ = "0.1.0"
 __all__ = [

@@ -26,7 +26,7 @@ _DIV_EPS = 1e-6
 # a limit; less than that only adds operations.
 _CPU_CHUNK_BYTES = 16 * 2**20
 
-_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType]
+_vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
 
 
@@ -267,7 +267,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 def _named_classifier(model: nn.Module) -> list[nn.Module]:
     config = getattr(model, "pretrained_cfg", None)
     names = cast(dict[str, Any], config).get("classifier") if isinstance(config, dict) else None
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules = {name: module for name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())}
     return [modules[name] for name in ([names] if isinstance(names, str) else names or ()) if name in modules]
 
 

@@ -68,12 +68,13 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
 
         return hook
 
+    def stem_hook(_: nn.Module, __: Any, out: Tensor) -> None:
+        add_row("stem", out, None, 1.0)
+
     with ExitStack() as stack:
         for module in model.modules():  # each has a mode of its own: parts of a network may be frozen
             stack.callback(setattr, module, "training", module.training)
-        stack.enter_context(
-            model.get_submodule("stem").register_forward_hook(lambda _, __, out: add_row("stem", out, None, 1.0))
-        )
+        stack.enter_context(model.get_submodule("stem").register_forward_hook(stem_hook))
         for name, block in blocks:
             for module in filter(None, (block.conv3, block.attn_last)):
                 stack.enter_context(module.register_forward_hook(keep))
