@@ -1,0 +1,488 @@
+"""`timm_nf.agc`: the formula against a plain float64 one, its invariants, and who is clipped and who decays."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import timm
+import timm.task
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from timm_nf import agc
+from timm_nf.agc import adaptive_clip_grad_, classifier_weights, param_groups_agc, unitwise_norm
+
+SHAPES = [
+    (8, 4, 3, 3),
+    (8, 1, 3, 3),
+    (6, 5),
+    (1, 5),
+    (7,),
+    (7, 1, 1, 1),
+    (1, 7, 1),
+    (1,),
+    (),
+    (2, 3, 4),
+    (2, 2, 2, 2, 2),
+]
+
+
+def parameter(shape, seed=0, dtype=torch.float64, weight=1.0, grad=1.0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    p = nn.Parameter((weight * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype))
+    p.grad = (grad * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+    return p
+
+
+def reference(p, clip_factor=0.01, eps=1e-3):
+    """The clipped gradient, unit by unit, and how many units were clipped out of how many."""
+    single = sum(n > 1 for n in p.shape) <= 1
+    rows = [(p.detach(), p.grad)] if single else list(zip(p.detach(), p.grad, strict=True))
+    new, clipped = [], 0
+    for w, g in rows:
+        limit = clip_factor * max(w.double().square().sum().sqrt().item(), eps)
+        norm = g.double().square().sum().sqrt().item()
+        clipped += norm > limit
+        new.append(g * (limit / max(norm, 1e-6)) if norm > limit else g)
+    return (new[0] if single else torch.stack(new)), clipped, len(rows)
+
+
+class CountOperations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 4, 3, 3), (8, 1, 1, 1)),
+        ((8, 1, 3, 3), (8, 1, 1, 1)),
+        ((6, 5), (6, 1)),
+        ((2, 2, 2, 2, 2), (2, 1, 1, 1, 1)),
+        ((7,), ()),
+        ((7, 1, 1, 1), ()),
+        ((1, 5), ()),
+        ((1,), ()),
+        ((), ()),
+        ((0,), ()),
+        ((0, 3, 3), (0, 1, 1)),
+        ((3, 0, 3), (3, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_a_unit_is_an_output_row_unless_only_one_axis_is_longer_than_one(shape, expected, norm_type):
+    assert unitwise_norm(torch.ones(shape), norm_type).shape == expected
+
+
+def test_unitwise_norm_of_numbers_worked_by_hand():
+    x = torch.tensor([[3.0, 4.0], [5.0, 12.0]])
+    assert unitwise_norm(x).tolist() == [[5.0], [13.0]]
+    assert unitwise_norm(x, 1.0).tolist() == [[7.0], [17.0]]
+    assert unitwise_norm(x, math.inf).tolist() == [[4.0], [12.0]]
+    assert unitwise_norm(torch.tensor([3.0, 4.0]).view(2, 1, 1, 1)).item() == 5.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_are_at_least_float32(dtype):
+    assert unitwise_norm(torch.full((2, 300, 300), 1.0, dtype=dtype)).tolist() == [[[300.0]], [[300.0]]]
+    assert unitwise_norm(torch.ones(2, 2, dtype=dtype)).dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("grad", [1e-12, 0.01, 1.0, 1e6])
+def test_clipping_equals_the_formula_unit_by_unit(grad):
+    params = [parameter(shape, seed, grad=grad) for seed, shape in enumerate(SHAPES)]
+    expected = [reference(p) for p in params]
+    fraction = adaptive_clip_grad_(params)
+    for p, (g, _, _) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-14, atol=0)
+    assert fraction.item() == pytest.approx(sum(e[1] for e in expected) / sum(e[2] for e in expected))
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, 300, 2**40])
+def test_the_cpu_chunk_size_changes_nothing(chunk_bytes, monkeypatch):
+    params = [parameter(shape, seed, grad=0.01) for seed, shape in enumerate(SHAPES * 3)]
+    expected = [reference(p)[0] for p in params]
+    monkeypatch.setattr(agc, "_CPU_CHUNK_BYTES", chunk_bytes)
+    adaptive_clip_grad_(params)
+    for p, g in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_any_norm_type_holds_its_bound(norm_type):
+    params = [parameter(shape, seed) for seed, shape in enumerate(SHAPES)]
+    assert adaptive_clip_grad_(params, 0.02, 1e-3, norm_type).item() == 1
+    for p in params:
+        limit = 0.02 * unitwise_norm(p.detach(), norm_type).clamp(min=1e-3)
+        torch.testing.assert_close(unitwise_norm(p.grad, norm_type), limit)
+
+
+def test_the_default_call_takes_one_tensor():
+    p = parameter((4, 3))
+    expected = reference(p)[0]
+    assert adaptive_clip_grad_(p).item() == 1
+    torch.testing.assert_close(p.grad, expected)
+
+
+@st.composite
+def parameters(draw):
+    shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+    scale = st.floats(-6, 3).map(lambda e: 10.0**e)
+    return [
+        parameter(draw(shapes), draw(st.integers(0, 99)), weight=draw(scale), grad=draw(scale))
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+factors = st.floats(1e-3, 10.0)
+
+
+@given(parameters(), factors)
+@settings(deadline=None)
+def test_every_unit_ends_within_its_bound(params, clip_factor):
+    adaptive_clip_grad_(params, clip_factor)
+    for p in params:
+        limit = clip_factor * unitwise_norm(p.detach()).clamp(min=1e-3)
+        assert (unitwise_norm(p.grad) <= limit * (1 + 1e-12)).all()
+
+
+@given(parameters(), factors)
+@settings(deadline=None)
+def test_clipping_twice_equals_clipping_once(params, clip_factor):
+    adaptive_clip_grad_(params, clip_factor)
+    once = [p.grad.clone() for p in params]
+    adaptive_clip_grad_(params, clip_factor)
+    for p, g in zip(params, once, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-14, atol=0)
+
+
+@given(parameters(), factors, factors)
+@settings(deadline=None)
+def test_ever_tighter_clipping_equals_the_tightest_alone(params, first, second):
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    for copy, p in zip(copies, params, strict=True):
+        copy.grad = p.grad.clone()
+    adaptive_clip_grad_(params, max(first, second))
+    adaptive_clip_grad_(params, min(first, second))
+    adaptive_clip_grad_(copies, min(first, second))
+    for p, copy in zip(params, copies, strict=True):
+        torch.testing.assert_close(p.grad, copy.grad, rtol=1e-13, atol=0)
+
+
+@given(parameters(), factors)
+@settings(deadline=None)
+def test_gradients_under_the_bound_stay_bit_identical(params, clip_factor):
+    before = [p.grad.clone() for p in params]
+    limits = [clip_factor * unitwise_norm(p.detach()).clamp(min=1e-3) for p in params]
+    within = [unitwise_norm(g) <= limit for g, limit in zip(before, limits, strict=True)]
+    adaptive_clip_grad_(params, clip_factor)
+    for p, g, kept in zip(params, before, within, strict=True):
+        kept = kept.expand_as(g)
+        assert torch.equal(p.grad[kept], g[kept])
+
+
+@given(parameters(), factors, st.floats(1e-3, 1e3))
+@settings(deadline=None)
+def test_scaling_weights_gradients_and_eps_scales_the_result(params, clip_factor, scale):
+    scaled = [nn.Parameter(p.detach() * scale) for p in params]
+    for s, p in zip(scaled, params, strict=True):
+        s.grad = p.grad * scale
+    # eps of 1 keeps the limits above the guard against dividing by zero, which is not meant to scale
+    adaptive_clip_grad_(params, clip_factor, 1.0)
+    adaptive_clip_grad_(scaled, clip_factor, scale)
+    for s, p in zip(scaled, params, strict=True):
+        torch.testing.assert_close(s.grad, p.grad * scale, rtol=1e-12, atol=1e-300)
+
+
+def test_units_with_nan_or_infinite_gradients_stay_what_they_are_and_others_are_clipped():
+    p = parameter((4, 5))
+    p.grad[0, 1], p.grad[1, 2], p.grad[2, 0] = math.nan, math.inf, -math.inf
+    bias = parameter((3,))
+    bias.grad[1] = math.nan
+    before = p.grad.clone(), bias.grad.clone()
+    row = reference(nn_like(p, 3))[0]
+    assert adaptive_clip_grad_([p, bias]).item() == pytest.approx(1 / 5)
+    assert torch.equal(p.grad[:3].nan_to_num(7), before[0][:3].nan_to_num(7))
+    assert torch.equal(bias.grad.nan_to_num(7), before[1].nan_to_num(7))
+    torch.testing.assert_close(p.grad[3], row)
+
+
+def nn_like(p, row):
+    single = nn.Parameter(p.detach()[row].clone())
+    single.grad = p.grad[row].clone()
+    return single
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_dtype_and_its_bound(dtype):
+    params = [parameter(shape, seed, dtype) for seed, shape in enumerate(SHAPES)]
+    adaptive_clip_grad_(params, 0.1)
+    for p in params:
+        assert p.grad.dtype == dtype
+        limit = 0.1 * unitwise_norm(p.detach()).clamp(min=1e-3)
+        # every entry is rounded to 8 (bfloat16) or 11 (float16) bits after the scaling
+        torch.testing.assert_close(unitwise_norm(p.grad), limit, rtol=0.01, atol=0)
+
+
+def test_half_precision_norms_do_not_overflow():
+    p = nn.Parameter(torch.ones(2, 1000, dtype=torch.float16))
+    p.grad = torch.full_like(p, 6e4)  # a norm of 1.9e6, largest float16 6.5e4
+    adaptive_clip_grad_(p)
+    torch.testing.assert_close(p.grad, torch.full_like(p, 0.01), rtol=1e-3, atol=0)
+
+
+def test_mixed_dtypes_are_clipped_in_one_call():
+    params = [parameter((4, 3), 1, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    assert adaptive_clip_grad_(params).item() == 1
+
+
+def test_channels_last_and_transposed_gradients_are_clipped_in_place():
+    p = parameter((8, 4, 3, 3))
+    q = parameter((5, 6))
+    p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+    q.grad = q.grad.t().contiguous().t()
+    expected = reference(p)[0], reference(q)[0]
+    grads = p.grad, q.grad
+    adaptive_clip_grad_([p, q])
+    assert p.grad is grads[0]
+    assert q.grad is grads[1]
+    torch.testing.assert_close(grads, expected)
+
+
+def test_a_parameter_given_twice_is_clipped_once():
+    p = parameter((4, 3))
+    expected = reference(p)[0]
+    adaptive_clip_grad_([p, p])
+    torch.testing.assert_close(p.grad, expected, rtol=1e-15, atol=0)
+
+
+def test_parameters_without_gradients_or_elements_are_skipped():
+    untouched, empty = nn.Parameter(torch.ones(2, 2)), parameter((0, 3))
+    assert adaptive_clip_grad_([untouched, empty]).item() == 0
+    assert untouched.grad is None
+    assert adaptive_clip_grad_([]).item() == 0
+    assert adaptive_clip_grad_(iter([untouched, parameter((2, 2))])).item() == 1
+
+
+def test_an_infinite_factor_clips_nothing_and_a_zero_factor_everything():
+    p = parameter((4, 3), grad=1e30)
+    before = p.grad.clone()
+    assert adaptive_clip_grad_(p, math.inf).item() == 0
+    assert torch.equal(p.grad, before)
+    assert adaptive_clip_grad_(p, 0.0).item() == 1
+    assert not p.grad.any()
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, -math.inf])
+@pytest.mark.parametrize("name", ["clip_factor", "eps"])
+def test_negative_and_nan_settings_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be zero or positive, got {value}"):
+        adaptive_clip_grad_(parameter((2, 2)), **{name: value})
+
+
+def bad_gradients():
+    sparse = nn.Parameter(torch.ones(3, 2))
+    sparse.grad = torch.eye(3, 2).to_sparse()
+    complex_ = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
+    complex_.grad = torch.ones_like(complex_)
+    # torch refuses to assign such a gradient, but it can come about by moving a parameter's data
+    elsewhere = SimpleNamespace(grad=torch.ones(3, 2), device=torch.device("meta"), shape=torch.Size((3, 2)))
+    return {"sparse": sparse, "complex": complex_, "cpu but itself lies on meta": elsewhere}
+
+
+@pytest.mark.parametrize("problem", list(bad_gradients()))
+def test_a_bad_gradient_is_refused_by_index_and_shape_before_anything_is_written(problem):
+    good = parameter((2, 2))
+    before = good.grad.clone()
+    with pytest.raises(ValueError, match=rf"parameter 1 of shape \(3, 2\) has .*{problem}"):
+        adaptive_clip_grad_([good, bad_gradients()[problem]])
+    assert torch.equal(good.grad, before)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_graph_through_the_gradients_survives():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    (p**3).sum().backward(create_graph=True)
+    adaptive_clip_grad_(p)
+    (second,) = torch.autograd.grad(p.grad.sum(), p)
+    torch.testing.assert_close(second, 6 * p.detach())  # of the loss itself: clipping leaves no trace in the graph
+
+
+def nfnet_like(device="cpu"):
+    """All kinds of parameters a normalizer-free network has, 60 of them."""
+    shapes = [(32, 16, 3, 3), (32, 1, 1, 1), (32,), (16, 32, 1, 1), (16,), (1,)] * 10
+    return [parameter(shape, seed, torch.float32, device=device) for seed, shape in enumerate(shapes)]
+
+
+def test_accelerators_are_never_waited_for():
+    # The meta device has no values at all: any code path that reads one fails there.
+    params = nfnet_like("meta")
+    with CountOperations() as count:
+        fraction = adaptive_clip_grad_(params)
+    assert fraction.device.type == "meta"
+    assert not {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"} & set(count.names)
+    assert len(count.names) <= 4 * len(params)
+
+
+def test_dispatched_operations_are_at_most_a_quarter_of_timms():
+    from timm.utils.agc import unitwise_norm as timms_norm
+
+    def timms(parameters):  # 13 operations a parameter; the name in timm is ours after `import timm_nf`
+        for p in parameters:
+            limit = timms_norm(p.detach()).clamp_(min=1e-3).mul_(0.01)
+            norm = timms_norm(p.grad.detach())
+            clipped = p.grad.detach() * (limit / norm.clamp(min=1e-6))
+            p.grad.detach().copy_(torch.where(norm < limit, p.grad.detach(), clipped))
+
+    counts = []
+    for clip in (timms, adaptive_clip_grad_):
+        params = nfnet_like()
+        with CountOperations() as count:
+            clip(params)
+        counts.append(len(count.names))
+    assert 4 * counts[1] <= counts[0]
+
+
+def test_nothing_is_written_where_nothing_exceeds_its_bound():
+    params = [parameter((4, 3), grad=1e-9), parameter((3,), grad=1e-9)]
+    versions = [p.grad._version for p in params]
+    adaptive_clip_grad_(params)
+    assert [p.grad._version for p in params] == versions
+
+
+# Who is clipped and who decays
+
+
+def names_of(model, wanted):
+    ids = {id(p) for p in wanted}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel and its like look like from outside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def small_model(**kwargs):
+    return timm.create_model("test_resnet", num_classes=5, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet50", {"fc.weight"}),
+        ("vit_tiny_patch16_224", {"head.weight"}),
+        ("convnext_atto", {"head.fc.weight"}),
+        ("dm_nfnet_f0", {"head.fc.weight"}),
+        ("deit_tiny_distilled_patch16_224", {"head.weight", "head_dist.weight"}),
+        ("dla34", {"fc.weight"}),  # a convolution
+        ("crossvit_tiny_240", {"head.0.weight", "head.1.weight"}),  # a list
+        ("levit_128s", {"head.linear.weight", "head_dist.linear.weight"}),  # norm and linear layer
+        ("caformer_s18", {"head.fc.fc2.weight"}),  # a hidden layer inside the head
+    ],
+)
+def test_the_classifier_is_found_through_the_model(name, expected):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert names_of(model, classifier_weights(model)) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "dla34", "deit_tiny_distilled_patch16_224"])
+def test_without_classes_nothing_is_exempt(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    assert classifier_weights(model) == []
+
+
+def test_models_without_get_classifier_are_asked_for_their_configured_name():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert classifier_weights(model) == []
+    model.pretrained_cfg = {"classifier": "1"}
+    assert names_of(model, classifier_weights(model)) == {"1.weight"}
+    model.pretrained_cfg = {"classifier": ("0", "7")}
+    assert names_of(model, classifier_weights(model)) == {"0.weight"}
+
+
+def wrapped_models(model):
+    teacher = small_model()
+    kwargs = {"criterion": nn.CrossEntropyLoss(), "verbose": False}
+    feature = timm.task.FeatureDistillationTask(model, teacher, distill_loss_weight=1.0, **kwargs)
+    logit = timm.task.LogitDistillationTask(model, teacher, **kwargs)
+    compiled = torch.compile(model, backend="eager")
+    return {
+        "plain": model,
+        "distributed": Wrapper(model),
+        "compiled": compiled,
+        "distributed and compiled": Wrapper(compiled),
+        "compiled and distributed": torch.compile(Wrapper(model), backend="eager"),
+        "task": timm.task.ClassificationTask(model, **kwargs),
+        "logit distillation": logit,
+        "feature distillation": feature,
+        "what train.py optimizes": feature.get_trainable_module(),
+        "the same, distributed": Wrapper(feature.get_trainable_module()),
+    }
+
+
+@pytest.mark.parametrize("wrapping", list(wrapped_models(small_model())))
+def test_the_classifier_is_found_inside_every_wrapper(wrapping):
+    model = small_model()
+    wrapped = wrapped_models(model)[wrapping]
+    assert names_of(model, classifier_weights(wrapped)) == {"fc.weight"}
+    (exempt,) = [g for g in param_groups_agc(wrapped) if "clip_factor" in g]
+    assert [id(p) for p in exempt["params"]] == [id(model.fc.weight)]
+
+
+def test_the_classifier_is_found_inside_an_average_of_the_weights():
+    ema = ModelEmaV3(small_model())
+    assert names_of(ema.module, classifier_weights(ema)) == {"fc.weight"}
+
+
+def test_a_model_with_a_submodule_called_module_is_no_wrapper():
+    model = small_model()
+    model.module = nn.Linear(2, 2)
+    assert names_of(model, classifier_weights(model)) == {"fc.weight"}
+
+
+def test_groups_follow_the_paper_for_a_normalizer_free_network():
+    with torch.device("meta"):
+        model = timm.create_model("dm_nfnet_f0")
+    undecayed, decayed, head = param_groups_agc(model)
+    last = {name.rpartition(".")[2] for name in names_of(model, undecayed["params"])}
+    assert last == {"gain", "skipinit_gain", "bias"}
+    assert {name.rpartition(".")[2] for name in names_of(model, decayed["params"])} == {"weight"}
+    assert names_of(model, head["params"]) == {"head.fc.weight"}
+    assert [g["weight_decay"] for g in (undecayed, decayed, head)] == [0.0, 2e-5, 2e-5]
+    assert "clip_factor" not in undecayed
+    assert "clip_factor" not in decayed
+    assert head["clip_factor"] is None
+    assert sum(len(g["params"]) for g in (undecayed, decayed, head)) == 233
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, lambda m: torch.compile(m, backend="eager")])
+def test_what_the_model_lists_does_not_decay(wrap):
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224")
+    undecayed = param_groups_agc(wrap(model), weight_decay=0.1)[0]
+    assert {"pos_embed", "cls_token"} <= names_of(model, undecayed["params"])
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    model = small_model()
+    model.requires_grad_(False)
+    assert param_groups_agc(model) == []
+    model.fc.requires_grad_(True)
+    bias, weight = param_groups_agc(model)
+    assert names_of(model, bias["params"]) == {"fc.bias"}
+    assert names_of(model, weight["params"]) == {"fc.weight"}
