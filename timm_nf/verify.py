@@ -1,0 +1,325 @@
+"""Whether this machine computes the authors' networks and the clipped training step, and how closely.
+
+Golden numbers come with the package: what the authors' JAX code (deepmind-research nfnets/ at f5de0ede, float64, CPU)
+gave for synthetic parameters and images that `fill` and `image` make again. Every check is a measured number and the
+bound it has to keep; what a device cannot check is a row of its own and never counts as passed.
+"""
+
+import importlib.resources
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from zlib import crc32
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import ImageNetInfo, create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import convert
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+FORWARD = {
+    "nfnet_f0": "nfnet_F0_1x64x64",
+    "dm_nf_resnet50": "nf_resnet_ResNet50_1x64x64",
+    "dm_nf_regnet_b0": "nf_regnet_B0_1x64x64",
+}
+STEPS = "sgd_agc_nfnet_F0_2x32x32"
+OURS, STOCK = "nfnet_f0.dm_in1k", "dm_nfnet_f0.dm_in1k"  # the same weights on the Hub
+
+# Small, and has every kind of parameter; for what depends on operations and not on values.
+_TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16, "num_classes": 10}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the verification; `ok` is None where this machine could not check it."""
+
+    name: str
+    measured: str
+    bound: str
+    ok: bool | None
+
+
+def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
+    """The synthetic value of one of the authors' parameters, float64: a function of its names and shape alone.
+
+    Args:
+        shape: In the authors' layout, say (3, 3, 128, 256).
+        module: Say `NFNet/~/nf_block_3/~/conv1`.
+        name: w, gain, bias, b or skip_gain.
+
+    Raises:
+        KeyError: for any other name.
+    """
+    # numpy promises that this legacy stream never changes
+    noise = np.random.RandomState(crc32(f"{module}/{name}".encode()) % 2**31).standard_normal(shape)
+    if name == "w":  # variance 1 / fan-in; convolutions have a mean that standardising has to take out
+        return noise / np.prod(shape[:-1]) ** 0.5 + (0.01 if len(shape) == 4 else 0.0)
+    mean, std = {"gain": (1.0, 0.1), "bias": (0.0, 0.1), "b": (0.0, 0.1), "skip_gain": (0.7, 0.1)}[name]
+    return np.asarray(mean + std * noise)
+
+
+def image(n: int, h: int, w: int) -> Tensor:
+    """The synthetic input batch (n, 3, h, w), float64."""
+    noise = np.random.RandomState(1234 + 7 * n + 31 * h + w).standard_normal((n, h, w, 3))
+    return torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous()
+
+
+def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The synthetic float64 parameters for a network of any variant, config and number of classes.
+
+    Args:
+        state_dict: Of the network; only names and shapes count.
+    """
+    tree = convert.timm_to_haiku(state_dict)
+    return convert.haiku_to_timm(
+        {
+            module: {name: fill(array.shape, module, name) for name, array in arrays.items()}
+            for module, arrays in tree.items()
+        }
+    )
+
+
+def golden_model(name: str, **kwargs: Any) -> nn.Module:
+    """The network with the synthetic parameters, in float64 and evaluation mode; arguments as `timm.create_model`'s."""
+    # without initialising what is overwritten
+    model = timm.create_model(name, device="meta", dtype=torch.float64, **kwargs).to_empty(device="cpu")
+    model.load_state_dict(golden_params(model.state_dict()))
+    return model.eval()
+
+
+def load_golden(file: str) -> dict[str, np.ndarray]:
+    """One of the shipped golden files, by its name without the ending."""
+    with (importlib.resources.files("timm_nf") / "golden" / f"{file}.npz").open("rb") as stream, np.load(stream) as npz:
+        return dict(npz)
+
+
+def relative_error(measured: Tensor, expected: Tensor | np.ndarray) -> float:
+    """Norm of the difference over the norm of what was expected, in float64."""
+    measured, expected = measured.double().cpu(), torch.as_tensor(expected).double().cpu()
+    return (torch.linalg.vector_norm(measured - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def _untracked(items: Iterable[_T], description: str) -> Iterable[_T]:
+    return items
+
+
+def run(
+    device: str = "cpu",
+    pretrained: bool = False,
+    image_file: str | Path | None = None,
+    imagenet_val: str | Path | None = None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
+) -> Iterator[Check]:
+    """Run all checks and yield their rows; a part that stops with an exception is a failed row.
+
+    Args:
+        device: Where to run, as torch names it.
+        pretrained: Also compare the authors' weights from the Hub with stock timm's network of the same weights.
+        image_file: A picture for that comparison instead of noise.
+        imagenet_val: A folder of ImageNet validation pictures in one folder per synset, to compare accuracies as well.
+        track: Shows progress: takes items (with a length) and a description, yields the items.
+    """
+    where = torch.device(device)
+    torch.empty(1, device=where)  # a device that is not there stops here, before any row
+    parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        (name, lambda name=name: _forward_checks(name, where)) for name in FORWARD
+    ]
+    parts += [("three clipped steps", lambda: _step_checks(where)), ("no waiting", lambda: _waiting_checks(where))]
+    if pretrained or imagenet_val is not None:
+        parts.append(("the authors' weights", lambda: _pretrained_checks(where, image_file, imagenet_val, track)))
+    for name, part in track(parts, f"verifying on {device}"):
+        try:
+            # Full float32 products on the GPUs that would otherwise round convolutions to TF32.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                yield from part()
+        except Exception as error:  # whatever it was, the other parts are still worth knowing
+            _logger.debug("%s stopped", name, exc_info=True)
+            reason = " ".join(str(error).split())
+            yield Check(f"{name}: stopped", f"{type(error).__name__}: {reason}"[:200], "no exception", False)
+
+
+def _at_most(name: str, measured: float, bound: float) -> Check:
+    return Check(name, f"{measured:.1e}", f"{bound:.0e}", measured <= bound)  # NaN fails
+
+
+def _not_checked(name: str, reason: str) -> Check:
+    return Check(name, reason, "", None)
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # MPS and some XPUs
+        return False
+    return True
+
+
+def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    features = model.forward_features(x)
+    return {"pool": model.forward_head(features, pre_logits=True), "logits": model.forward_head(features)}
+
+
+@torch.no_grad()
+def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
+    golden = load_golden(FORWARD[name])
+    model, x = golden_model(name), image(1, 64, 64)
+
+    def error(model: nn.Module, x: Tensor) -> float:
+        return max(relative_error(y, golden[key]) for key, y in _outputs(model, x).items())
+
+    if _has_float64(device):
+        model, x = model.to(device), x.to(device)
+        yield _at_most(f"{name}, float64, against the authors", error(model, x), 1e-11)
+    else:
+        yield _not_checked(f"{name}, float64, against the authors", f"{device.type} has no float64")
+    model, x = model.float().to(device), x.float().to(device)
+    yield _at_most(f"{name}, float32, against the authors", error(model, x), 1e-4)
+    reference = model(x)
+
+    label = f"{name}, bfloat16 autocast, against float32"
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, torch.bfloat16):
+            yield _at_most(label, relative_error(model(x), reference), 5e-2)
+    else:
+        yield _not_checked(label, f"{device.type} has no autocast")
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    yield _at_most(f"{name}, channels_last, against contiguous", relative_error(model(x), reference), 1e-5)
+
+
+def _step_checks(device: torch.device) -> Iterator[Check]:
+    golden = load_golden(STEPS)
+    # without float64, rounding in the deep layers' tiny gradients comes first
+    dtype, bound = (torch.float64, 1e-9) if _has_float64(device) else (torch.float32, 1e-2)
+    model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
+    x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
+    optimizer = create_optimizer_v2(
+        model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=0.01, clip_eps=1e-3
+    )
+    losses: list[Tensor] = []
+    measured: dict[str, np.ndarray] = {}
+    for step in range(3):
+        loss = F.cross_entropy(model(x), labels)
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            measured |= _facts("grad0", {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+    with torch.no_grad():
+        losses.append(F.cross_entropy(model(x), labels))
+    measured |= _facts("param3", model.state_dict())
+    kind = str(dtype).removeprefix("torch.")
+    yield _at_most(f"agcsgd, {kind}, losses", relative_error(torch.stack(losses), golden["losses"]), bound)
+    for prefix, what in (("grad0", "first gradient"), ("param3", "parameters after 3 steps")):
+        keys = [key for key in golden if key.startswith(f"{prefix}|")]
+        worst = max(relative_error(torch.from_numpy(measured[key]), golden[key]) for key in keys)
+        yield _at_most(f"agcsgd, {kind}, {what}", worst, bound)
+
+
+def _facts(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Norm and first three entries of every tensor, in the authors' names and layout, as the golden files keep them."""
+    facts = {}
+    for module, arrays in convert.timm_to_haiku(state_dict).items():
+        for name, array in arrays.items():
+            flat = array.astype(np.float64).ravel()
+            facts[f"{prefix}|{module}|{name}"] = np.r_[np.linalg.norm(flat), flat[:3]]
+    return facts
+
+
+class _CountReads(TorchDispatchMode):
+    """Counts the operations that hand a tensor's value to Python, and answers them with zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def _tiny_step(device: torch.device) -> torch.optim.Optimizer:
+    """An `agcsgd` whose step is ready to go: gradients are there and the momentum exists."""
+    model = timm.create_model("nfnet_f0", device=device, **_TINY)
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def _waiting_checks(device: torch.device) -> Iterator[Check]:
+    # No value exists on the meta device, and the code takes the path of accelerators: a read would be a wait there.
+    optimizer = _tiny_step(torch.device("meta"))
+    with _CountReads() as counter:
+        optimizer.step()
+    yield Check("agcsgd step, values read on the meta device", str(counter.reads), "0", counter.reads == 0)
+    label = "agcsgd step, waits for the device"
+    if device.type != "cuda":
+        yield _not_checked(label, f"only CUDA reports this, not {device.type}")
+        return
+    optimizer = _tiny_step(device)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        yield Check(label, " ".join(str(error).split())[:100], "none", False)
+    else:
+        yield Check(label, "none", "none", True)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@torch.no_grad()
+def _pretrained_checks(
+    device: torch.device,
+    image_file: str | Path | None,
+    imagenet_val: str | Path | None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Iterator[Check]:
+    ours, stock = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
+    data = resolve_model_data_config(ours, use_test_size=True)
+    if image_file is None:
+        what, x = "noise", image(1, *data["input_size"][1:]).float()
+    else:
+        what = Path(image_file).name
+        with Image.open(image_file) as picture:
+            x = create_transform(**data, is_training=False)(picture.convert("RGB"))[None]
+    x = x.to(device)
+    a, b = ours(x), stock(x)
+    # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
+    yield _at_most(f"{OURS} against timm's {STOCK}, {what}", relative_error(a, b), 3e-2)
+    top1 = f"{a.argmax().item()} and {b.argmax().item()}"
+    yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
+    if imagenet_val is None:
+        return
+    dataset = create_dataset(
+        "", root=str(imagenet_val), class_map={n: i for i, n in enumerate(ImageNetInfo().label_names())}
+    )
+    loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
+    hits, count = torch.zeros(2, dtype=torch.long, device=device), 0
+    for x, labels in track(loader, f"{len(dataset)} images"):
+        x, labels = x.to(device), labels.to(device)
+        hits += torch.stack([(model(x).argmax(1) == labels).sum() for model in (ours, stock)])
+        count += len(labels)
+    ours_top1, stock_top1 = (100 * hits / count).tolist()
+    yield Check(
+        f"top-1 of {count} images, ours and timm's",
+        f"{ours_top1:.2f} % and {stock_top1:.2f} %",
+        "within 0.5 %",
+        abs(ours_top1 - stock_top1) <= 0.5,
+    )
