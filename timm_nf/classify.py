@@ -14,8 +14,10 @@ from timm.data import (
     create_transform,
     get_img_extensions,
     infer_imagenet_subset,
+    resolve_data_config,
     resolve_model_data_config,
 )
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 
@@ -70,18 +72,23 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         ) from error
 
 
-def labels(model: nn.Module) -> list[str]:
+def preprocessing(name: str) -> dict[str, Any]:
+    """What timm does to a picture before it is evaluated with a registered name's weights."""
+    cfg = get_pretrained_cfg(name)
+    return resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
+
+
+def labels(model: Any) -> list[str]:
     """What to call the classes: by the weights' own labels, ImageNet's descriptions, or else their numbers."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    count: int = model.num_classes  # type: ignore[assignment]
     info: CustomDatasetInfo | ImageNetInfo
+    cfg: dict[str, Any] = model.pretrained_cfg
     if cfg.get("label_names"):
         info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
     elif subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)
     else:
-        return [f"class {i}" for i in range(count)]
-    return [info.index_to_description(i) for i in range(count)]
+        return [f"class {i}" for i in range(model.num_classes)]
+    return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
 @torch.inference_mode()

@@ -85,9 +85,7 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
 @app.command(epilog=_examples("info nfnet_f0", "info dm_nf_regnet_b4"))
 def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")]) -> None:
     """Show everything about one network: its row, sizes, weights, preprocessing, how to create it."""
-    from timm.data import resolve_data_config
-    from timm.models import get_pretrained_cfg
-
+    from .classify import preprocessing
     from .variants import VARIANTS
 
     bare = name.partition(".")[0]
@@ -96,8 +94,6 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
     row = VARIANTS[bare]
     params, macs = row.cfg.count(row.train_size)
     full_name = f"{bare}.dm_in1k" if row.hf_hub_id else bare
-    cfg = get_pretrained_cfg(full_name)
-    data = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
     weights = f"https://huggingface.co/{row.hf_hub_id}" if row.hf_hub_id else "none published"
     pretrained = ", pretrained=True" if row.hf_hub_id else ""
     _print_facts(
@@ -110,7 +106,7 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
             ("RandAugment", "not given" if row.rand_augment is None else f"4 layers of magnitude {row.rand_augment}"),
             ("weights", weights),
             *((f"config {field.name}", str(getattr(row.cfg, field.name))) for field in fields(row.cfg)),
-            *((f"data {key}", str(value)) for key, value in data.items()),
+            *((f"data {key}", str(value)) for key, value in preprocessing(full_name).items()),
             ("create it", f'import timm, timm_nf; timm.create_model("{full_name}"{pretrained})'),
         ]
     )

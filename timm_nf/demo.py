@@ -144,7 +144,7 @@ def run(
     pictures = [Path(out_dir) / "curves.png", Path(out_dir) / "predictions.png"]
     _draw_curves(facts, pictures[0])
     first = order[:held_out][:60]
-    _draw_predictions(pixels[first, 0], labels[first], logits[:60].argmax(1), pictures[1])
+    _draw_predictions(pixels[first, 0].numpy(), labels[first], logits[:60].argmax(1), pictures[1])
     facts.files = [*sorted(model_dir.iterdir()), *pictures]
     facts.seconds = time.perf_counter() - start
     return facts
@@ -176,7 +176,7 @@ def _train(
         },
         **CONFIG,
     )  # fmt: skip
-    clip = {"clip_factor": clip_factor} if optimizer_name.startswith("agc") else {}
+    clip: dict[str, Any] = {"clip_factor": clip_factor} if optimizer_name.startswith("agc") else {}
     optimizer = create_optimizer_v2(model, optimizer_name, lr=lr, momentum=0.9, weight_decay=2e-5, **clip)
     steps = len(y) // batch_size  # in an epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
@@ -258,10 +258,12 @@ def _draw_curves(facts: Facts, file: Path) -> None:
         left.plot(epochs, entry.losses, color=color, marker="o", markersize=3)
         right.plot(epochs, entry.accuracies, color=color, marker="o", markersize=3, label=label)
         if entry.diverged:
-            right.plot(epochs[-1], entry.accuracies[-1], color=color, marker="X", markersize=10)
+            right.plot(epochs[-1], entry.accuracies[-1], color=color, marker="x", markersize=8)
+            note = "loss no longer finite"
+            right.annotate(note, (epochs[-1], entry.accuracies[-1]), (8, -3), textcoords="offset points", color=color)
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(0, 100))
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="center right")
     for axes in (left, right):
         axes.set_xlim(0, facts.settings["epochs"] + 1)
         axes.spines[["top", "right"]].set_visible(False)
@@ -271,7 +273,7 @@ def _draw_curves(facts: Facts, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _draw_predictions(pixels: Tensor, labels: Tensor, predicted: Tensor, file: Path) -> None:
+def _draw_predictions(pixels: np.ndarray, labels: Tensor, predicted: Tensor, file: Path) -> None:
     from matplotlib.figure import Figure
 
     columns, errors = 12, int((labels != predicted).sum())

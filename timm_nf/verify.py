@@ -69,10 +69,14 @@ def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
     return np.asarray(mean + std * noise)
 
 
-def image(n: int, h: int, w: int) -> Tensor:
-    """The synthetic input batch (n, 3, h, w), float64."""
-    noise = np.random.RandomState(1234 + 7 * n + 31 * h + w).standard_normal((n, h, w, 3))
-    return torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous()
+def image(n: int, h: int, w: int) -> np.ndarray:
+    """The synthetic input batch in the authors' layout, (n, h, w, 3), float64."""
+    return np.random.RandomState(1234 + 7 * n + 31 * h + w).standard_normal((n, h, w, 3))
+
+
+def to_nchw(images: np.ndarray) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W), contiguous."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +169,7 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
     features = model.forward_features(x)
     return {"pool": model.forward_head(features, pre_logits=True), "logits": model.forward_head(features)}
 
@@ -173,7 +177,7 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
     golden = load_golden(FORWARD[name])
-    model, x = golden_model(name), image(1, 64, 64)
+    model, x = golden_model(name), to_nchw(image(1, 64, 64))
 
     def error(model: nn.Module, x: Tensor) -> float:
         return max(relative_error(y, golden[key]) for key, y in _outputs(model, x).items())
@@ -202,7 +206,7 @@ def _step_checks(device: torch.device) -> Iterator[Check]:
     # without float64, rounding in the deep layers' tiny gradients comes first
     dtype, bound = (torch.float64, 1e-9) if _has_float64(device) else (torch.float32, 1e-2)
     model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
-    x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
+    x, labels = to_nchw(image(2, 32, 32)).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
     optimizer = create_optimizer_v2(
         model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=0.01, clip_eps=1e-3
     )
@@ -251,27 +255,28 @@ class _CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tiny_step(device: torch.device) -> torch.optim.Optimizer:
-    """An `agcsgd` whose step is ready to go: gradients are there and the momentum exists."""
+def _tiny_optimizer(device: torch.device) -> torch.optim.Optimizer:
+    """An `agcsgd` with gradients, ready to step."""
     model = timm.create_model("nfnet_f0", device=device, **_TINY)
     optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
     return optimizer
 
 
 def _waiting_checks(device: torch.device) -> Iterator[Check]:
     # No value exists on the meta device, and the code takes the path of accelerators: a read would be a wait there.
-    optimizer = _tiny_step(torch.device("meta"))
+    optimizer = _tiny_optimizer(torch.device("meta"))
     with _CountReads() as counter:
+        optimizer.step()  # the first, which makes the momentum
         optimizer.step()
-    yield Check("agcsgd step, values read on the meta device", str(counter.reads), "0", counter.reads == 0)
+    yield Check("agcsgd, values read in two steps on the meta device", str(counter.reads), "0", counter.reads == 0)
     label = "agcsgd step, waits for the device"
     if device.type != "cuda":
         yield _not_checked(label, f"only CUDA reports this, not {device.type}")
         return
-    optimizer = _tiny_step(device)
+    optimizer = _tiny_optimizer(device)
+    optimizer.step()  # the libraries' own first calls may wait
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -294,11 +299,12 @@ def _pretrained_checks(
     ours, stock = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
     data = resolve_model_data_config(ours, use_test_size=True)
     if image_file is None:
-        what, x = "noise", image(1, *data["input_size"][1:]).float()
+        what, x = "noise", to_nchw(image(1, *data["input_size"][1:])).float()
     else:
         what = Path(image_file).name
+        transform: Any = create_transform(**data, is_training=False)
         with Image.open(image_file) as picture:
-            x = create_transform(**data, is_training=False)(picture.convert("RGB"))[None]
+            x = transform(picture.convert("RGB"))[None]
     x = x.to(device)
     a, b = ours(x), stock(x)
     # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
@@ -307,9 +313,9 @@ def _pretrained_checks(
     yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
-    dataset = create_dataset(
-        "", root=str(imagenet_val), class_map={n: i for i, n in enumerate(ImageNetInfo().label_names())}
-    )
+    # by the folders' names, so that a part of the classes is counted right as well
+    synsets: list[str] = ImageNetInfo().label_names()
+    dataset: Any = create_dataset("", root=str(imagenet_val), class_map={name: i for i, name in enumerate(synsets)})
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
     hits, count = torch.zeros(2, dtype=torch.long, device=device), 0
     for x, labels in track(loader, f"{len(dataset)} images"):
