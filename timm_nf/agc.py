@@ -10,8 +10,10 @@ Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import compress
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 _DIV_EPS = 1e-6
 
 # A gradient that was just read for its norm is still in the CPU's last-level cache when it is scaled, if no more than
-# this was read in between. NFNet-F0 on two cores with 32 MiB of it: 30 to 32 ms for 8 or 16 MiB, 35 ms without a limit;
-# less than that only adds operations.
+# this was read in between. NFNet-F0 on two cores with 32 MiB of it: 30 to 32 ms with 8 or 16 MiB, 35 ms without
+# a limit; less than that only adds operations.
 _CPU_CHUNK_BYTES = 16 * 2**20
 
 _GAINS = ("gain", "skipinit_gain")
@@ -133,23 +135,25 @@ def _clip_chunk_(parameters: list[Tensor], clip_factor: float, eps: float, norm_
     limit = _unit_norms(parameters, norm_type).clamp_(min=eps).mul_(clip_factor)
     norm = _unit_norms(grads, norm_type)
     mask = (norm > limit) & (norm < math.inf)  # the first comparison is already false for NaN
-    if norm.device.type == "cpu" and not mask.any():  # reading a value is free here, writing the gradients is not
-        return mask
     scale = torch.where(mask, limit / norm.clamp_(min=_DIV_EPS), 1.0)
-    if _is_single_unit(parameters[0]):
-        scales = scale.unbind()
-    else:
-        rows = scale.split([len(g) for g in grads])
-        scales = [row.view(-1, *[1] * (g.ndim - 1)) for row, g in zip(rows, grads, strict=True)]
-    torch._foreach_mul_(grads, scales)
+    single = _is_single_unit(parameters[0])
+    sizes = [1 if single else len(g) for g in grads]
+    scales = list(scale.unbind() if single else scale.split_with_sizes(sizes))
+    if scale.device.type == "cpu":  # where reading a value is free, and writing a gradient that stays the same is not
+        hit = np.logical_or.reduceat(mask.numpy(), np.cumsum([0, *sizes[:-1]]))
+        grads, scales = list(compress(grads, hit)), list(compress(scales, hit))
+    if not single:
+        scales = [rows.view(-1, *[1] * (g.ndim - 1)) for rows, g in zip(scales, grads, strict=True)]
+    if grads:
+        torch._foreach_mul_(grads, scales)  # pyright: ignore
     return mask
 
 
 def _unit_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     """Norms of all units of tensors that share device, dtype and kind of unit, one after the other: (units,)."""
-    if _is_single_unit(tensors[0]):
-        return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=_norm_dtype(tensors[0])))
     dtype = _norm_dtype(tensors[0])
+    if _is_single_unit(tensors[0]):
+        return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
     return torch.cat(
         [torch.linalg.vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors]
     )
@@ -182,10 +186,10 @@ def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
     model = innermost(model)
     named = _named_classifier(model)
     get_classifier = getattr(model, "get_classifier", None)
-    found = get_classifier() if callable(get_classifier) else named
+    found: Any = get_classifier() if callable(get_classifier) else named
     last_layers = {id(p) for module in named for p in module.parameters()}
     weights: list[nn.Parameter] = []
-    for head in found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]:
+    for head in cast(Iterable[Any], found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]:
         inside = head.named_parameters() if isinstance(head, nn.Module) else ()
         inside = [p for name, p in inside if _last_piece(name) == "weight" and p.ndim >= 2]
         weights += [p for p in inside if id(p) in last_layers] or inside

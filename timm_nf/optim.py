@@ -38,7 +38,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         base_step = super().step
         if getattr(base_step, "hooked", False):
             # torch wraps `step` once per class to run the hooks; ours is wrapped already, so theirs must not run too.
-            base_step = functools.partial(base_step.__wrapped__, self)
+            base_step = functools.partial(base_step.__wrapped__, self)  # type: ignore[attr-defined]
         if closure is None:
             self._clip_gradients()
             return base_step(None, *args, **kwargs)
@@ -92,7 +92,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
         Only the ids in `params` tie a state dict's groups to its state, so the state itself can stay as it is.
         """
-        layout = list(getattr(self, "_bare_layout", ()))
+        layout: list[list[Tensor]] = list(getattr(self, "_bare_layout", []))
         placed = {p for parameters in layout for p in parameters}
         layout += [group["params"] for group in self.param_groups if placed.isdisjoint(group["params"])]
         if [len(group["params"]) for group in saved] != [len(parameters) for parameters in layout]:
@@ -184,7 +184,7 @@ def register() -> None:
         if not name.startswith(_PREFIX) and not isinstance(info.opt_class, str):
             registry._optimizers[_PREFIX + name] = registry.get_optimizer_info(_PREFIX + name)
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
-        module.adaptive_clip_grad = agc.adaptive_clip_grad_
+        vars(module)["adaptive_clip_grad"] = agc.adaptive_clip_grad_
 
 
 def _wrap(registry: factory.OptimizerRegistry, method: str, wrapper: Callable[..., Any]) -> None:
