@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ def fails(*argv, capsys):
 
 
 def test_the_tests_know_every_command():
-    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+    assert {command.name or getattr(command.callback, "__name__", None) for command in app.registered_commands} == set(
+        COMMANDS
+    )
 
 
 def test_bare_command_prints_help(capsys):
@@ -88,7 +91,7 @@ def convolutions_and_linear_layers(model, size):
     ],
 )
 def test_counts_are_those_of_the_network_that_is_built(name, size, kwargs):
-    model = timm.create_model(name, device="meta", **kwargs)
+    model: Any = timm.create_model(name, device="meta", **kwargs)
     params, macs = model.cfg.count(size, model.in_chans, model.num_classes)
     assert params == sum(p.numel() for p in model.parameters())
     assert macs == convolutions_and_linear_layers(model, size)
@@ -194,10 +197,10 @@ def test_classify_without_a_network_says_so(local_model, monkeypatch, capsys):
 
 
 def test_checkpoint_loads_a_file_of_weights(local_model, tmp_path):
-    model = timm.create_model("dm_nf_regnet_b0")
+    model: Any = timm.create_model("dm_nf_regnet_b0")
     nn.init.constant_(model.head.fc.bias, 0.5)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
-    loaded = timm_nf.classify.load_model("dm_nf_regnet_b0", tmp_path / "model.safetensors")
+    loaded: Any = timm_nf.classify.load_model("dm_nf_regnet_b0", tmp_path / "model.safetensors")
     assert not loaded.training
     assert (loaded.head.fc.bias == 0.5).all()
     assert timm_nf.classify.labels(loaded)[1].startswith("goldfish")

@@ -116,7 +116,7 @@ def test_everything_passes_here():
 def hub(monkeypatch):
     """timm with synthetic weights instead of the authors', in a narrow network of ours and in stock timm's."""
     create_model = timm.create_model
-    narrow = {"channels": (32, 64, 96, 96), "group_size": 16, "stem_chs": 16, "num_features": 192}
+    narrow = {"channels": (32, 64, 96, 96), "group_size": 16, "stem_chs": 128, "num_features": 192}
 
     def create(name, pretrained=False, **kwargs):
         assert pretrained

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .env import machine
 
 NETWORK = "dm_nf_resnet50"
-CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16}
+CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_layer": "silu"}
 OPTIMIZERS = ("sgd", "agcsgd")
 HELD_OUT = 0.2
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
