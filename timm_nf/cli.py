@@ -231,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         logging.basicConfig()
         logging.getLogger("timm_nf").setLevel(logging.DEBUG)
+    else:  # it announces every retry of a download; what became of it is ours to say, in one line
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     command: Callable[..., Any] = app
     try:
         code = command(arguments or ["--help"], prog_name="timm-nf", standalone_mode=False)

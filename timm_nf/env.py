@@ -38,7 +38,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"  # run from a source folder
+        return "from a source folder" if package == "timm_nf" else "not installed"
 
 
 def _processor() -> str:
