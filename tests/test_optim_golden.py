@@ -66,7 +66,7 @@ def test_golden_three_steps_equal_the_authors_optimizer(stem):
     optimizer = timm.optim.create_optimizer_v2(
         model, "agcsgd", lr=lr, weight_decay=2e-5, momentum=0.9, clip_factor=0.01, clip_eps=1e-3
     )
-    x = torch.from_numpy(np.ascontiguousarray(image(n, h, w).transpose(0, 3, 1, 2)))
+    x = image(n, h, w)
     labels = torch.arange(n) * 3 % 10
     losses = []
     for step in range(3):

@@ -1,5 +1,23 @@
-"""Normalizer-free networks, exactly as in the papers, for timm."""
+"""Normalizer-free networks and adaptive gradient clipping, exactly as in the papers, for timm.
 
-from . import convert, nfnets, optim
+Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping optimizers with timm's factory
+(`agcsgd`, ...), and the clipping function behind timm's `--clip-mode agc`.
+"""
+
+from . import convert, diagnostics, nfnets, optim
+from .agc import adaptive_clip_grad_, param_groups_agc, unitwise_norm
+from .standardize import standardize_weight
+
+__version__ = "0.1.0"
+__all__ = [
+    "adaptive_clip_grad_",
+    "convert",
+    "diagnostics",
+    "nfnets",
+    "optim",
+    "param_groups_agc",
+    "standardize_weight",
+    "unitwise_norm",
+]
 
 optim.register()

@@ -8,7 +8,7 @@ Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import compress
 from typing import Any, cast
@@ -26,6 +26,7 @@ _DIV_EPS = 1e-6
 # a limit; less than that only adds operations.
 _CPU_CHUNK_BYTES = 16 * 2**20
 
+_vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
 
 
@@ -44,7 +45,7 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0) -> Tensor:
     single = _is_single_unit(x)
     if not x.numel():  # torch has no infinity norm of nothing
         return x.new_zeros(() if single else (x.shape[0],) + (1,) * (x.ndim - 1), dtype=_norm_dtype(x))
-    return torch.linalg.vector_norm(
+    return _vector_norm(
         x, norm_type, dim=None if single else tuple(range(1, x.ndim)), keepdim=not single, dtype=_norm_dtype(x)
     )
 
@@ -154,9 +155,7 @@ def _unit_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     dtype = _norm_dtype(tensors[0])
     if _is_single_unit(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
-    return torch.cat(
-        [torch.linalg.vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors]
-    )
+    return torch.cat([_vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors])
 
 
 def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -268,7 +267,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 def _named_classifier(model: nn.Module) -> list[nn.Module]:
     config = getattr(model, "pretrained_cfg", None)
     names = cast(dict[str, Any], config).get("classifier") if isinstance(config, dict) else None
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())}
     return [modules[name] for name in ([names] if isinstance(names, str) else names or ()) if name in modules]
 
 

@@ -98,17 +98,17 @@ class NormFreeBlock(nn.Module):
         # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
         self.skipinit_gain = nn.Parameter(torch.zeros(1, **dd))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = f"{prefix}skipinit_gain"
         if key in state_dict and state_dict[key].ndim == 0:  # as timm saves it; this dict is a copy of the caller's
             state_dict[key] = state_dict[key].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act1(x)
         shortcut = x if self.downsample is None else self.downsample(out)
         out = self.conv2(self.act2(self.conv1(out)))
-        if self.conv2b is not None:
+        if self.act2b is not None and self.conv2b is not None:
             out = self.conv2b(self.act2b(out))
         if self.attn is not None:
             out = out * (2 * self.attn(out))

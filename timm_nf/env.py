@@ -6,12 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-_PACKAGES = ("torch", "timm", "timm_nf", "huggingface_hub", "safetensors", "numpy")
+from . import __version__
+
+_PACKAGES = ("torch", "timm", "huggingface_hub", "safetensors", "numpy")
 
 
 def environment() -> dict[str, str]:
     """Versions, processor, threads, devices and what autocast does on them, in words."""
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
+    rows["timm_nf"] = __version__
     rows |= {name: _version(name) for name in _PACKAGES}
     rows["processor"] = f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     rows["threads"] = f"{torch.get_num_threads()} in an operation, {torch.get_num_interop_threads()} between operations"
@@ -29,7 +32,7 @@ def environment() -> dict[str, str]:
 def machine() -> str:
     """One line for captions: versions, processor and threads."""
     return (
-        f"timm_nf {_version('timm_nf')}, torch {_version('torch')}, timm {_version('timm')}, "
+        f"timm_nf {__version__}, torch {_version('torch')}, timm {_version('timm')}, "
         f"{_processor()}, {torch.get_num_threads()} threads"
     )
 
@@ -38,7 +41,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "from a source folder" if package == "timm_nf" else "not installed"
+        return "not installed"
 
 
 def _processor() -> str:

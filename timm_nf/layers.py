@@ -1,7 +1,7 @@
 """Layers of the normalizer-free networks, each equal to the authors' JAX layer to rounding.
 
-timm has layers of the same names. These exist because timm's weight standardisation adds its epsilon to the variance
-where the authors take a maximum, its gelu is not the tanh form, and its stochastic depth rescales survivors.
+timm has layers of the same names. These exist because timm's gelu is not the tanh form, its squeeze-excite multiplies
+activations by constants, and its stochastic depth rescales survivors.
 
 Shapes: N batch, C channels, H W height and width; O I K a convolution's output channels, input channels per group and
 kernel size. Sources: arXiv:2101.08692, arXiv:2102.06171 and deepmind-research nfnets/base.py at f5de0ede.
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
-_STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
-_MAX_MEAN_TO_STD = 4.0  # group_norm computes w * a + b: a row whose mean is larger than this loses more than 2 bits
+from .standardize import standardize_weight
+
+torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -24,9 +24,8 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(
-        x, threshold=40
-    )  # torch's threshold of 20 is off by 2e-9, at 40 the two forms are equal in float64
+    # above torch's default threshold of 20 the linear form is off by 2e-9, above 40 by less than float64 resolves
+    return F.softplus(x, threshold=40)
 
 
 # name -> (function, gamma): gamma = 1 / std(act(z)), z ~ N(0, 1), the values of nfnets/base.py as they stand there.
@@ -91,122 +90,6 @@ class Activation(nn.Module):
         return self.name if self.gain == 1.0 else f"{self.name}, gain={self.gain:.4f}"
 
 
-def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula in plain tensor operations: four kernels over the weight, one temporary of its size."""
-    rows = weight.flatten(1)
-    # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
-    rows = rows - rows.mean(1, keepdim=True)
-    var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-    scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
-    return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
-
-
-def _standardize_vjp(grad: Tensor, weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of `_standardize` as an expression that can be differentiated again."""
-    rows, grad = weight.flatten(1), grad.flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    rows = rows - rows.mean(1, keepdim=True)
-    norm2 = rows.square().sum(1, keepdim=True)  # N * variance
-    inverse = norm2.clamp(min=eps).rsqrt()
-    unit = rows * inverse
-    along = (grad * unit).sum(1, keepdim=True)  # under the floor the scale is a constant and nothing is projected out
-    inner = grad - grad.mean(1, keepdim=True) - torch.where(norm2 >= eps, along, torch.zeros_like(along)) * unit
-    return (inner * (gain.view(-1, 1) * inverse)).view_as(weight), along.view_as(gain)
-
-
-class _StandardizeOnCPU(torch.autograd.Function):
-    """`_standardize` through the group_norm kernels: one fused pass forward, one backward.
-
-    group_norm divides by sqrt(var + eps), not by sqrt(max(N * var, eps)): the two agree unless a row lies under the
-    floor. Weights with such a row, or with a row whose mean dwarfs its spread, go through `_standardize`, as does a
-    backward pass that is itself differentiated. Looking at the statistics costs nothing on a CPU.
-    """
-
-    @staticmethod
-    def forward(weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        out_chs, fan_in = weight.shape[0], weight[0].numel()
-        # eps 1e-38 is lost in any variance above 1e-30 and keeps a constant row from dividing by zero
-        out, mean, rstd = torch.native_group_norm(
-            weight.reshape(1, out_chs, fan_in),
-            gain.reshape(-1) * fan_in**-0.5,
-            None,
-            1,
-            out_chs,
-            fan_in,
-            out_chs,
-            1e-38,
-        )
-        if bool(((rstd > (fan_in / eps) ** 0.5) | (mean.abs() * rstd > _MAX_MEAN_TO_STD)).any()):
-            out, rstd = _standardize(weight, gain, eps), torch.zeros_like(rstd)  # 0 tells backward
-        return out.view_as(weight), mean.view(-1), rstd.view(-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        weight, gain, ctx.eps = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(weight, gain, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, gain, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled() or not rstd[0]:
-            return *_standardize_vjp(grad, weight, gain, ctx.eps), None
-        out_chs, fan_in = weight.shape[0], weight[0].numel()
-        rows = (1, out_chs, fan_in)
-        grad_weight, grad_scale, _ = torch.ops.aten.native_group_norm_backward(
-            grad.reshape(rows), weight.reshape(rows), mean.view(1, -1), rstd.view(1, -1),
-            gain.reshape(-1) * fan_in**-0.5, 1, out_chs, fan_in, out_chs, [True, True, False],
-        )  # fmt: skip
-        return grad_weight.view_as(weight), (grad_scale * fan_in**-0.5).view_as(gain), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, weight: Tensor, gain: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tuple]:
-        """Rows are independent, so a batch of weights is one weight with more rows."""
-        batch = [
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip((weight, gain), in_dims, strict=False)
-        ]
-        outputs = _StandardizeOnCPU.apply(*(x.flatten(0, 1) for x in batch), eps)
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
-
-
-def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS) -> Tensor:
-    """Weight with zero mean and norm `gain` over the fan-in of every output channel.
-
-    `w_hat = (w - mean(w)) * gain / sqrt(max(N * var(w), eps))` with N = I * K * K and the population variance.
-    Statistics are computed in at least float32, whatever the weight's dtype and whether autocast is on.
-
-    Args:
-        weight: (O, I, K, K), say (256, 128, 3, 3).
-        gain: (O, 1, 1, 1), say (256, 1, 1, 1).
-        eps: Floor on N * var, below which the scale is constant.
-
-    Returns:
-        (O, I, K, K), in the weight's dtype and on its device.
-
-    Raises:
-        ValueError: if there is not exactly one gain for every output channel.
-
-    Source: arXiv:2101.08692, section 4.3; nfnets/base.py, WSConv2D.standardize_weight.
-    """
-    if gain.numel() != weight.shape[0]:
-        raise ValueError(
-            f"expected one gain for each of the {weight.shape[0]} output channels of a weight of shape "
-            f"{tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
-        )
-    if (dtype := torch.promote_types(torch.promote_types(weight.dtype, gain.dtype), torch.float32)) != weight.dtype:
-        return standardize_weight(weight.to(dtype), gain, eps).to(weight.dtype)
-    # Fake, distributed and compiled tensors have no values to look at.
-    eager = type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    if eager and weight.device.type == "cpu":
-        return _StandardizeOnCPU.apply(weight, gain.to(dtype), eps)[0]
-    return _standardize(weight, gain.to(dtype), eps)
-
-
-torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it
-register_notrace_function(standardize_weight)  # and so does timm's feature extractor
-
-
 def _same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     """Zeros before and after one axis under TensorFlow's SAME rule, for a kernel at least as large as its stride."""
     # (ceil(size / stride) - 1) * stride + kernel_size - size, in operations that a traced size has too
@@ -224,7 +107,6 @@ class SameConv2d(nn.Conv2d):
         stride: Of both axes; 1 if `dilation` is above 1.
         dilation: Of both axes.
         groups: Divides both channel counts.
-        bias: Whether there is a bias (O,).
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -240,7 +122,6 @@ class SameConv2d(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
-        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -253,19 +134,19 @@ class SameConv2d(nn.Conv2d):
         self.same_pad = stride > 1 and kernel_size > 1
         padding = 0 if self.same_pad else (kernel_size - 1) * dilation // 2
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, device=device, dtype=dtype
         )
 
     def effective_weight(self) -> Tensor:
         """(O, I, K, K), what the input is convolved with."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.same_pad:
-            top, bottom = _same_padding(x.shape[-2], self.kernel_size[0], self.stride[0])
-            left, right = _same_padding(x.shape[-1], self.kernel_size[1], self.stride[1])
-            x = F.pad(x, (left, right, top, bottom))
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+            top, bottom = _same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
+            left, right = _same_padding(input.shape[-1], self.kernel_size[1], self.stride[1])
+            input = F.pad(input, (left, right, top, bottom))
+        return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
 class ScaledStdConv2d(SameConv2d):
@@ -305,13 +186,17 @@ class ScaledStdConv2d(SameConv2d):
     def reset_parameters(self) -> None:
         """Normal weight of variance 1 / fan-in, gain 1, bias 0, as the authors initialise it."""
         nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
         if hasattr(self, "gain"):  # nn.Conv2d's constructor calls this before there is one
             nn.init.ones_(self.gain)
 
     def effective_weight(self) -> Tensor:
         """(O, I, K, K): the standardised weight with gain and scale in it."""
-        return standardize_weight(self.weight, self.gain if self.scale == 1.0 else self.gain * self.scale)
+        gain = self.gain
+        if self.scale != 1.0:  # in float32 for a half-precision gain, or it would be rounded once more
+            gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.scale
+        return standardize_weight(self.weight, gain)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.4f}"
@@ -363,6 +248,7 @@ class SqueezeExcite(nn.Module):
         for fc in (self.fc1, self.fc2):  # haiku's default for a linear layer
             std = fc.in_channels**-0.5
             nn.init.trunc_normal_(fc.weight, std=std, a=-2 * std, b=2 * std)
+            assert fc.bias is not None
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -388,7 +274,7 @@ class StochasticDepth(nn.Module):
         """Coefficient of the branch, broadcastable to (N, C, 1, 1), with zeros for the dropped examples of `x`."""
         if not self.training:
             return coefficient
-        return coefficient * (torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.rate)
+        return coefficient * (torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -22,7 +22,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .blocks import NormFreeBlock, make_stem
-from .layers import Activation, SameConv2d, ScaledStdConv2d, activation_gain, standardize_weight
+from .layers import Activation, SameConv2d, ScaledStdConv2d, activation_gain
+from .standardize import destandardize_weight, standardize_weight
 from .variants import VARIANTS, NfCfg, Variant
 
 __all__ = ["VARIANTS", "NfCfg", "NormFreeNet", "Variant"]  # timm's registry adds the entrypoints
@@ -133,7 +134,7 @@ class NormFreeNet(nn.Module):
             nn.init.normal_(self.head.fc.weight, std=0.0 if self.cfg.zero_init_fc else 0.01)
             nn.init.zeros_(self.head.fc.bias)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Here, as timm loads with strict=False whenever num_classes or the stem differ.
         start = f"{prefix}stages."
         blocks = {k[: len(start)] + ".".join(k[len(start) :].split(".")[:2]) for k in state_dict if k.startswith(start)}
@@ -144,10 +145,13 @@ class NormFreeNet(nn.Module):
                 "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
                 "or create it in a process that does not import timm_nf, and load the file there."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups for layer-wise learning rate decay: the stem, every block (or stage), the final conv."""
+        """The groups of layer-wise learning rate decay: the stem, every block (or stage), the head.
+
+        The final convolution belongs to the last block: (99999,) is timm's mark for the group before.
+        """
         block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(block, None), (r"^final_conv", (99999,))]}
 
@@ -206,7 +210,8 @@ class NormFreeNet(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         intermediates = []
-        for index, module in enumerate(self.stem):
+        stem = self.stem[: self.stem_feature_index + 1] if stop_early and last == 0 else self.stem
+        for index, module in enumerate(stem):
             x = module(x)
             if index == self.stem_feature_index and 0 in take:
                 intermediates.append(x)
@@ -261,7 +266,7 @@ class NormFreeNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A pretrained state dict with its stem converted to the model's number of input channels.
 
     timm converts the raw weight, which standardisation then rescales. Here the effective weight is converted, summed
@@ -271,27 +276,29 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Args:
         state_dict: Of a network with any number of input channels; not changed.
-        model: The network it is for.
+        model: The network it is for. Where the stem is converted, timm is told to leave it alone, through its traits.
 
     Returns:
-        The state dict for `model`.
+        A state dict for `model`.
     """
-    name = "stem.conv1" if f"{'stem.conv1'}.weight" in state_dict else "stem.conv"
+    name = "stem.conv1" if "stem.conv1.weight" in state_dict else "stem.conv"
     weight, gain = state_dict.get(f"{name}.weight"), state_dict.get(f"{name}.gain")
+    state_dict = dict(state_dict)  # timm takes the classifier out of what this returns
     if weight is None or weight.shape[1] == model.in_chans:
         return state_dict
-    if gain is not None:
-        weight = standardize_weight(weight.double(), gain.double())
+    converted = weight.double() if gain is None else standardize_weight(weight.double(), gain.double())
     old, new = weight.shape[1], model.in_chans
-    weight = weight.sum(1, keepdim=True) if new == 1 else weight.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
-    converted = {f"{name}.weight": weight}
-    if gain is not None:  # with gain = sqrt(max(N * var, eps)), standardising is the identity
-        weight = weight - weight.mean((1, 2, 3), keepdim=True)
-        norm2 = weight.square().sum((1, 2, 3), keepdim=True)
-        converted = {f"{name}.weight": weight, f"{name}.gain": norm2.clamp(min=1e-4).sqrt()}
-    # timm would convert the stem once more, or warn that it need not
-    model._traits = {**getattr(model, "_traits", {}), "first_conv": None}
-    return {**state_dict, **{k: v.to(state_dict[k].dtype) for k, v in converted.items()}}
+    if new == 1:
+        converted = converted.sum(1, keepdim=True)
+    else:
+        converted = converted.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
+    if gain is not None:
+        converted, new_gain = destandardize_weight(converted)
+        state_dict[f"{name}.gain"] = new_gain.to(gain.dtype)
+    state_dict[f"{name}.weight"] = converted.to(weight.dtype)
+    # Otherwise timm would convert the stem once more, or warn that it need not; the entrypoint restores the name.
+    model._traits = {**model._traits, "first_conv": None}
+    return state_dict
 
 
 def _default_cfg(variant: Variant) -> dict[str, Any]:
@@ -321,7 +328,7 @@ default_cfgs = generate_default_cfgs(
 
 def _entrypoint(name: str) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             NormFreeNet,
             name,
             pretrained,
@@ -330,6 +337,8 @@ def _entrypoint(name: str) -> Any:
             pretrained_filter_fn=checkpoint_filter_fn,
             **kwargs,
         )
+        model._traits["first_conv"] = model.pretrained_cfg.get("first_conv")
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}`, see `VARIANTS`. Keywords are those of `NormFreeNet` and of timm's model builder."

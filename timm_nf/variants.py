@@ -24,10 +24,11 @@ class NfCfg:
         num_features: Output channels of the final convolution, before `width_factor`; 0 for no such convolution. By
             default twice the last stage, or 1280 / 440 of it if `reg`.
         group_size: Channels per group of the 3x3 convolutions, to a multiple of which the bottleneck is rounded down;
-            None for no groups.
+            None or 0 for no groups.
         bottle_ratio: Width of a bottleneck over its block's output, or over its input if `reg`.
         width_factor: Factor on all widths, which are truncated, not rounded.
-        attn_layer: `se` for squeeze-excite or None. It stands at the end of the branch, or after the 3x3 if `reg`.
+        attn_layer: `se` for squeeze-excite, at the end of the branch, or after the 3x3 if `reg`. None for none; through
+            `create_model`, which drops keywords that are None, an empty string.
         attn_kwargs: Arguments of squeeze-excite, `rd_ratio`.
         reg: Blocks as in NF-RegNet; the first one of all has a bottle ratio of 1.
         extra_conv: A second 3x3 convolution in the branch.
@@ -57,10 +58,18 @@ class NfCfg:
         stems = ("deep_quad", "3x3", "7x7_pool")
         if self.stem_type not in stems:
             raise ValueError(f"stem_type must be one of {', '.join(stems)}, got {self.stem_type!r}")
-        if self.attn_layer not in ("se", None):
-            raise ValueError(f"attn_layer must be 'se' or None, got {self.attn_layer!r}")
-        if not self.depths or len(self.depths) != len(self.channels):
-            raise ValueError(f"expected as many depths as channels, got {self.depths} and {self.channels}")
+        if self.attn_layer not in ("se", "", None):
+            raise ValueError(f"attn_layer must be 'se', or '' or None for none, got {self.attn_layer!r}")
+        if not self.depths or len(self.depths) != len(self.channels) or min(self.depths) < 1:
+            raise ValueError(
+                f"expected as many depths as channels, each at least 1, got depths {self.depths} and channels "
+                f"{self.channels}"
+            )
+        if min(*self.stage_chs(), self.stem_out_chs()) < 1:
+            raise ValueError(
+                f"expected widths of at least 1, got {self.stem_out_chs()} channels after the stem and "
+                f"{self.stage_chs()} after the stages; enlarge channels, stem_chs or width_factor"
+            )
 
     def stage_chs(self) -> list[int]:
         """Output channels of the stages."""
@@ -84,15 +93,13 @@ class NfCfg:
     def bottleneck(self, in_chs: int, out_chs: int, first: bool) -> tuple[int, int]:
         """Width and number of groups of a block's bottleneck; `first` is the first block of the network."""
         chs = int(in_chs * (1 if first else self.bottle_ratio)) if self.reg else int(out_chs * self.bottle_ratio)
-        if not self.group_size:
-            return chs, 1
-        groups = chs // self.group_size
-        if groups == 0:
+        groups = chs // (self.group_size or 1)
+        if groups < 1:
             raise ValueError(
-                f"group_size {self.group_size} exceeds a bottleneck of {chs} channels "
-                f"(channels {self.channels}, bottle_ratio {self.bottle_ratio}); choose a group_size up to {chs}"
+                f"expected a bottleneck of at least one group, got {chs} channels for group_size {self.group_size} "
+                f"(channels {self.channels}, bottle_ratio {self.bottle_ratio}); choose smaller groups or a larger ratio"
             )
-        return groups * self.group_size, groups
+        return (groups * self.group_size, groups) if self.group_size else (chs, 1)
 
     def count(self, size: int, in_chans: int = 3, num_classes: int = 1000) -> tuple[int, int]:
         """Parameters, and multiply-adds of all convolutions and linear layers for one image of `size` x `size`.

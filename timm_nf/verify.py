@@ -69,14 +69,10 @@ def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
     return np.asarray(mean + std * noise)
 
 
-def image(n: int, h: int, w: int) -> np.ndarray:
-    """The synthetic input batch in the authors' layout, (n, h, w, 3), float64."""
-    return np.random.RandomState(1234 + 7 * n + 31 * h + w).standard_normal((n, h, w, 3))
-
-
-def to_nchw(images: np.ndarray) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W), contiguous."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+def image(n: int, h: int, w: int) -> Tensor:
+    """The synthetic input batch (n, 3, h, w), float64."""
+    noise = np.random.RandomState(1234 + 7 * n + 31 * h + w).standard_normal((n, h, w, 3))
+    return torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous()
 
 
 def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +173,7 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
     golden = load_golden(FORWARD[name])
-    model, x = golden_model(name), to_nchw(image(1, 64, 64))
+    model, x = golden_model(name), image(1, 64, 64)
 
     def error(model: nn.Module, x: Tensor) -> float:
         return max(relative_error(y, golden[key]) for key, y in _outputs(model, x).items())
@@ -206,7 +202,7 @@ def _step_checks(device: torch.device) -> Iterator[Check]:
     # without float64, rounding in the deep layers' tiny gradients comes first
     dtype, bound = (torch.float64, 1e-9) if _has_float64(device) else (torch.float32, 1e-2)
     model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
-    x, labels = to_nchw(image(2, 32, 32)).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
+    x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
     optimizer = create_optimizer_v2(
         model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=0.01, clip_eps=1e-3
     )
@@ -299,7 +295,7 @@ def _pretrained_checks(
     ours, stock = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
     data = resolve_model_data_config(ours, use_test_size=True)
     if image_file is None:
-        what, x = "noise", to_nchw(image(1, *data["input_size"][1:])).float()
+        what, x = "noise", image(1, *data["input_size"][1:]).float()
     else:
         what = Path(image_file).name
         transform: Any = create_transform(**data, is_training=False)

@@ -1,0 +1,50 @@
+# Needs Python, git and make. The first call creates .venv with everything; `make test PYTHON=...` uses another one's.
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/ready
+endif
+
+OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: $(READY)  ## train, save, reload and plot on real images; minutes, no download
+	$(PYTHON) -c "from timm_nf.cli import main; main(['demo'])"
+
+test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
+	$(PYTHON) -m pytest
+	$(PYTHON) tests/conformance/run.py
+
+test-all: test $(OLDEST)  ## also the slow tests, timm's tests on larger models, and ours on the oldest timm
+	$(PYTHON) -m pytest -m "slow and not gpu"
+	$(PYTHON) tests/conformance/run.py --large
+	PYTHONPATH=$(OLDEST) $(PYTHON) -c "import timm; assert timm.__version__ == '$(OLDEST_TIMM)', timm.__version__"
+	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
+
+lint: $(READY)  ## ruff and pyright
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+bench: $(READY)  ## the measurements behind the README's numbers, on this machine
+	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+clean:  ## remove everything that can be made again
+	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+.venv/ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# Without its dependencies: it runs on the torch that is there.
+$(OLDEST): $(READY) pyproject.toml
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $@ timm==$(OLDEST_TIMM)
+	touch $@

@@ -1,0 +1,164 @@
+"""The package as a whole: what importing it does and does not do, its inner order, and the wheel."""
+
+import ast
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "timm_nf"
+SOURCES = sorted(PACKAGE.glob("**/*.py"))
+# A module may import those before it, never one after it.
+ORDER = [
+    *("standardize", "layers", "variants", "blocks", "nfnets", "agc", "optim", "fuse", "convert", "card", "recipes"),
+    *("env", "diagnostics", "hub", "export", "bench", "classify", "demo", "verify", "cli", "__main__"),
+]
+
+
+def run_python(code: str, *options: str, path: Path = ROOT, cwd: Path = ROOT) -> str:
+    """What the code prints on both streams, in an interpreter that finds the package under `path`."""
+    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+# -- importing ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_prints_and_warns_nothing():
+    assert run_python("import timm_nf", "-W", "error") == ""
+
+
+def test_import_adds_little_to_importing_timm():
+    code = "import timm, time; start = time.perf_counter(); import timm_nf; print(time.perf_counter() - start)"
+    run_python(code)  # writes the bytecode
+    assert statistics.median(float(run_python(code)) for _ in range(3)) < 0.3
+
+
+def test_import_reaches_for_no_network_and_starts_no_process():
+    code = """
+import sys, timm
+before = set(sys.modules)
+FORBIDDEN = "socket.connect socket.getaddrinfo subprocess.Popen os.system os.exec os.posix_spawn os.fork".split()
+def refuse(event, arguments):
+    if event in FORBIDDEN:
+        raise RuntimeError(f"{event} {arguments} while importing timm_nf")
+sys.addaudithook(refuse)
+import timm_nf
+print(*sorted({"torch._inductor.codecache", "torch.utils.cpp_extension"} & set(sys.modules) - before), end="")
+"""
+    assert run_python(code) == ""
+
+
+REGISTRY = """
+import dataclasses, json, sys, timm, timm.optim
+if sys.argv[1:]: import timm_nf
+from timm.models import get_pretrained_cfg, model_entrypoint
+print(json.dumps({
+    "modules": {name: model_entrypoint(name).__module__ for name in timm.list_models()},
+    "configs": {name: repr(get_pretrained_cfg(name)) for name in timm.list_models(include_tags=True)},
+    "pretrained": timm.list_pretrained(),
+    "optimizers": {name: repr(timm.optim.get_optimizer_info(name)) for name in timm.optim.list_optimizers()},
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def registries() -> tuple[dict[str, Any], dict[str, Any]]:
+    """timm's registries as they are without us, and after importing us."""
+    stock, ours = (json.loads(run_python(REGISTRY.replace("sys.argv[1:]", flag))) for flag in ("False", "True"))
+    return stock, ours
+
+
+def test_import_takes_over_no_model_with_published_weights(registries: tuple[dict[str, Any], dict[str, Any]]):
+    stock, ours = registries
+    taken = {name for name, module in stock["modules"].items() if ours["modules"].get(name) != module}
+    assert taken == {f"nfnet_f{i}" for i in range(8)}
+    assert not taken & {name.split(".")[0] for name in stock["pretrained"]}
+    assert set(stock["pretrained"]) <= set(ours["pretrained"])
+
+
+def test_import_changes_no_config_of_another_model(registries: tuple[dict[str, Any], dict[str, Any]]):
+    stock, ours = registries
+    mine = {name for name, module in ours["modules"].items() if module == "timm_nf.nfnets"}
+    assert len(mine) == 31
+    others = {name: config for name, config in ours["configs"].items() if name.split(".")[0] not in mine}
+    assert others == {name: config for name, config in stock["configs"].items() if name.split(".")[0] not in mine}
+
+
+def test_import_changes_no_stock_optimizer(registries: tuple[dict[str, Any], dict[str, Any]]):
+    stock, ours = registries
+    assert {name: info for name, info in ours["optimizers"].items() if not name.startswith("agc")} == stock[
+        "optimizers"
+    ]
+
+
+# -- inner order -------------------------------------------------------------------------------------------------------
+
+
+def imported_modules(source: Path) -> set[str]:
+    """Modules that the file imports anywhere, also inside functions; ours as `.name`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * bool(node.level) + (node.module or "")
+            found |= {module} if module != "." else {f".{alias.name}" for alias in node.names}
+    return {name.replace("timm_nf.", ".", 1) if name.startswith("timm_nf.") else name for name in found}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_imports_point_one_way(source: Path):
+    if source.stem == "__init__":
+        return
+    assert source.stem in ORDER, f"give {source.name} a place in ORDER"
+    later = ORDER[ORDER.index(source.stem) :]
+    wrong = [name for name in imported_modules(source) if name.startswith(".") and name[1:].split(".")[0] in later]
+    assert not wrong, f"{source.name} comes before {wrong}"
+
+
+def test_clipping_stands_alone():
+    assert not [name for name in imported_modules(PACKAGE / "agc.py") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_files_stay_short_and_have_a_subject(source: Path):
+    assert source.stem not in {"utils", "helpers", "common", "misc"}
+    assert len(source.read_text().splitlines()) < 400, "split it"
+
+
+# -- distribution ------------------------------------------------------------------------------------------------------
+
+
+def test_changelog_has_an_entry_for_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_wheel_is_complete_and_imports_from_elsewhere(tmp_path: Path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, f"--wheel-dir={tmp_path}", str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "site")
+    files = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert packed == files
+    location = run_python(
+        "import timm_nf; print(timm_nf.__file__)", "-W", "error", path=tmp_path / "site", cwd=tmp_path
+    )
+    assert Path(location.strip()) == tmp_path / "site" / "timm_nf" / "__init__.py"
