@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
     *("standardize", "layers", "variants", "blocks", "nfnets", "agc", "optim", "fuse", "convert", "card", "recipes"),
-    *("diagnostics", "hub", "export", "bench", "demo", "verify", "cli", "__main__"),
+    *("env", "diagnostics", "hub", "export", "bench", "classify", "demo", "verify", "cli", "__main__"),
 ]
 
 

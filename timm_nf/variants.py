@@ -101,6 +101,57 @@ class NfCfg:
             )
         return (groups * self.group_size, groups) if self.group_size else (chs, 1)
 
+    def count(self, size: int, in_chans: int = 3, num_classes: int = 1000) -> tuple[int, int]:
+        """Parameters, and multiply-adds of all convolutions and linear layers for one image of `size` x `size`.
+
+        Arithmetic on the row, because a forward pass of all variants takes most of a minute even on the meta device.
+        tests/test_cli.py::test_counts_are_those_of_the_network_that_is_built holds it against the networks.
+        """
+        params = macs = 0
+
+        def layer(in_chs: int, out_chs: int, kernel: int, side: int, groups: int = 1, vectors: int = 2) -> None:
+            nonlocal params, macs  # vectors: gain and bias of a standardised convolution, otherwise the bias alone
+            weight = in_chs // groups * out_chs * kernel**2
+            params += weight + vectors * out_chs
+            macs += weight * side**2
+
+        def squeeze_excite(chs: int) -> None:
+            hidden = max(1, int(chs * self.attn_kwargs.get("rd_ratio", 0.5)))
+            layer(chs, hidden, 1, side=1, vectors=1)
+            layer(hidden, chs, 1, side=1, vectors=1)
+
+        side, in_chs = -(-size // 2), self.stem_out_chs()
+        if self.stem_type == "deep_quad":
+            for stem_in, stem_out in ((in_chans, 16), (16, 32), (32, 64)):
+                layer(stem_in, stem_out, 3, side)
+            side = -(-side // 2)
+            layer(64, in_chs, 3, side)
+        elif self.stem_type == "3x3":
+            layer(in_chans, in_chs, 3, side)
+        else:
+            layer(in_chans, in_chs, 7, side)
+            side = -(-side // 2)
+        for stage, (depth, out_chs) in enumerate(zip(self.depths, self.stage_chs(), strict=True)):
+            for index in range(depth):
+                strided = index == 0 and (stage > 0 or self.stem_type == "3x3")
+                side_in, side = side, -(-side // 2) if strided else side
+                mid_chs, groups = self.bottleneck(in_chs, out_chs, first=stage == index == 0)
+                if strided or in_chs != out_chs:
+                    layer(in_chs, out_chs, 1, side)
+                layer(in_chs, mid_chs, 1, side_in)
+                for _ in range(2 if self.extra_conv else 1):
+                    layer(mid_chs, mid_chs, 3, side, groups)
+                layer(mid_chs, out_chs, 1, side)
+                if self.attn_layer:
+                    squeeze_excite(mid_chs if self.reg else out_chs)
+                params += 1  # the skip gain
+                in_chs = out_chs
+        if final_chs := self.final_chs():
+            layer(in_chs, final_chs, 1, side)
+        if num_classes:
+            layer(final_chs or in_chs, num_classes, 1, side=1, vectors=1)
+        return params, macs
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:

@@ -251,27 +251,28 @@ class _CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tiny_step(device: torch.device) -> torch.optim.Optimizer:
-    """An `agcsgd` whose step is ready to go: gradients are there and the momentum exists."""
+def _tiny_optimizer(device: torch.device) -> torch.optim.Optimizer:
+    """An `agcsgd` with gradients, ready to step."""
     model = timm.create_model("nfnet_f0", device=device, **_TINY)
     optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
     return optimizer
 
 
 def _waiting_checks(device: torch.device) -> Iterator[Check]:
     # No value exists on the meta device, and the code takes the path of accelerators: a read would be a wait there.
-    optimizer = _tiny_step(torch.device("meta"))
+    optimizer = _tiny_optimizer(torch.device("meta"))
     with _CountReads() as counter:
+        optimizer.step()  # the first, which makes the momentum
         optimizer.step()
-    yield Check("agcsgd step, values read on the meta device", str(counter.reads), "0", counter.reads == 0)
+    yield Check("agcsgd, values read in two steps on the meta device", str(counter.reads), "0", counter.reads == 0)
     label = "agcsgd step, waits for the device"
     if device.type != "cuda":
         yield _not_checked(label, f"only CUDA reports this, not {device.type}")
         return
-    optimizer = _tiny_step(device)
+    optimizer = _tiny_optimizer(device)
+    optimizer.step()  # the libraries' own first calls may wait
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -297,8 +298,8 @@ def _pretrained_checks(
         what, x = "noise", image(1, *data["input_size"][1:]).float()
     else:
         what = Path(image_file).name
+        transform: Any = create_transform(**data, is_training=False)
         with Image.open(image_file) as picture:
-            transform: Any = create_transform(**data, is_training=False)
             x = transform(picture.convert("RGB"))[None]
     x = x.to(device)
     a, b = ours(x), stock(x)
@@ -308,9 +309,9 @@ def _pretrained_checks(
     yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
-    dataset: Any = create_dataset(
-        "", root=str(imagenet_val), class_map={n: i for i, n in enumerate(ImageNetInfo().label_names())}
-    )
+    # by the folders' names, so that a part of the classes is counted right as well
+    synsets: list[str] = ImageNetInfo().label_names()
+    dataset: Any = create_dataset("", root=str(imagenet_val), class_map={name: i for i, name in enumerate(synsets)})
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
     hits, count = torch.zeros(2, dtype=torch.long, device=device), 0
     for x, labels in track(loader, f"{len(dataset)} images"):

