@@ -165,6 +165,7 @@ ROWS: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     logging.disable(logging.WARNING)  # timm warns of the checkpoints' missing source
+    torch.manual_seed(0)
     lines = [
         f"{what} | {row()}"
         for what, row in track(ROWS.items(), "measuring", console=Console(stderr=True), transient=True)
