@@ -61,8 +61,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
             _check_settings(group, known=self.defaults)
             parameters = agc.parameters_with_gradient(group["params"], where=f"parameter group {index}, ")
             by_settings.setdefault((clip_factor, eps), []).extend(parameters)
-        for (clip_factor, eps), parameters in by_settings.items():
-            agc.clip_checked_(parameters, clip_factor, eps)
+        self._measured = agc.clip_checked_([(ps, *settings) for settings, ps in by_settings.items()])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; clip settings that it does not state are the constructor's.
