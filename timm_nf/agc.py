@@ -30,6 +30,7 @@ _CPU_CHUNK_BYTES = 16 * 2**20
 
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def unitwise_norm(x: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -167,6 +168,32 @@ def clip_checked_(settings: Iterable[Settings], norm_type: float = 2.0) -> list[
 def measure(parameters: Sequence[Tensor], clip_factor: float, eps: float = 1e-3) -> list[Units]:
     """What `clip_checked_` would see of checked parameters; nothing is written."""
     return [units for _, units in _measure([(parameters, clip_factor, eps)], 2.0)]
+
+
+def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> list[dict[str, Any]]:
+    """Statistics of the units of each group of parameters; the only place here that waits for an accelerator.
+
+    Returns:
+        One dict a group: `units`; `zero_grad_units`, those with a gradient of exactly zero; `clipped_fraction`;
+        `ratio_quantiles` of gradient norm over weight norm (at least eps), {0.05: ..., 0.99: ...}. Without units in
+        `measured` these are 0, 0, 0.0 and {}.
+    """
+    of_parameter: dict[int, tuple[Tensor, Tensor]] = {}
+    for units in measured:
+        pieces = (values.split_with_sizes(units.counts) for values in (units.ratio, units.clipped))
+        of_parameter |= {id(p): found for p, *found in zip(units.parameters, *pieces, strict=True)}  # pyright: ignore
+    rows: list[dict[str, Any]] = []
+    for parameters in groups:
+        found = [of_parameter[id(p)] for p in parameters if id(p) in of_parameter]
+        row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "clipped_fraction": 0.0, "ratio_quantiles": {}}
+        if found:
+            ratio, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
+            at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
+            row["units"], row["zero_grad_units"] = ratio.numel(), int((ratio == 0).sum())
+            row["clipped_fraction"] = clipped.float().mean().item()
+            row["ratio_quantiles"] = {q: value.item() for q, value in zip(_QUANTILES, ratio.quantile(at), strict=True)}
+        rows.append(row)
+    return rows
 
 
 def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
