@@ -18,20 +18,8 @@ PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
-    *(
-        "standardize",
-        "layers",
-        "variants",
-        "blocks",
-        "nfnets",
-        "shards",
-        "agc",
-        "optim",
-        "fuse",
-        "convert",
-        "card",
-        "recipes",
-    ),
+    *("standardize", "layers", "variants", "blocks", "nfnets", "shards", "agc", "optim"),
+    *("fuse", "convert", "card", "recipes"),
     *("diagnostics", "hub", "export", "bench", "demo", "verify", "cli", "__main__"),
 ]
 
