@@ -354,3 +354,18 @@ def test_nothing_is_written_where_nothing_exceeds_its_bound():
     versions = [p.grad._version for p in params]
     adaptive_clip_grad_(params)
     assert [p.grad._version for p in params] == versions
+
+
+@pytest.mark.parametrize("value", [2e19, 1e30, 3e38])
+@pytest.mark.parametrize("shape", [(2, 3), (6,)])
+def test_finite_gradients_whose_norm_overflows_float32_are_clipped(value, shape):
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.full(shape, value)
+    assert adaptive_clip_grad_([p], 0.01) == 1
+    torch.testing.assert_close(unitwise_norm(p.grad), 0.01 * unitwise_norm(p.detach()))
+
+
+@pytest.mark.parametrize("value", [None, "a", [0.1]])
+def test_a_setting_that_is_no_number_is_refused_by_name(value):
+    with pytest.raises(ValueError, match="clip_factor must be zero or positive"):
+        adaptive_clip_grad_([nn.Parameter(torch.ones(2))], value)

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 import timm
@@ -88,3 +89,14 @@ def test_clipping_is_what_makes_the_demo_learn(tmp_path):
     plain, clipped = demo.run(tmp_path).runs
     assert plain.accuracies[-1] < 15
     assert clipped.accuracies[-1] > 85
+
+
+def test_two_diverged_trainings_are_reported_as_measured(tmp_path):
+    facts = demo.run(tmp_path, epochs=1, batch_size=100, images=500, lr=1e9, clip_factor=math.inf)
+    assert all(entry.diverged for entry in facts.runs)
+
+
+@pytest.mark.parametrize("bad", [{"lr": math.nan}, {"lr": -1.0}, {"clip_factor": math.nan}])
+def test_settings_without_a_meaning_are_refused_before_training(tmp_path, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        demo.run(tmp_path, **bad)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from reference_nfnet import Net
-from small_nets import FAMILIES, batch, build, create
+from small_nets import FAMILIES, batch, build, create, relative_error
 from torch import Tensor, nn
 
 from timm_nf.nfnets import NormFreeNet
@@ -154,3 +154,11 @@ def test_networks_are_our_own_and_have_timms_attributes(family: str) -> None:
     assert model.num_features == model.head_hidden_size == model.head.fc.in_features
     assert model.default_cfg is model.pretrained_cfg
     assert model.get_classifier() is model.head.fc
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exports_with_dynamic_height_and_width(family: str) -> None:
+    model, dynamic = build(SHORT[family]), torch.export.Dim.DYNAMIC
+    exported = torch.export.export(model, (batch(2, 64, 64),), dynamic_shapes=({2: dynamic, 3: dynamic},)).module()
+    for size in ((75, 97), (33, 40)):
+        assert relative_error(exported(batch(2, *size)), model(batch(2, *size))) < 1e-12

@@ -271,3 +271,12 @@ def test_converting_the_stem_leaves_its_name_in_the_traits() -> None:
     model = create("NFNet", num_classes=3, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
     assert model._traits["first_conv"] == "stem.conv1"
     assert "head.fc.weight" in overlay["state_dict"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_the_other_structure_are_refused_also_with_other_classes(fused: bool) -> None:
+    other = create("NFNet", fused=not fused)
+    overlay = {"num_classes": 10, "state_dict": other.state_dict()}
+    for num_classes in (10, 3):
+        with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
+            create("NFNet", fused=fused, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)

@@ -153,3 +153,8 @@ def test_bottleneck_is_truncated_to_whole_groups() -> None:
 def test_a_network_without_blocks_or_channels_is_refused(bad: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         timm.create_model("nfnet_f0", device="meta", **bad)
+
+
+def test_squeeze_excite_of_an_nf_resnet_has_the_authors_default_ratio() -> None:
+    block = timm.create_model("dm_nf_resnet50", attn_layer="se", device="meta").stages[0][0]
+    assert block.attn_last.fc1.out_channels == 256 // 4  # nfnets/nf_resnet.py: se_ratio=0.25

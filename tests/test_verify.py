@@ -94,7 +94,7 @@ def test_reads_are_counted_where_a_step_waits(monkeypatch):
     read, _ = verify._waiting_checks(CPU)
     assert read.ok
 
-    monkeypatch.setattr(agc, "clip_checked_", lambda parameters, *args: parameters[0].sum().item())
+    monkeypatch.setattr(agc, "clip_checked_", lambda settings, *args: [settings[0][0][0].sum().item()])
     read, _ = verify._waiting_checks(CPU)
     assert read.ok is False
     assert int(read.measured) > 0

@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import compress
-from typing import Any, cast
+from numbers import Real
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .shards import Shard, local_shard, placement_problem, reduce_norms
 
 # Never acts on its own: a unit is only clipped above clip_factor * eps, 1e-5 by default. It bounds the division for
 # callers who set both far lower, exactly as the authors' code does.
@@ -28,6 +31,7 @@ _CPU_CHUNK_BYTES = 16 * 2**20
 
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def unitwise_norm(x: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -55,9 +59,13 @@ def adaptive_clip_grad_(
 ) -> Tensor:
     """Scale down, in place, the gradient of every unit whose norm exceeds `clip_factor * max(weight norm, eps)`.
 
-    Every other gradient stays bit-identical, and so does every unit whose gradient norm is not finite: a loss scaler
-    has to see it. Parameters without a gradient are skipped, one given twice is clipped once. On accelerators nothing
-    waits for the device.
+    Every other gradient stays bit-identical, and so does every unit with an entry that is not finite: a loss scaler
+    has to see it. On accelerators, where nothing waits for the device, and for units spread over processes, this holds
+    for units whose norm overflows float32 as well. Parameters without a gradient are skipped, one given twice is
+    clipped once.
+
+    Parameters sharded over several processes (`fully_shard`, tensor parallelism) are clipped as if they were whole,
+    and no parameter is gathered: where a unit is spread over processes, its norm costs one all-reduce of one number.
 
     Args:
         parameters: One parameter or any number of them, on any devices, of any floating dtypes and shapes (see
@@ -68,29 +76,35 @@ def adaptive_clip_grad_(
 
     Returns:
         The fraction of units that were clipped: a 0-d tensor on the device of the first gradient, 0 without gradients.
+        With sharded parameters it is that of the units this process holds or has a part of.
 
     Raises:
-        ValueError: A negative or NaN factor or eps, or a gradient that is sparse, complex or on another device than
-            its parameter. Nothing has been written then.
+        ValueError: A negative or NaN factor or eps, or a gradient that is sparse, complex, on another device than its
+            parameter or not sharded as it is. Nothing has been written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
     """
     check_setting("clip_factor", clip_factor)
     check_setting("eps", eps)
-    return clip_checked_(parameters_with_gradient(parameters), clip_factor, eps, norm_type)
+    checked = parameters_with_gradient(parameters)
+    clipped = [units.clipped for units in clip_checked_([(checked, clip_factor, eps)], norm_type)]
+    device = _grad(checked[0]).device if checked else None
+    hits = sum((mask.sum().to(device, non_blocking=True) for mask in clipped), torch.zeros((), device=device))
+    return hits / max(1, sum(mask.numel() for mask in clipped))
 
 
 def check_setting(name: str, value: float) -> None:
-    """Raise a ValueError that names the setting if its value is negative or NaN."""
-    if not value >= 0:  # also true for NaN
-        raise ValueError(f"{name} must be zero or positive, got {value}; a clip factor of math.inf clips nothing")
+    """Raise a ValueError that names the setting if its value is not a number, negative or NaN."""
+    if not isinstance(value, Real) or not value >= 0:  # false for NaN
+        hint = "; math.inf clips nothing" if name == "clip_factor" else ""
+        raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
 
 
 def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str = "") -> list[Tensor]:
     """The distinct parameters that have something to clip, in the order given; `where` opens the error messages.
 
     Raises:
-        ValueError: A gradient is sparse, complex or on another device than its parameter.
+        ValueError: A gradient is sparse, complex, on another device than its parameter or not sharded as it is.
     """
     distinct: dict[int, Tensor] = {}
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
@@ -104,6 +118,8 @@ def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str =
             problem = f"a complex gradient ({g.dtype}); adaptive clipping is defined for real parameters only"
         elif g.device != p.device:
             problem = f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
+        else:
+            problem = placement_problem(p, g)
         if problem:
             raise ValueError(f"{where}parameter {index} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
@@ -111,63 +127,147 @@ def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str =
     return list(distinct.values())
 
 
+class Units(NamedTuple):
+    """Unit norms of some parameters and their gradients, one value per unit, one parameter after the other: (units,).
+
+    Of a sharded parameter these are the units that this process holds or has a part of.
+    """
+
+    parameters: list[Tensor]
+    counts: list[int]  # units of each parameter
+    weight_norm: Tensor  # at least eps
+    grad_norm: Tensor  # before the clipping
+    clip_factor: float
+
+    @property
+    def clipped(self) -> Tensor:
+        """Which units exceed their limit; those with a gradient that is not finite do not."""
+        return (self.grad_norm > self.weight_norm * self.clip_factor) & (self.grad_norm < math.inf)
+
+    @property
+    def ratio(self) -> Tensor:
+        """What the clip factor is the limit of."""
+        return self.grad_norm / self.weight_norm
+
+
+Settings = tuple[Sequence[Tensor], float, float]  # checked parameters, clip_factor, eps
+
+
 @torch.no_grad()
-def clip_checked_(parameters: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float = 2.0) -> Tensor:
-    """`adaptive_clip_grad_` after its checks, so that a caller with several settings can check all before writing."""
-    if not parameters or math.isinf(clip_factor):
-        return torch.zeros((), device=_grad(parameters[0]).device if parameters else None)
-    groups: dict[tuple[object, ...], list[Tensor]] = {}
-    for p in parameters:
-        g = _grad(p)
-        groups.setdefault((g.device, g.dtype, p.dtype, _is_single_unit(p)), []).append(p)
-    chunks = [chunk for group in groups.values() for chunk in _chunks(group)]
-    device = _grad(parameters[0]).device
-    clipped, units = torch.zeros((), device=device), 0
-    for chunk in chunks:
-        mask = _clip_chunk_(chunk, clip_factor, eps, norm_type)
-        clipped += mask.sum().to(device, non_blocking=True)
-        units += mask.numel()
-    return clipped / units
+def clip_checked_(settings: Iterable[Settings], norm_type: float = 2.0) -> list[Units]:
+    """`adaptive_clip_grad_` after its checks, for any number of settings with one all-reduce between them.
+
+    Returns:
+        What was measured, in no particular order; nothing where a clip factor is infinite.
+    """
+    measured: list[Units] = []
+    for shards, units in _measure([each for each in settings if not math.isinf(each[1])], norm_type):
+        _scale_gradients_(shards, units)
+        measured.append(units)
+    return measured
 
 
-def _clip_chunk_(parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> Tensor:
-    """Clip gradients of one device, one dtype and one kind of unit; returns which units were clipped, (units,)."""
-    grads = [_grad(p) for p in parameters]
-    limit = _unit_norms(parameters, norm_type).clamp_(min=eps).mul_(clip_factor)
-    norm = _unit_norms(grads, norm_type)
-    mask = (norm > limit) & (norm < math.inf)  # the first comparison is already false for NaN
-    scale = torch.where(mask, limit / norm.clamp_(min=_DIV_EPS), 1.0)
-    single = _is_single_unit(parameters[0])
-    sizes = [1 if single else len(g) for g in grads]
-    scales = list(scale.unbind() if single else scale.split_with_sizes(sizes))
+@torch.no_grad()
+def measure(parameters: Sequence[Tensor], clip_factor: float, eps: float = 1e-3) -> list[Units]:
+    """What `clip_checked_` would see of checked parameters; nothing is written."""
+    return [units for _, units in _measure([(parameters, clip_factor, eps)], 2.0)]
+
+
+def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> list[dict[str, Any]]:
+    """Statistics of the units of each group of parameters; the only place here that waits for an accelerator.
+
+    Returns:
+        One dict a group: `units`; `zero_grad_units`, those with a gradient of exactly zero; `clipped_fraction`;
+        `ratio_quantiles` of gradient norm over weight norm (at least eps), {0.05: ..., 0.99: ...}. Without units in
+        `measured` these are 0, 0, 0.0 and {}.
+    """
+    of_parameter: dict[int, tuple[Tensor, Tensor]] = {}
+    for units in measured:
+        pieces = (values.split_with_sizes(units.counts) for values in (units.ratio, units.clipped))
+        of_parameter |= {id(p): found for p, *found in zip(units.parameters, *pieces, strict=True)}  # pyright: ignore
+    rows: list[dict[str, Any]] = []
+    for parameters in groups:
+        found = [of_parameter[id(p)] for p in parameters if id(p) in of_parameter]
+        row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "clipped_fraction": 0.0, "ratio_quantiles": {}}
+        if found:
+            ratio, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
+            at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
+            row["units"], row["zero_grad_units"] = ratio.numel(), int((ratio == 0).sum())
+            row["clipped_fraction"] = clipped.float().mean().item()
+            row["ratio_quantiles"] = {q: value.item() for q, value in zip(_QUANTILES, ratio.quantile(at), strict=True)}
+        rows.append(row)
+    return rows
+
+
+def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
+    """The unit norms, chunk by chunk: one device, one kind of unit, one dtype of parameters and of gradients each."""
+    chunks: list[tuple[list[Shard], float, float]] = []
+    for parameters, clip_factor, eps in settings:
+        groups: dict[tuple[object, ...], list[Shard]] = {}
+        for p in parameters:
+            shard = local_shard(p, _grad(p), _is_single_unit(p))
+            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.single, shard.spread_over)
+            if shard.grad.numel():
+                groups.setdefault(key, []).append(shard)
+        chunks += [(chunk, clip_factor, eps) for group in groups.values() for chunk in _chunks(group)]
+    # Units in several processes first and together, so that all of them cost one collective.
+    spread = {i: _norms(shards, norm_type) for i, (shards, _, _) in enumerate(chunks) if shards[0].spread_over}
+    spread = reduce_norms(spread, {i: chunks[i][0] for i in spread}, norm_type)
+    for i, (shards, clip_factor, eps) in enumerate(chunks):
+        weight_norm, grad_norm = spread[i] if i in spread else _norms(shards, norm_type)
+        counts = [1 if shard.single else len(shard.grad) for shard in shards]
+        parameters = [shard.parameter for shard in shards]
+        yield shards, Units(parameters, counts, weight_norm.clamp_(min=eps), grad_norm, clip_factor)
+
+
+def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
+    """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
+    single = shards[0].single
+    weight_norm = _unit_norms([shard.weight for shard in shards], single, norm_type)
+    grads = [shard.grad for shard in shards]
+    grad_norm = _unit_norms(grads, single, norm_type)
+    # Squares of finite float32 values overflow above 1e19, where clipping is needed most. Looking is free on a CPU.
+    if grad_norm.device.type == "cpu" and not shards[0].spread_over and grad_norm.isinf().any():
+        grad_norm = _unit_norms(grads, single, norm_type, torch.float64)
+    return weight_norm, grad_norm
+
+
+def _unit_norms(tensors: list[Tensor], single: bool, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or _norm_dtype(tensors[0])
+    if single:
+        return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
+    return torch.cat([_vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors])
+
+
+def _scale_gradients_(shards: list[Shard], units: Units) -> None:
+    """Scale every unit that exceeds its limit down to it."""
+    grads = [shard.grad for shard in shards]
+    limit, mask = units.weight_norm * units.clip_factor, units.clipped
+    scale = torch.where(mask, limit / units.grad_norm.clamp(min=_DIV_EPS), 1.0)
+    single = shards[0].single
+    scales = list(scale.unbind() if single else scale.split_with_sizes(units.counts))
     if scale.device.type == "cpu":  # where reading a value is free, and writing a gradient that stays the same is not
-        hit = np.logical_or.reduceat(mask.numpy(), np.cumsum([0, *sizes[:-1]]))
+        hit = np.logical_or.reduceat(mask.numpy(), np.cumsum([0, *units.counts[:-1]]))
         grads, scales = list(compress(grads, hit)), list(compress(scales, hit))
     if not single:
         scales = [rows.view(-1, *[1] * (g.ndim - 1)) for rows, g in zip(scales, grads, strict=True)]
     if grads:
         torch._foreach_mul_(grads, scales)  # pyright: ignore
-    return mask
 
 
-def _unit_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
-    """Norms of all units of tensors that share device, dtype and kind of unit, one after the other: (units,)."""
-    dtype = _norm_dtype(tensors[0])
-    if _is_single_unit(tensors[0]):
-        return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
-    return torch.cat([_vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors])
+def _chunks(shards: list[Shard]) -> Iterator[list[Shard]]:
+    """The shards in runs of at most `_CPU_CHUNK_BYTES` of gradients (at least one); on accelerators one run.
 
-
-def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in runs of at most `_CPU_CHUNK_BYTES` of gradients (at least one); on accelerators one run."""
-    chunk: list[Tensor] = []
+    Those whose units are spread over processes stay in one run: sizes differ between processes, their order must not.
+    """
+    chunk: list[Shard] = []
     size = 0
-    for p in parameters:
-        size += p.nbytes
-        if chunk and size > _CPU_CHUNK_BYTES and p.device.type == "cpu":
+    for shard in shards:
+        size += shard.grad.nbytes
+        if chunk and size > _CPU_CHUNK_BYTES and shard.grad.device.type == "cpu" and not shard.spread_over:
             yield chunk
-            chunk, size = [], p.nbytes
-        chunk.append(p)
+            chunk, size = [], shard.grad.nbytes
+        chunk.append(shard)
     yield chunk
 
 

@@ -89,7 +89,7 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
     from .variants import VARIANTS
 
     bare = name.partition(".")[0]
-    if bare not in VARIANTS:
+    if bare not in VARIANTS or name not in (bare, f"{bare}.dm_in1k" if VARIANTS[bare].hf_hub_id else bare):
         raise typer.BadParameter(f"no network is called {name!r}; `timm-nf list` shows all {len(VARIANTS)}")
     row = VARIANTS[bare]
     params, macs = row.cfg.count(row.train_size)

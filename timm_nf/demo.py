@@ -105,9 +105,14 @@ def run(
         track: Shows progress: takes items (with a length) and a description, yields the items.
 
     Raises:
+        ValueError: if the learning rate or the clip factor is negative or NaN.
         RuntimeError: if the saved network does not give the same logits, bit for bit.
     """
     start = time.perf_counter()
+    for name, value in (("lr", lr), ("clip_factor", clip_factor)):  # before minutes of training
+        if not value >= 0:
+            raise ValueError(f"expected a {name} of zero or more, got {value}")
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     pixels, labels = load_digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:images]
     x, y = (pixels[order].float() / 255 - MEAN) / STD, labels[order]
@@ -116,7 +121,7 @@ def run(
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_factor": clip_factor, "seed": seed}
 
     trained = [_train(name, train, test, track=track, **settings) for name in OPTIMIZERS]
-    best, better = max(trained, key=lambda pair: pair[1].accuracies[-1])
+    best, better = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
     model_dir = Path(out_dir) / "model"
     logits = _logits(best, test[0])
     runs = [entry for _, entry in trained]
@@ -136,7 +141,7 @@ def run(
     save_for_hf(best, str(model_dir), {"label_names": [str(i) for i in range(10)]}, safe_serialization=True)
     (model_dir / "README.md").write_text(_readme(facts))
     loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
-    if not torch.equal(_logits(loaded, test[0]), logits):
+    if not torch.allclose(_logits(loaded, test[0]), logits, rtol=0, atol=0, equal_nan=True):
         raise RuntimeError(
             f"the network loaded from {model_dir} does not give the logits of the one that was saved there; "
             "please report this with the output of `timm-nf env`"

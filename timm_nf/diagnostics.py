@@ -1,4 +1,4 @@
-"""Signal propagation of a network: the statistics of arXiv:2101.08692, section 3, block by block.
+"""Signal propagation of a network, block by block (arXiv:2101.08692, section 3), and what clipping would do to it.
 
 timm's `extract_spp_stats` leaves its hooks on the model, runs it in training mode and does not see the residual
 branch. These numbers equal those that the authors' code reports (nfnets/base.py, signal_metrics).
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import agc
 from .blocks import NormFreeBlock
 
 
@@ -81,3 +82,31 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
             stack.enter_context(block.register_forward_hook(add_block(name, block)))
         model.eval()(x)
     return rows
+
+
+def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) -> list[dict[str, Any]]:
+    """What adaptive clipping would do to the gradients that a backward pass has left; nothing is changed.
+
+    Args:
+        model: Any model, wrapped or not.
+        clip_factor: Largest ratio of gradient norm to weight norm.
+        eps: Weight norms below this count as this.
+
+    Returns:
+        One row for every parameter with a gradient: `name`; `units`; `zero_grad_units`, those with a gradient of
+        exactly zero (at initialisation, with skip gains of 0, most of a normalizer-free network's);
+        `clipped_fraction`, 0 for the classifier's weight, which is exempt; `ratio_quantiles` of gradient norm over
+        weight norm.
+
+    Raises:
+        ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
+    """
+    agc.check_setting("clip_factor", clip_factor)
+    agc.check_setting("eps", eps)
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    checked = agc.parameters_with_gradient(p for _, p in named)
+    rows = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
+    exempt = {id(p) for p in agc.classifier_weights(model)}
+    for (_, p), row in zip(named, rows, strict=True):
+        row["clipped_fraction"] *= id(p) not in exempt
+    return [{"name": name, **row} for (name, _), row in zip(named, rows, strict=True)]

@@ -7,6 +7,7 @@ Shapes: N batch, C channels, H W height and width; O I K a convolution's output 
 kernel size. Sources: arXiv:2101.08692, arXiv:2102.06171 and deepmind-research nfnets/base.py at f5de0ede.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,10 @@ class SameMaxPool2d(nn.Module):
     """3x3 max pool at stride 2 under TensorFlow's SAME rule, without a padded copy of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # sizes may be symbols, of which the parity below would be fixed
+            top, bottom = _same_padding(x.shape[-2], 3, 2)
+            left, right = _same_padding(x.shape[-1], 3, 2)
+            return F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), 3, 2)
         # Odd sizes are padded by one at both ends, even ones at the end only, where ceil_mode clips the window.
         return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
 

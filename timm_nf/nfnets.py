@@ -40,7 +40,7 @@ class NormFreeNet(nn.Module):
         output_stride: 8, 16 or 32; strides beyond it become dilations and no parameter changes its name.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of block i of N is this times i / N, survivors are not rescaled.
-        fused: Plain convolutions whose weights are already standardised, the structure that `timm_nf.fuse` yields.
+        fused: Plain convolutions whose weights are already standardised, for inference.
         device: Of the parameters.
         dtype: Of the parameters.
         **kwargs: Fields of `NfCfg` to replace.
@@ -76,6 +76,7 @@ class NormFreeNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
+        self.fused = fused
         # Saved with the weights: stock timm does not know the key and stops, instead of loading its own nfnet_f0.
         self._model_args = {"fused": fused}
 
@@ -144,6 +145,12 @@ class NormFreeNet(nn.Module):
                 "it is not of a timm_nf network: most likely it was saved from timm's own nfnet_f*, a different "
                 "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
                 "or create it in a process that does not import timm_nf, and load the file there."
+            )
+        fused = not any(k.startswith(start) and k.endswith(".gain") for k in state_dict)
+        if blocks and fused != self.fused:
+            is_, want = ("fused", "unfused") if fused else ("unfused", "fused")
+            raise RuntimeError(
+                f"this state dict is of {is_} convolutions, the network is {want}: create it with fused={fused}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

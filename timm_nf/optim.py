@@ -7,7 +7,8 @@ meets it. `agc` plus any name in timm's registry is a real subclass of that opti
 
 import functools
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
     """
 
     _clip_settings: dict[str, float | None]
+    _measured: list[agc.Units]
     _bare_layout: list[list[Tensor]]
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +43,8 @@ class AdaptiveClipping(torch.optim.Optimizer):
             base_step = functools.partial(base_step.__wrapped__, self)  # type: ignore[attr-defined]
         if closure is None:
             self._clip_gradients()
-            return base_step(None, *args, **kwargs)
+            with self._fused_where_equal():
+                return base_step(None, *args, **kwargs)
 
         def closure_then_clip() -> Any:
             loss = closure()
@@ -61,8 +64,35 @@ class AdaptiveClipping(torch.optim.Optimizer):
             _check_settings(group, known=self.defaults)
             parameters = agc.parameters_with_gradient(group["params"], where=f"parameter group {index}, ")
             by_settings.setdefault((clip_factor, eps), []).extend(parameters)
-        for (clip_factor, eps), parameters in by_settings.items():
-            agc.clip_checked_(parameters, clip_factor, eps)
+        self._measured = agc.clip_checked_([(ps, *settings) for settings, ps in by_settings.items()])
+
+    @contextmanager
+    def _fused_where_equal(self) -> Iterator[None]:
+        """Let torch's SGD take its fused implementation on the CPU, which it never chooses by itself, for this step.
+
+        Where nobody asked for one, and only where the result is the same to the bit at less than half the time. The
+        groups keep their `fused=None`, so state dicts stay those of the bare optimizer.
+        """
+        chosen = []
+        if isinstance(self, torch.optim.SGD) and not torch.compiler.is_compiling():
+            chosen = [group for group in self.param_groups if _fused_is_equal(group, self.state)]
+        for group in chosen:
+            group["fused"] = True
+        try:
+            yield
+        finally:
+            for group in chosen:
+                group["fused"] = None
+
+    def clip_stats(self) -> list[dict[str, Any]] | None:
+        """What the last step clipped, one dict for every parameter group; None before the first step.
+
+        `units`, `zero_grad_units`, `clipped_fraction` and `ratio_quantiles` (gradient norm over weight norm, before
+        the clipping). A group that is exempt, has an infinite clip factor or had no gradients has no units. Of sharded
+        parameters these are the units that this process holds or has a part of. Waits for the device; a step does not.
+        """
+        measured: list[agc.Units] | None = getattr(self, "_measured", None)
+        return None if measured is None else agc.summaries(measured, [group["params"] for group in self.param_groups])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; clip settings that it does not state are the constructor's.
@@ -125,6 +155,35 @@ class AdaptiveClipping(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignored; the base constructors set it."""
+
+
+def _fused_is_equal(group: dict[str, Any], state: Mapping[Tensor, Any]) -> bool:
+    """Whether torch's fused SGD, given leave to choose, does to the bit what the default one does to these parameters.
+
+    With momentum it rounds differently behind the last whole cache line of a tensor, and everywhere in half precision,
+    with dampening and when maximizing. It reads all tensors of a parameter in the order they lie in memory, wrongly
+    where that differs (torch 2.15), and knows neither tensor subclasses nor momentum that only some parameters have.
+    """
+    if any(group[flag] is not None for flag in ("fused", "foreach")):
+        return False
+    if any(group[option] for option in ("dampening", "maximize", "differentiable")) or isinstance(group["lr"], Tensor):
+        return False
+    with_momentum = set()
+    for p in group["params"]:
+        if p.grad is None:
+            continue
+        buffer = state[p].get("momentum_buffer") if p in state else None
+        with_momentum.add(buffer is not None)
+        tensors = [p, p.grad] if buffer is None else [p, p.grad, buffer]
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout == torch.strided for t in tensors)
+        if not plain or p.dtype not in (torch.float32, torch.float64) or any(t.dtype != p.dtype for t in tensors):
+            return False
+        if group["momentum"] and p.nbytes % 64:
+            return False
+        formats = (torch.contiguous_format, torch.channels_last)
+        if not any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in formats):
+            return False
+    return len(with_momentum) == 1
 
 
 def _check_settings(settings: dict[str, Any], known: Container[str]) -> None:
@@ -236,8 +295,10 @@ def _create_optimizer(
 
     With plain parameters or groups instead of a model nothing is exempt: they carry no names.
     """
-    if _bare_name(opt.split("_")[-1]) is None or not isinstance(model_or_params, nn.Module):
+    if _bare_name(opt.split("_")[-1]) is None:
         return original(model_or_params, opt, *args, **kwargs)
+    if not isinstance(model_or_params, nn.Module):
+        return _with_stats(original(model_or_params, opt, *args, **kwargs))
     call = inspect.signature(original).bind(model_or_params, opt, *args, **kwargs)
     call.apply_defaults()
     bare, groups = _groups(model_or_params, call.arguments)
@@ -245,6 +306,13 @@ def _create_optimizer(
     optimizer = original(*call.args, **call.kwargs)
     clipping: Any = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
     clipping._bare_layout = [[_tensor(p) for p in group["params"]] for group in bare]
+    return _with_stats(optimizer)
+
+
+def _with_stats(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer; Lookahead, which forwards no attributes of the one inside, gets its `clip_stats`."""
+    if isinstance(optimizer, Lookahead):
+        vars(optimizer)["clip_stats"] = vars(optimizer)["_base_optimizer"].clip_stats
     return optimizer
 
 

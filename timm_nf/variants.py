@@ -188,6 +188,7 @@ def _nfnet(repeats: int, channels: tuple[int, ...], *sizes: Any, hub: bool = Fal
 
 _resnet = partial(
     NfCfg, channels=_R, stem_type="7x7_pool", num_features=0, group_size=None, bottle_ratio=0.25, attn_layer=None,
+    attn_kwargs={"rd_ratio": 0.25},
     extra_conv=False, avg_down=False, act_layer="relu",
 )  # fmt: skip
 _regnet = partial(

@@ -1,0 +1,269 @@
+"""Clipping in several processes: equal to one process with the whole batch, at most one small all-reduce a step.
+
+Two and three gloo processes each run all of `CHECKS` once; the tests read what came of them.
+"""
+
+import os
+import socket
+import tempfile
+import traceback
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from small_nets import create
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+OPTIONS = {"lr": 0.1, "weight_decay": 2e-3, "momentum": 0.9, "clip_factor": 0.01}
+STEPS = 5
+SHAPES = [(7, 3, 3, 3), (5, 4), (2, 3), (1, 5), (7,), (7, 1, 1, 1), (1,)]  # few of them divide by 2 or 3
+
+
+def network():
+    torch.manual_seed(0)
+    model = create("NFNet")  # ten classes, channels from 32
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("skipinit_gain"):
+                p.fill_(0.5)  # at 0 most gradients would be zero
+    return model
+
+
+def train(model, optimizer, steps=range(STEPS), rank=0, world_size=1, seen=None):
+    """Steps on this process's share of a batch of six; appends the collectives of every optimizer step to `seen`."""
+    share = slice(6 * rank // world_size, 6 * (rank + 1) // world_size)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(6, 3, 32, 32, generator=generator)
+        labels = torch.randint(0, 10, (6,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[share]), labels[share]).backward()
+        with CommDebugMode() as communication:
+            optimizer.step()
+        if seen is not None:
+            seen.append({str(op): n for op, n in communication.get_comm_counts().items()})
+
+
+@cache
+def alone():
+    """Parameters and momentum by name, and the policy of the groups, after all steps in a single process."""
+    model = network()
+    optimizer = create_optimizer_v2(model, "agcsgd", **OPTIONS)
+    train(model, optimizer)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    momentum = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+    return params, momentum, policy(optimizer)
+
+
+def policy(optimizer):
+    return [(g["clip_factor"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+
+
+def sharded_network():
+    model = network()
+    for stage in model.stages:
+        fully_shard(stage)
+    fully_shard(model)
+    return model, create_optimizer_v2(model, "agcsgd", **OPTIONS)
+
+
+def assert_equal_to_one_process(named):
+    for name, p in named:
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        torch.testing.assert_close(whole.detach(), alone()[0][name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+# Checks, run by every process
+
+
+def ddp_equals_one_process_with_the_whole_batch(rank, world_size, _):
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = create_optimizer_v2(model, "agcsgd", **OPTIONS)
+    assert policy(optimizer) == alone()[2]
+    train(model, optimizer, rank=rank, world_size=world_size)
+    assert_equal_to_one_process(model.module.named_parameters())
+
+
+def fully_shard_equals_one_process_and_needs_one_all_reduce_a_step(rank, world_size, _):
+    model, optimizer = sharded_network()
+    assert policy(optimizer) == alone()[2]
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    seen = []
+    train(model, optimizer, rank=rank, world_size=world_size, seen=seen)
+    assert seen == [{"c10d.allreduce_": 1}] * STEPS
+    assert_equal_to_one_process(model.named_parameters())
+
+
+def groups_with_settings_of_their_own_share_the_all_reduce(rank, world_size, _):
+    params = [p for p, _ in sharded([(5,), (7,), (4, 3)], [Shard(0)])]
+    groups = [{"params": [p], "clip_factor": 0.01 * (i + 1)} for i, p in enumerate(params)]
+    optimizer = create_optimizer_v2(groups, "agcsgd", lr=0.1)
+    with CommDebugMode() as communication:
+        optimizer.step()
+    assert communication.get_total_counts() == 1
+
+
+def a_checkpoint_of_two_processes_resumes_in_any_number(rank, world_size, directory):
+    model, optimizer = sharded_network()
+    if world_size == 2:
+        train(model, optimizer, range(3), rank, world_size)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(state, checkpoint_id=directory / "checkpoint")
+    resume(model, optimizer, directory, rank, world_size)
+
+
+def resume(model, optimizer, directory, rank=0, world_size=1):
+    if world_size != 2:  # those two just go on
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=directory / "checkpoint", no_dist=world_size == 1)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert policy(optimizer) == alone()[2]
+    train(model, optimizer, range(3, STEPS), rank, world_size)
+    assert_equal_to_one_process(model.named_parameters())
+
+
+def sharded(shapes, placements, **kwargs):
+    """Pairs of a parameter with gradient and its whole, from the same numbers in every process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for shape in shapes:
+        whole = nn.Parameter(torch.randn(shape, generator=generator, **kwargs))
+        whole.grad = torch.randn(shape, generator=generator, **kwargs)
+        p = nn.Parameter(distribute_tensor(whole.detach(), mesh, placements))
+        p.grad = distribute_tensor(whole.grad.clone(), mesh, placements)  # a replica may be the very same memory
+        pairs.append((p, whole))
+    return pairs
+
+
+def every_sharding_equals_the_whole_for_every_norm(rank, world_size, _):
+    for norm_type in (1.0, 2.0, 3.0, torch.inf):
+        for placement in (Shard(0), Shard(1), Replicate()):
+            shapes = [shape for shape in SHAPES if len(shape) > 1 or placement != Shard(1)]
+            for dtype in (torch.float32, torch.float64):
+                pairs = sharded(shapes, [placement], dtype=dtype)
+                with CommDebugMode() as communication:
+                    adaptive_clip_grad_([p for p, _ in pairs], 0.02, 1e-3, norm_type)
+                assert communication.get_total_counts() == (placement != Replicate())
+                assert adaptive_clip_grad_([whole for _, whole in pairs], 0.02, 1e-3, norm_type) > 0.9
+                for p, whole in pairs:
+                    torch.testing.assert_close(p.grad.full_tensor(), whole.grad, rtol=2e-6, atol=0)
+
+
+def whole_rows_need_no_communication_and_the_fraction_is_that_of_the_own_ones(rank, world_size, _):
+    ((p, whole),) = sharded([(7, 4)], [Shard(0)])
+    limit = (unitwise_norm(whole.grad) / unitwise_norm(whole.detach())).median().item()
+    own = (unitwise_norm(p.grad.to_local()) > limit * unitwise_norm(p.to_local().detach())).float().mean()
+    with CommDebugMode() as communication:
+        fraction = adaptive_clip_grad_(p, limit)
+    assert fraction == own
+    assert communication.get_total_counts() == 0
+
+
+def one_process_with_nan_or_infinity_stops_the_clipping_of_the_unit_in_all(rank, world_size, _):
+    for norm_type in (2.0, torch.inf):
+        for bad in (torch.nan, torch.inf):
+            ((p, whole), (other, _)) = sharded([(7,), (5,)], [Shard(0)])
+            if rank == 0:
+                p.grad.to_local()[0] = bad
+            whole.grad[0] = bad
+            adaptive_clip_grad_([p, other], 0.02, norm_type=norm_type)
+            torch.testing.assert_close(p.grad.full_tensor(), whole.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, world_size, _):
+    mesh = init_device_mesh("cpu", (world_size,))
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
+    partial.grad = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
+    ((mismatched, _),) = sharded([(4, 2)], [Shard(0)])
+    mismatched.grad = mismatched.grad.redistribute(mesh, [Replicate()])
+    ((spread, _),) = sharded([(4, 2)], [Shard(1)])
+    cases = [
+        (partial, 2.0, r"parameter 1 of shape \(4, 2\) has placements \(Partial.*\); adaptive clipping needs Shard"),
+        (mismatched, 2.0, r"parameter 1 of shape \(4, 2\) has placements \(Shard.*\) but its gradient has \(Repl"),
+        (spread, 0.0, r"norm_type must be above 0 .* of shape \(4, 2\); got 0.0"),
+    ]
+    for p, norm_type, message in cases:
+        good = nn.Parameter(torch.ones(3))
+        good.grad = torch.ones(3)
+        with pytest.raises(ValueError, match=message):
+            adaptive_clip_grad_([good, p], norm_type=norm_type)
+        assert torch.equal(good.grad, torch.ones(3))
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        ddp_equals_one_process_with_the_whole_batch,
+        fully_shard_equals_one_process_and_needs_one_all_reduce_a_step,
+        groups_with_settings_of_their_own_share_the_all_reduce,
+        a_checkpoint_of_two_processes_resumes_in_any_number,
+        every_sharding_equals_the_whole_for_every_norm,
+        whole_rows_need_no_communication_and_the_fraction_is_that_of_the_own_ones,
+        one_process_with_nan_or_infinity_stops_the_clipping_of_the_unit_in_all,
+        what_cannot_be_clipped_is_refused_by_name_before_anything_is_written,
+    )
+}
+
+
+def worker(rank, world_size, directory):
+    """Run all checks and leave for the tests what failed, by name."""
+    torch.set_num_threads(1)
+    if "lo" in dict(socket.if_nameindex()).values():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = f"file://{directory}/store{world_size}"
+    timeout = timedelta(seconds=30)  # for the others, where one has failed
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+    failed = {}
+    for name, check in CHECKS.items():
+        try:
+            check(rank, world_size, directory)
+        except Exception:
+            failed[name] = traceback.format_exc()
+    torch.save(failed, directory / f"{world_size}.{rank}")
+    dist.destroy_process_group()
+
+
+@cache
+def directory():
+    directory = tempfile.TemporaryDirectory()
+    outcomes.keep = directory  # removed when the interpreter ends
+    return Path(directory.name)
+
+
+@cache
+def outcomes(world_size):
+    if world_size != 2:
+        outcomes(2)  # writes the checkpoint
+    mp.spawn(worker, (world_size, directory()), world_size)
+    return [torch.load(directory() / f"{world_size}.{rank}") for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("check", CHECKS)
+def test_in_several_processes(check, world_size):
+    failed = [f"process {rank}:\n{o[check]}" for rank, o in enumerate(outcomes(world_size)) if check in o]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_two_processes_resumes_in_one():
+    outcomes(2)
+    model = network()
+    resume(model, create_optimizer_v2(model, "agcsgd", **OPTIONS), directory())

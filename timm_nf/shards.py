@@ -1,0 +1,93 @@
+"""What one process holds of a parameter, whole or sharded over several processes (`fully_shard`, tensor parallelism).
+
+Sharded tensors are told by their `placements`, so that nothing of torch.distributed is imported without them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """The part of a parameter and of its gradient in this process; all of them for an ordinary parameter."""
+
+    parameter: Tensor  # as the optimizer knows it
+    weight: Tensor
+    grad: Tensor
+    single: bool  # the whole parameter is one unit
+    spread_over: tuple[Any, ...]  # the process groups that hold other parts of the same units
+
+
+def placement_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a parameter and its gradient from being clipped shard by shard; None if nothing does."""
+    ours, theirs = _placements(p), _placements(g)
+    if getattr(p, "_fsdp_flattened", False):
+        return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
+    if ours != theirs or (ours and cast(Any, p).device_mesh != cast(Any, g).device_mesh):
+        return f"placements {ours} but its gradient has {theirs}; redistribute the gradient to those of the parameter"
+    if any(placement.is_partial() for placement in ours):
+        return f"placements {ours}; adaptive clipping needs Shard or Replicate, redistribute it first"
+    return None
+
+
+def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
+    """The shard of a parameter that has no `placement_problem`; to be called without gradient tracking."""
+    placements = _placements(p)
+    if not placements:
+        return Shard(p, p, g, single, ())
+    mesh = cast(Any, p).device_mesh
+    # Sharded by rows, a process holds whole units; sharded otherwise, or if all of it is one unit, parts of them.
+    dims = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    spread_over = tuple(mesh.get_group(i) for i in dims if single or placements[i].dim != 0)
+    weight, grad = cast(Any, p).to_local(), cast(Any, g).to_local()
+    if spread_over and not grad.numel():  # takes part in the collective all the same, and zeros change no norm
+        weight, grad = (t.new_zeros(1 if single else (len(t), *[1] * (t.ndim - 1))) for t in (weight, grad))
+    return Shard(p, weight, grad, single, spread_over)
+
+
+def reduce_norms(
+    norms: Mapping[int, tuple[Tensor, Tensor]], chunks: Mapping[int, list[Shard]], norm_type: float
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Norms of whole units from those of their parts, with one all-reduce for all chunks spread over the same groups.
+
+    Args:
+        norms: (units,) of the weights and of the gradients, by chunk.
+        chunks: The shards they belong to; each has only one `spread_over`.
+        norm_type: Order of the norm, above 0.
+
+    Raises:
+        ValueError: The norm of a whole does not follow from those of its parts.
+    """
+    by_groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, chunk in chunks.items():
+        by_groups.setdefault(chunk[0].spread_over, []).append(i)
+    if by_groups and not norm_type > 0:
+        shape = tuple(next(iter(chunks.values()))[0].parameter.shape)
+        raise ValueError(
+            f"norm_type must be above 0 for units that are spread over processes, such as those of the parameter of "
+            f"shape {shape}; got {norm_type}"
+        )
+    reduced: dict[int, tuple[Tensor, Tensor]] = {}
+    for groups, members in by_groups.items():
+        parts = [part for i in members for part in norms[i]]
+        total = torch.cat(parts)
+        if math.isinf(norm_type):
+            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; units with either are left alone
+            operation = torch.distributed.ReduceOp.MAX
+        else:
+            total.pow_(norm_type)
+            operation = torch.distributed.ReduceOp.SUM
+        for group in groups:
+            torch.distributed.all_reduce(total, operation, group=group)  # pyright: ignore
+        if not math.isinf(norm_type):
+            total.pow_(1 / norm_type)
+        pieces = iter(total.split_with_sizes([len(part) for part in parts]))
+        reduced |= {i: (next(pieces).to(norms[i][0].dtype), next(pieces).to(norms[i][1].dtype)) for i in members}
+    return reduced
+
+
+def _placements(x: Tensor) -> tuple[Any, ...]:
+    return tuple(getattr(x, "placements", ()))
