@@ -227,7 +227,7 @@ def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
     grads = [shard.grad for shard in shards]
     grad_norm = _unit_norms(grads, single, norm_type)
     # Squares of finite float32 values overflow above 1e19, where clipping is needed most. Looking is free on a CPU.
-    if grad_norm.device.type == "cpu" and not shards[0].spread_over and grad_norm.isinf().any():
+    if grad_norm.device.type == "cpu" and not shards[0].spread_over and np.isinf(grad_norm.numpy()).any():
         grad_norm = _unit_norms(grads, single, norm_type, torch.float64)
     return weight_norm, grad_norm
 
