@@ -34,7 +34,7 @@ lint: $(READY)  ## ruff and pyright
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
-	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+	@set -e; for script in scripts/differences.py scripts/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 clean:  ## remove everything that can be made again
 	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
+from timm_nf.env import machine  # noqa: E402
 from timm_nf.verify import golden_params, image  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -173,10 +174,7 @@ def main() -> None:
     print("| | timm_nf | timm |\n| --- | --- | --- |")
     for line in lines:
         print(f"| {line} |")
-    print(
-        f"\ntorch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} CPU threads; "
-        "times are medians of interleaved runs."
-    )
+    print(f"\nMeasured with {machine()}; times are medians of interleaved runs.")
 
 
 if __name__ == "__main__":
