@@ -28,7 +28,7 @@ import torch
 
 from timm_nf import agc, nfnets
 
-seen = {"networks": 0, "clip calls": 0, "clipped tensors": 0, "optimizers": []}
+seen = {"networks": 0, "clip calls": 0, "tensors with a limit": 0, "optimizers": []}
 init, clip, step_init = nfnets.NormFreeNet.__init__, agc.clip_checked_, torch.optim.Optimizer.__init__
 
 
@@ -37,10 +37,10 @@ def counted_init(self, *args, **kwargs):
     init(self, *args, **kwargs)
 
 
-def counted_clip(parameters, *args, **kwargs):
+def counted_clip(settings, *args, **kwargs):
     seen["clip calls"] += 1
-    seen["clipped tensors"] = len(parameters)
-    return clip(parameters, *args, **kwargs)
+    seen["tensors with a limit"] = sum(len(parameters) for parameters, *_ in settings)
+    return clip(settings, *args, **kwargs)
 
 
 def named_init(self, *args, **kwargs):
@@ -86,7 +86,7 @@ from pathlib import Path
 name, optimizer, calls, seconds = sys.argv[1:]
 seen = json.loads(Path(f"{name}.json").read_text())
 print(f"{name:22} {seconds:>4} s  networks {seen['networks']}, clip calls {seen['clip calls']}, "
-      f"tensors {seen['clipped tensors']}, optimizers {', '.join(seen['optimizers']) or 'none'}")
+      f"tensors with a limit {seen['tensors with a limit']}, optimizers {', '.join(seen['optimizers']) or 'none'}")
 assert seen["networks"] >= 1, "our network was not built"
 assert seen["clip calls"] >= int(calls), "our clipping function was not called"
 assert not optimizer or optimizer in seen["optimizers"], f"expected the optimizer {optimizer}"

@@ -28,8 +28,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-
 OPTIONS = {"lr": 0.1, "weight_decay": 2e-3, "momentum": 0.9, "clip_factor": 0.01}
 STEPS = 5
 SHAPES = [(7, 3, 3, 3), (5, 4), (2, 3), (1, 5), (7,), (7, 1, 1, 1), (1,)]  # few of them divide by 2 or 3

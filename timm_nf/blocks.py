@@ -22,7 +22,7 @@ from .layers import (
     StochasticDepth,
     activation_gain,
 )
-from .variants import NfCfg
+from .variants import DEEP_STEM, NfCfg
 
 
 class Downsample(nn.Module):
@@ -133,7 +133,7 @@ def make_stem(cfg: NfCfg, in_chans: int, conv: Any, dd: dict[str, Any]) -> tuple
         return stem, 4 if pool else 2, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
     stem = nn.Sequential()
     gamma = activation_gain(cfg.act_layer)
-    chs = (in_chans, 16, 32, 64, out_chs)
+    chs = (in_chans, *DEEP_STEM, out_chs)
     for i in range(1, 5):
         if i > 1:
             stem.add_module(f"act{i}", Activation(cfg.act_layer))

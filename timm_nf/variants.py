@@ -7,7 +7,10 @@ Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resn
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 from typing import Any
+
+DEEP_STEM = (16, 32, 64)  # channels of the first three convolutions of a `deep_quad` stem, nfnets/nfnet.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +125,11 @@ class NfCfg:
 
         side, in_chs = -(-size // 2), self.stem_out_chs()
         if self.stem_type == "deep_quad":
-            for stem_in, stem_out in ((in_chans, 16), (16, 32), (32, 64)):
+            widths = (in_chans, *DEEP_STEM)
+            for stem_in, stem_out in pairwise(widths):
                 layer(stem_in, stem_out, 3, side)
             side = -(-side // 2)
-            layer(64, in_chs, 3, side)
+            layer(widths[-1], in_chs, 3, side)
         elif self.stem_type == "3x3":
             layer(in_chans, in_chs, 3, side)
         else:
