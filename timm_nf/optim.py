@@ -70,7 +70,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
     def _fused_where_equal(self) -> Iterator[None]:
         """Let torch's SGD take its fused implementation on the CPU, which it never chooses by itself, for this step.
 
-        Where nobody asked for one, and only where the result is the same to the bit at less than half the time. The
+        Where nobody asked for one, and only where the result is the same to the bit. The
         groups keep their `fused=None`, so state dicts stay those of the bare optimizer.
         """
         chosen = []
