@@ -20,7 +20,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 ORDER = [
     *("standardize", "layers", "variants", "blocks", "nfnets", "shards", "agc", "optim"),
     *("fuse", "convert", "card", "recipes", "env"),
-    *("diagnostics", "hub", "export", "bench", "classify", "demo", "verify", "cli", "__main__"),
+    *("diagnostics", "hub", "export", "bench", "classify", "demo", "verify"),
+    *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),
 ]
 
 

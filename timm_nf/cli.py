@@ -2,20 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import track as rich_track
-    from rich.table import Table
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"timm-nf: error: {missing.name} is not installed; pip install timm-nf[cli]") from None
-
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this one of its usage errors
+# typer by way of terminal, which says what to install where it is missing
+from .terminal import UsageError, complain, console, examples, print_facts, print_table, track, typer
 
 app = typer.Typer(
     name="timm-nf",
@@ -28,41 +21,7 @@ app = typer.Typer(
 )
 
 
-def _examples(first: str, second: str) -> str:
-    return f"Examples:\n\ntimm-nf {first}\n\ntimm-nf {second}"  # typer joins single line breaks
-
-
-def _console(stderr: bool = False) -> Console:
-    # File names may look like markup. Into a pipe or a file, no line is cut at some terminal's width.
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 240
-    return console
-
-
-def _track(items: Iterable[Any], description: str) -> Iterable[Any]:
-    return rich_track(items, description, console=_console(stderr=True))
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _print_facts(rows: Iterable[tuple[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    _console().print(table)
-
-
-@app.command("list", epilog=_examples("list", "list 'nfnet_f?'"))
+@app.command("list", epilog=examples("list", "list 'nfnet_f?'"))
 def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*") -> None:
     """List the networks: parameters, multiply-adds at the training size, image sizes, weights."""
     from fnmatch import fnmatch
@@ -79,10 +38,10 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
         sizes = f"{row.train_size} / {row.test_size}"
         rows.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
     columns = ("name", "params (M)", "GMACs", "train / test px", "weights")
-    _print_table(columns, rows, right=columns[1:4])
+    print_table(columns, rows, right=columns[1:4])
 
 
-@app.command(epilog=_examples("info nfnet_f0", "info dm_nf_regnet_b4"))
+@app.command(epilog=examples("info nfnet_f0", "info dm_nf_regnet_b4"))
 def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")]) -> None:
     """Show everything about one network: its row, sizes, weights, preprocessing, how to create it."""
     from .classify import preprocessing
@@ -96,7 +55,7 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
     full_name = f"{bare}.dm_in1k" if row.hf_hub_id else bare
     weights = f"https://huggingface.co/{row.hf_hub_id}" if row.hf_hub_id else "none published"
     pretrained = ", pretrained=True" if row.hf_hub_id else ""
-    _print_facts(
+    print_facts(
         [
             ("name", full_name),
             ("parameters", f"{params:,}"),
@@ -113,7 +72,7 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
 
 
 @app.command(
-    epilog=_examples("classify cat.jpg holiday/ --topk 3", "classify 7.png --model local-dir:demo_output/model")
+    epilog=examples("classify cat.jpg holiday/ --topk 3", "classify 7.png --model local-dir:demo_output/model")
 )
 def classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files, or folders of them.")],
@@ -131,23 +90,22 @@ def classify(
     from .classify import classify, find_images, load_model
 
     paths = find_images(images)
-    with _console(stderr=True).status(f"loading {model}"):
+    with console(stderr=True).status(f"loading {model}"):
         network = load_model(model, checkpoint)
     failed = 0
     for prediction in classify(network, paths, topk, device):
         if prediction.error is not None:
             failed += 1
-            _complain(f"{prediction.path}: {prediction.error}")
+            complain(f"{prediction.path}: {prediction.error}")
             continue
-        console = _console()
-        console.print(str(prediction.path), style="bold", soft_wrap=True)
+        console().print(str(prediction.path), style="bold", soft_wrap=True)
         for label, probability in prediction.classes:
-            console.print(f"  {100 * probability:5.1f} %  {label}", soft_wrap=True)
+            console().print(f"  {100 * probability:5.1f} %  {label}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_examples("demo", "demo -o /tmp/digits --lr 0.4 --epochs 10"))
+@app.command(epilog=examples("demo", "demo -o /tmp/digits --lr 0.4 --epochs 10"))
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what it writes.")] = Path("demo_output"),
     epochs: Annotated[int, typer.Option(min=1, help="Of each of the two trainings.")] = 25,
@@ -162,7 +120,7 @@ def demo(
     """
     from .demo import run
 
-    facts = run(out, epochs, batch_size, lr, clip_factor, seed, track=_track)
+    facts = run(out, epochs, batch_size, lr, clip_factor, seed, track=track)
     rows = [
         (
             f"{r.optimizer} (saved)" if r is facts.better else r.optimizer,
@@ -173,9 +131,9 @@ def demo(
         for r in facts.runs
     ]
     columns = ("optimizer", f"accuracy on {facts.held_out_images} held-out digits", "training loss", "training time")
-    _print_table(columns, rows, right=columns[1:])
+    print_table(columns, rows, right=columns[1:])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
-    _print_facts(
+    print_facts(
         [
             ("trained", f"{facts.parameters:,} parameters on {facts.train_images} digits; {settings}"),
             ("loaded back", f"local-dir:{facts.model_dir} gives the same logits, bit for bit"),
@@ -186,15 +144,15 @@ def demo(
     )
 
 
-@app.command(epilog=_examples("env", "env > report.txt"))
+@app.command(epilog=examples("env", "env > report.txt"))
 def env() -> None:
     """Show versions, processor, threads and devices, for bug reports."""
     from .env import environment
 
-    _print_facts(environment().items())
+    print_facts(environment().items())
 
 
-@app.command(epilog=_examples("verify --device cuda", "verify --pretrained --imagenet-val /data/imagenet/val"))
+@app.command(epilog=examples("verify --device cuda", "verify --pretrained --imagenet-val /data/imagenet/val"))
 def verify(
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
     pretrained: Annotated[bool, typer.Option(help="Also the authors' weights, from the Hub.")] = False,
@@ -206,17 +164,13 @@ def verify(
     """Check on this machine that networks and training step are the authors', exit code 1 if one check fails."""
     from .verify import run
 
-    checks = list(run(device, pretrained, image, imagenet_val, track=_track))
+    checks = list(run(device, pretrained, image, imagenet_val, track=track))
     words = {True: "ok", False: "FAILED", None: "not checked"}
-    _print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])
+    print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])
     counts = [sum(c.ok is value for c in checks) for value in words]
-    _console().print("{} passed, {} failed, {} not checked here".format(*counts))
+    console().print("{} passed, {} failed, {} not checked here".format(*counts))
     if counts[1]:
         raise typer.Exit(1)
-
-
-def _complain(message: str) -> None:
-    print(f"timm-nf: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -236,15 +190,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Callable[..., Any] = app
     try:
         code = command(arguments or ["--help"], prog_name="timm-nf", standalone_mode=False)
-    except _UsageError as error:
-        _complain(f"{getattr(error, 'format_message', error.__str__)()} (see timm-nf --help)")
+    except UsageError as error:
+        complain(f"{getattr(error, 'format_message', error.__str__)()} (see timm-nf --help)")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
     except Exception as error:
         if debug:
             raise
-        _complain(str(error) or type(error).__name__)
+        complain(str(error) or type(error).__name__)
         raise SystemExit(1) from None
     if code:
         raise SystemExit(code)
