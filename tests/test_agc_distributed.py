@@ -1,6 +1,7 @@
 """Clipping in several processes: equal to one process with the whole batch, at most one small all-reduce a step.
 
-Two and three gloo processes each run all of `CHECKS` once; the tests read what came of them.
+Two and three gloo processes each run all of `CHECKS` once, four run `CHECKS_OF_A_GRID`; the tests read what came of
+it.
 """
 
 import os
@@ -9,6 +10,7 @@ import tempfile
 import traceback
 from datetime import timedelta
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -44,12 +46,12 @@ def network():
 
 
 def train(model, optimizer, steps=range(STEPS), rank=0, world_size=1, seen=None):
-    """Steps on this process's share of a batch of six; appends the collectives of every optimizer step to `seen`."""
-    share = slice(6 * rank // world_size, 6 * (rank + 1) // world_size)
+    """Steps on this process's share of a batch of twelve; appends the collectives of every optimizer step to `seen`."""
+    share = slice(12 * rank // world_size, 12 * (rank + 1) // world_size)
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        images = torch.randn(6, 3, 32, 32, generator=generator)
-        labels = torch.randint(0, 10, (6,), generator=generator)
+        images = torch.randn(12, 3, 32, 32, generator=generator)
+        labels = torch.randint(0, 10, (12,), generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(model(images[share]), labels[share]).backward()
         with CommDebugMode() as communication:
@@ -73,11 +75,11 @@ def policy(optimizer):
     return [(g["clip_factor"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
 
 
-def sharded_network():
+def sharded_network(**options):
     model = network()
     for stage in model.stages:
-        fully_shard(stage)
-    fully_shard(model)
+        fully_shard(stage, **options)
+    fully_shard(model, **options)
     return model, create_optimizer_v2(model, "agcsgd", **OPTIONS)
 
 
@@ -136,9 +138,9 @@ def resume(model, optimizer, directory, rank=0, world_size=1):
     assert_equal_to_one_process(model.named_parameters())
 
 
-def sharded(shapes, placements, **kwargs):
+def sharded(shapes, placements, mesh=None, **kwargs):
     """Pairs of a parameter with gradient and its whole, from the same numbers in every process."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for shape in shapes:
@@ -205,6 +207,31 @@ def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, w
         assert torch.equal(good.grad, torch.ones(3))
 
 
+def hybrid_sharding_equals_one_process(rank, world_size, _):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model, optimizer = sharded_network(mesh=mesh)
+    seen = []
+    train(model, optimizer, rank=rank, world_size=world_size, seen=seen)
+    assert seen == [{"c10d.allreduce_": 1}] * STEPS
+    assert_equal_to_one_process(model.named_parameters())
+
+
+def every_sharding_over_a_grid_equals_the_whole(rank, world_size, _):
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements in product((Shard(0), Shard(1), Replicate()), repeat=2):
+        shapes = [shape for shape in SHAPES if len(shape) > 1 or Shard(1) not in placements]
+        pairs = sharded(shapes, placements, mesh)
+        with CommDebugMode() as communication:
+            adaptive_clip_grad_([p for p, _ in pairs], 0.02)
+        # Norms of a unit in several pieces are summed over one dimension of the grid after the other, and single units
+        # may be in more pieces than rows.
+        assert communication.get_total_counts() <= 3
+        assert set(communication.get_comm_counts()) <= {torch.ops.c10d.allreduce_}
+        adaptive_clip_grad_([whole for _, whole in pairs], 0.02)
+        for p, whole in pairs:
+            torch.testing.assert_close(p.grad.full_tensor(), whole.grad, rtol=2e-6, atol=0)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -219,6 +246,14 @@ CHECKS = {
     )
 }
 
+CHECKS_OF_A_GRID = {
+    check.__name__: check for check in (hybrid_sharding_equals_one_process, every_sharding_over_a_grid_equals_the_whole)
+}
+
+
+def checks_of(world_size):
+    return CHECKS_OF_A_GRID if world_size == 4 else CHECKS
+
 
 def worker(rank, world_size, directory):
     """Run all checks and leave for the tests what failed, by name."""
@@ -229,7 +264,7 @@ def worker(rank, world_size, directory):
     timeout = timedelta(seconds=30)  # for the others, where one has failed
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     failed = {}
-    for name, check in CHECKS.items():
+    for name, check in checks_of(world_size).items():
         try:
             check(rank, world_size, directory)
         except Exception:
@@ -247,15 +282,14 @@ def directory():
 
 @cache
 def outcomes(world_size):
-    if world_size != 2:
+    if world_size == 3:
         outcomes(2)  # writes the checkpoint
     mp.spawn(worker, (world_size, directory()), world_size)
     return [torch.load(directory() / f"{world_size}.{rank}") for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("check", CHECKS)
-def test_in_several_processes(check, world_size):
+@pytest.mark.parametrize(("world_size", "check"), [(n, check) for n in (2, 3, 4) for check in checks_of(n)])
+def test_in_several_processes(world_size, check):
     failed = [f"process {rank}:\n{o[check]}" for rank, o in enumerate(outcomes(world_size)) if check in o]
     assert not failed, "\n".join(failed)
 

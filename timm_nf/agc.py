@@ -24,11 +24,6 @@ from .shards import Shard, local_shard, placement_problem, reduce_norms
 # callers who set both far lower, exactly as the authors' code does.
 _DIV_EPS = 1e-6
 
-# A gradient that was just read for its norm is still in the CPU's last-level cache when it is scaled, if no more than
-# this was read in between. NFNet-F0 on two cores with 32 MiB of it: 30 to 32 ms with 8 or 16 MiB, 35 ms without
-# a limit; less than that only adds operations.
-_CPU_CHUNK_BYTES = 16 * 2**20
-
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -137,12 +132,8 @@ class Units(NamedTuple):
     counts: list[int]  # units of each parameter
     weight_norm: Tensor  # at least eps
     grad_norm: Tensor  # before the clipping
-    clip_factor: float
-
-    @property
-    def clipped(self) -> Tensor:
-        """Which units exceed their limit; those with a gradient that is not finite do not."""
-        return (self.grad_norm > self.weight_norm * self.clip_factor) & (self.grad_norm < math.inf)
+    limit: Tensor  # of the gradient norm
+    clipped: Tensor  # which exceed it; those with a gradient that is not finite do not
 
     @property
     def ratio(self) -> Tensor:
@@ -209,7 +200,7 @@ def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[l
             key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.single, shard.spread_over)
             if shard.grad.numel():
                 groups.setdefault(key, []).append(shard)
-        chunks += [(chunk, clip_factor, eps) for group in groups.values() for chunk in _chunks(group)]
+        chunks += [(group, clip_factor, eps) for group in groups.values()]
     # Units in several processes first and together, so that all of them cost one collective.
     spread = {i: _norms(shards, norm_type) for i, (shards, _, _) in enumerate(chunks) if shards[0].spread_over}
     spread = reduce_norms(spread, {i: chunks[i][0] for i in spread}, norm_type)
@@ -217,7 +208,9 @@ def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[l
         weight_norm, grad_norm = spread[i] if i in spread else _norms(shards, norm_type)
         counts = [1 if shard.single else len(shard.grad) for shard in shards]
         parameters = [shard.parameter for shard in shards]
-        yield shards, Units(parameters, counts, weight_norm.clamp_(min=eps), grad_norm, clip_factor)
+        limit = weight_norm.clamp_(min=eps) * clip_factor
+        clipped = (grad_norm > limit) & (grad_norm < math.inf)
+        yield shards, Units(parameters, counts, weight_norm, grad_norm, limit, clipped)
 
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
@@ -242,33 +235,16 @@ def _unit_norms(tensors: list[Tensor], single: bool, norm_type: float, dtype: to
 def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     """Scale every unit that exceeds its limit down to it."""
     grads = [shard.grad for shard in shards]
-    limit, mask = units.weight_norm * units.clip_factor, units.clipped
-    scale = torch.where(mask, limit / units.grad_norm.clamp(min=_DIV_EPS), 1.0)
+    scale = torch.where(units.clipped, units.limit / units.grad_norm.clamp(min=_DIV_EPS), 1.0)
     single = shards[0].single
     scales = list(scale.unbind() if single else scale.split_with_sizes(units.counts))
     if scale.device.type == "cpu":  # where reading a value is free, and writing a gradient that stays the same is not
-        hit = np.logical_or.reduceat(mask.numpy(), np.cumsum([0, *units.counts[:-1]]))
+        hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))
         grads, scales = list(compress(grads, hit)), list(compress(scales, hit))
     if not single:
         scales = [rows.view(-1, *[1] * (g.ndim - 1)) for rows, g in zip(scales, grads, strict=True)]
     if grads:
         torch._foreach_mul_(grads, scales)  # pyright: ignore
-
-
-def _chunks(shards: list[Shard]) -> Iterator[list[Shard]]:
-    """The shards in runs of at most `_CPU_CHUNK_BYTES` of gradients (at least one); on accelerators one run.
-
-    Those whose units are spread over processes stay in one run: sizes differ between processes, their order must not.
-    """
-    chunk: list[Shard] = []
-    size = 0
-    for shard in shards:
-        size += shard.grad.nbytes
-        if chunk and size > _CPU_CHUNK_BYTES and shard.grad.device.type == "cpu" and not shard.spread_over:
-            yield chunk
-            chunk, size = [], shard.grad.nbytes
-        chunk.append(shard)
-    yield chunk
 
 
 def classifier_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from timm_nf import agc
 
 _PREFIX = "agc"
+_MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 _CLIP_DEFAULTS = {"clip_factor": 0.01, "clip_eps": 1e-3}  # arXiv:2102.06171, section 4.1
 
 
@@ -68,21 +69,18 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     @contextmanager
     def _fused_where_equal(self) -> Iterator[None]:
-        """Let torch's SGD take its fused implementation on the CPU, which it never chooses by itself, for this step.
+        """For this step, let torch's SGD take its fused implementation on the CPU, which it never chooses by itself.
 
-        Where nobody asked for one, and only where the result is the same to the bit. The
-        groups keep their `fused=None`, so state dicts stay those of the bare optimizer.
+        Where nobody asked for one, and only for parameters where the result is the same to the bit. The groups
+        themselves keep their `fused=None`, so state dicts stay those of the bare optimizer.
         """
-        chosen = []
-        if isinstance(self, torch.optim.SGD) and not torch.compiler.is_compiling():
-            chosen = [group for group in self.param_groups if _fused_is_equal(group, self.state)]
-        for group in chosen:
-            group["fused"] = True
+        groups = self.param_groups
+        if type(self).__mro__[2] is torch.optim.SGD and not torch.compiler.is_compiling():
+            self.param_groups = [part for group in groups for part in _fused_parts(group, self.state)]
         try:
             yield
         finally:
-            for group in chosen:
-                group["fused"] = None
+            self.param_groups = groups
 
     def clip_stats(self) -> list[dict[str, Any]] | None:
         """What the last step clipped, one dict for every parameter group; None before the first step.
@@ -157,33 +155,32 @@ class AdaptiveClipping(torch.optim.Optimizer):
         """Ignored; the base constructors set it."""
 
 
-def _fused_is_equal(group: dict[str, Any], state: Mapping[Tensor, Any]) -> bool:
-    """Whether torch's fused SGD, given leave to choose, does to the bit what the default one does to these parameters.
+def _fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[str, Any]]:
+    """The group in parts, `fused` where torch's fused SGD does to the bit what the default one does.
 
     With momentum it rounds differently behind the last whole cache line of a tensor, and everywhere in half precision,
     with dampening and when maximizing. It reads all tensors of a parameter in the order they lie in memory, wrongly
     where that differs (torch 2.15), and knows neither tensor subclasses nor momentum that only some parameters have.
     """
     if any(group[flag] is not None for flag in ("fused", "foreach")):
-        return False
+        return [group]
     if any(group[option] for option in ("dampening", "maximize", "differentiable")) or isinstance(group["lr"], Tensor):
-        return False
-    with_momentum = set()
+        return [group]
+    rest, fused, fused_first = [], [], []  # the last without momentum yet
     for p in group["params"]:
-        if p.grad is None:
-            continue
         buffer = state[p].get("momentum_buffer") if p in state else None
-        with_momentum.add(buffer is not None)
-        tensors = [p, p.grad] if buffer is None else [p, p.grad, buffer]
+        tensors = [t for t in (p, p.grad, buffer) if t is not None]
         plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout == torch.strided for t in tensors)
-        if not plain or p.dtype not in (torch.float32, torch.float64) or any(t.dtype != p.dtype for t in tensors):
-            return False
-        if group["momentum"] and p.nbytes % 64:
-            return False
-        formats = (torch.contiguous_format, torch.channels_last)
-        if not any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in formats):
-            return False
-    return len(with_momentum) == 1
+        equal = (
+            plain
+            and p.dtype in (torch.float32, torch.float64)
+            and all(t.dtype == p.dtype for t in tensors)
+            and not (group["momentum"] and p.nbytes % 64)
+            and any(all(t.is_contiguous(memory_format=f) for t in tensors) for f in _MEMORY_FORMATS)
+        )
+        (rest if not equal else fused if buffer is not None else fused_first).append(p)
+    parts = ((rest, None), (fused, True), (fused_first, True))
+    return [{**group, "params": parameters, "fused": choice} for parameters, choice in parts if parameters]
 
 
 def _check_settings(settings: dict[str, Any], known: Container[str]) -> None:
