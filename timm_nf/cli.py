@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 # typer by way of terminal, which says what to install where it is missing
+from . import cli_lab
 from .terminal import UsageError, complain, console, examples, print_facts, print_table, track, typer
 
 app = typer.Typer(
@@ -171,6 +172,9 @@ def verify(
     console().print("{} passed, {} failed, {} not checked here".format(*counts))
     if counts[1]:
         raise typer.Exit(1)
+
+
+app.add_typer(cli_lab.commands)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

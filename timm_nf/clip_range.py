@@ -1,0 +1,216 @@
+"""Which clip factor would clip how much of a network: what its gradients say on a few batches of one's own pictures.
+
+The ratio of gradient norm to weight norm is what a clip factor is the limit of. Where it lies depends on the network,
+on how far it is trained and on the batch size (larger batches average larger gradients away), so it is measured.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from . import agc
+
+QUANTILES = (0.05, 0.5, 0.95, 0.99)
+SHARES = (0.01, 0.05, 0.10, 0.25)
+_STAGE = re.compile(r"[^.\d]*(\.?\d+)?")  # stem, stages.0, layer1, blocks.3, head
+_EPS = 1e-3  # of the clipping; weight norms below this count as this
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Ratios of gradient norm to weight norm of the units of one part of a network, over all batches."""
+
+    name: str
+    units: int  # that may be clipped, so without the classifier's weight
+    zero_units: int  # whose gradient was exactly zero in every batch
+    ratios: np.ndarray  # of every unit in every batch, without zeros; float32
+
+    def quantiles(self, at: Sequence[float]) -> list[float]:
+        """Quantiles of the ratios; NaN without any."""
+        return np.quantile(self.ratios, at).tolist() if self.ratios.size else [float("nan")] * len(at)
+
+
+@dataclass(frozen=True)
+class ClipRange:
+    """What `measure` has seen."""
+
+    stages: list[Stage]
+    batches: int
+    warmup_losses: list[float]
+
+    def clip_factor(self, share: float) -> float:
+        """The clip factor that would have clipped this share of all units with a gradient; NaN if none has one."""
+        ratios = np.concatenate([stage.ratios for stage in self.stages])
+        return float(np.quantile(ratios, 1 - share)) if ratios.size else float("nan")
+
+    def barely_moving(self) -> float:
+        """The share of units with a gradient that is less than a millionth of their weight; NaN if none has one."""
+        return 1 - self.share(1e-6)
+
+    def share(self, clip_factor: float) -> float:
+        """The share of all units with a gradient that this clip factor would have clipped; NaN if none has one."""
+        ratios = np.concatenate([stage.ratios for stage in self.stages])
+        return float((ratios > clip_factor).mean()) if ratios.size else float("nan")
+
+
+def load(
+    name: str, data: Path, batch_size: int, img_size: int | None, pretrained: bool, checkpoint: Path | None, device: str
+) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]]]:
+    """A network and shuffled, augmented batches for it, as timm's train.py makes them by default.
+
+    Args:
+        name: As `timm.create_model` takes it.
+        data: A folder with one folder of pictures per class.
+        batch_size: Of every batch; what is left over is dropped.
+        img_size: Height and width in pixels, the network's own by default.
+        pretrained: Start from the published weights.
+        checkpoint: Start from these weights.
+        device: Where to run, as torch names it.
+
+    Raises:
+        ValueError: There are fewer pictures than one batch, or labels that the network has no class for.
+    """
+    dataset: Any = create_dataset("", root=str(data))
+    classes = len(dataset.reader.class_to_idx)
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"expected at least one batch of {batch_size} pictures in {data}, got {len(dataset)}; "
+            "give a smaller --batch-size"
+        )
+    if classes < 2:
+        raise ValueError(f"expected a folder of pictures for each of at least 2 classes in {data}, got {classes}")
+    model = timm.create_model(name, pretrained, checkpoint_path=checkpoint, num_classes=classes).to(device)
+    config = resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    loader = create_loader(
+        dataset,
+        input_size=(channels, img_size or size[0], img_size or size[1]),
+        batch_size=batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=2,
+        device=torch.device(device),
+    )
+    return model, loader
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    count: int = 8,
+    warmup_steps: int = 0,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+) -> ClipRange:
+    """Ratios of gradient norm to weight norm on a few batches, after a few steps of training.
+
+    Args:
+        model: Any timm model, on the device of its parameters; the warmup changes it.
+        batches: (N, C, H, W) and labels (N,); begun again when they end.
+        count: How many batches to measure, with one backward pass each and no step between them.
+        warmup_steps: Steps of clipped SGD before that (clip factor 0.01, learning rate rising to 0.1 N / 256). A
+            normalizer-free network starts with most of its gradients at exactly zero, as its skip gains are 0.
+        track: Wraps an iterable to show its progress.
+
+    Raises:
+        ValueError: `batches` is empty, or the warmup's loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    endless = _again_and_again(batches)
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt = {id(p) for p in agc.classifier_weights(model)}
+    model.train()
+
+    def backward() -> tuple[float, int]:
+        images, labels = next(endless)
+        model.zero_grad()
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        loss.backward()
+        return loss.item(), len(labels)
+
+    losses: list[float] = []
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=0.01)
+    for step in track(range(warmup_steps), "warming up"):
+        loss, batch_size = backward()
+        losses.append(loss)
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss was {loss} in step {step + 1} of the warmup; use fewer --warmup-steps")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * batch_size / 256 * (step + 1) / warmup_steps
+        optimizer.step()
+
+    ratios: dict[int, list[Tensor]] = {}
+    for _ in track(range(count), "measuring"):
+        backward()
+        checked = agc.parameters_with_gradient(p for p in model.parameters() if id(p) not in exempt)
+        for units in agc.measure(checked, 0.01, _EPS):
+            for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
+                ratios.setdefault(id(p), []).append(ratio.cpu())
+    model.zero_grad()
+    by_stage: dict[str, list[Tensor]] = {}
+    for key, found in ratios.items():
+        by_stage.setdefault(_stage(names[key]), []).append(torch.stack(found))
+    order = list(dict.fromkeys(_stage(name) for name in names.values()))
+    stages = [_summary(name, by_stage[name]) for name in order if name in by_stage]
+    return ClipRange(stages, count, losses)
+
+
+def _summary(name: str, ratios: Sequence[Tensor]) -> Stage:
+    """Of (batches, units) for every parameter."""
+    together = torch.cat(list(ratios), dim=1).float()
+    zero = (together == 0).all(0)
+    return Stage(name, together.shape[1], int(zero.sum()), together[together > 0].numpy())
+
+
+def _stage(parameter: str) -> str:
+    found = _STAGE.match(parameter)
+    return found[0] if found and found[0] else parameter.partition(".")[0]
+
+
+def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("expected at least one batch, got none")
+
+
+def draw(measured: ClipRange, title: str, file: Path) -> None:
+    """Write a picture: the distribution of the ratios of every stage, and the clip factors of `SHARES`."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    stages = [stage for stage in measured.stages if stage.ratios.size]
+    figure = Figure(figsize=(8, 1.6 + 0.42 * len(stages)), layout="constrained")
+    axes = figure.subplots()
+    logs = [np.log10(stage.ratios) for stage in stages]
+    low, high = min(map(np.min, logs)), max(map(np.max, logs))
+    grid = np.linspace(low - 0.2, high + 0.2, 160)
+    for row, values in enumerate(reversed(logs)):
+        density, _ = np.histogram(values, bins=grid, density=True)
+        middles = (grid[1:] + grid[:-1]) / 2
+        axes.fill_between(10**middles, row, row + 0.85 * density / density.max(), color="#1f6fb2", alpha=0.55, lw=0)
+        axes.plot(10 ** np.median(values), row, marker="|", color="#10365a", markersize=9, markeredgewidth=2)
+    for share, style in zip(SHARES, ("-", "--", "-.", ":"), strict=True):
+        factor = measured.clip_factor(share)
+        axes.axvline(factor, color="#c0392b", linestyle=style, lw=1.2, label=f"{share:.0%}: {factor:.2g}")
+    axes.set(xscale="log", xlabel="gradient norm / weight norm of a unit", ylim=(-0.3, len(stages)))
+    axes.set_yticks(range(len(stages)), [f"{stage.name} ({stage.units} units)" for stage in reversed(stages)])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(title="clip factor that clips", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=150)
