@@ -19,7 +19,7 @@ demo: $(READY)  ## train, save, reload and plot on real images; minutes, no down
 	$(PYTHON) -c "from timm_nf.cli import main; main(['demo'])"
 
 test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2  # a worker a core; more threads than cores made it three times slower
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 
 test-all: test $(OLDEST)  ## also the slow tests, timm's tests on larger models, and ours on the oldest timm
