@@ -20,6 +20,10 @@ from .standardize import standardize_weight
 torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")  # jax.nn.gelu's default
 
@@ -32,7 +36,7 @@ def _softplus(x: Tensor) -> Tensor:
 # name -> (function, gamma): gamma = 1 / std(act(z)), z ~ N(0, 1), the values of nfnets/base.py as they stand there.
 # tests/test_layers.py::test_gamma_is_one_over_the_std_of_the_activated_normal re-derives them by quadrature.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "identity": (lambda x: x, 1.0),
+    "identity": (_identity, 1.0),
     "celu": (F.celu, 1.270926833152771),
     "elu": (F.elu, 1.2716004848480225),
     "gelu": (_gelu, 1.7015043497085571),
@@ -81,10 +85,11 @@ class Activation(nn.Module):
     def __init__(self, name: str, gain: float = 1.0) -> None:
         super().__init__()
         self.name = activation_name(name)
+        self.function = ACTIVATIONS[self.name][0]  # an attribute, as TorchScript cannot look it up in the table
         self.gain = gain
 
     def forward(self, x: Tensor) -> Tensor:
-        x = ACTIVATIONS[self.name][0](x)
+        x = self.function(x)
         return x if self.gain == 1.0 else x * self.gain
 
     def extra_repr(self) -> str:
@@ -199,8 +204,31 @@ class ScaledStdConv2d(SameConv2d):
             gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.scale
         return standardize_weight(self.weight, gain)
 
+    def fuse(self) -> nn.Conv2d:
+        """A plain convolution of the same output; timm's `reparameterize_model` looks for this name.
+
+        The padding of a larger kernel at a stride depends on the parity of the input's size, so that one is padded in
+        `SameConv2d`, whose weight is plain as well.
+        """
+        channels, size, stride = (self.in_channels, self.out_channels), self.kernel_size[0], self.stride[0]
+        if self.same_pad:
+            plain = SameConv2d(*channels, size, stride, groups=self.groups, device="meta")
+        else:
+            padding: Any = self.padding
+            plain = nn.Conv2d(*channels, size, stride, padding, self.dilation[0], self.groups, device="meta")
+        return bake(plain, self, self.effective_weight())
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.4f}"
+
+
+@torch.no_grad()
+def bake(plain: nn.Conv2d, conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+    """`plain` with this weight and the bias of `conv`, in the memory format, mode and requires_grad of `conv`."""
+    plain.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(weight), conv.weight.requires_grad)
+    if conv.bias is not None:
+        plain.bias = nn.Parameter(conv.bias.clone(), conv.bias.requires_grad)
+    return plain.train(conv.training)
 
 
 class SameMaxPool2d(nn.Module):
