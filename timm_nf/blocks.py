@@ -86,12 +86,12 @@ class NormFreeBlock(nn.Module):
             self.downsample = None
         self.act1 = Activation(cfg.act_layer)
         self.conv1 = conv(in_chs, mid_chs, 1, scale=gamma / beta)
-        self.act2 = Activation(cfg.act_layer)
+        self.act2 = Activation(cfg.act_layer, inplace=True)
         self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation[0], groups, scale=gamma)
-        self.act2b = Activation(cfg.act_layer) if cfg.extra_conv else None
+        self.act2b = Activation(cfg.act_layer, inplace=True) if cfg.extra_conv else None
         self.conv2b = conv(mid_chs, mid_chs, 3, 1, dilation[1], groups, scale=gamma) if cfg.extra_conv else None
         self.attn = attn(mid_chs) if attn and cfg.reg else None
-        self.act3 = Activation(cfg.act_layer)
+        self.act3 = Activation(cfg.act_layer, inplace=True)
         self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma)
         self.attn_last = attn(out_chs) if attn and not cfg.reg else None
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
