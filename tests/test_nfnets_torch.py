@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference_nfnet import Net
-from small_nets import FAMILIES, batch, build, create, relative_error
+from small_nets import FAMILIES, SHORT, batch, build, create, relative_error
 from torch import Tensor, nn
 
 from timm_nf.nfnets import NormFreeNet
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-SHORT = {
-    "NFNet": Net("NFNet", (1, 2), (32, 48), num_classes=4, group_size=8),
-    "NF_ResNet": Net("NF_ResNet", (1, 2), (32, 64), num_classes=4),
-    "NF_RegNet": Net("NF_RegNet", (1, 2), (32, 48), num_classes=4),
-}
 
 
 # --- torch's interface ---
