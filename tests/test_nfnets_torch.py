@@ -74,21 +74,6 @@ def test_exports_with_a_dynamic_batch(family: str) -> None:
         torch.testing.assert_close(program.module()(batch(n)), model(batch(n)), rtol=1e-12, atol=1e-12)
 
 
-@EACH_FAMILY
-def test_per_example_gradients_by_function_transforms_sum_to_the_gradient_of_the_batch(family: str) -> None:
-    model, x = build(SHORT[family]), batch(3, 32, 32)
-    parameters = {k: v.detach() for k, v in model.named_parameters()}
-
-    def loss(p: dict[str, Tensor], example: Tensor) -> Tensor:
-        return torch.func.functional_call(model, p, example[None]).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for name, g in gradients(model, x).items():
-        assert each[name].shape == (3, *g.shape)
-        torch.testing.assert_close(each[name].sum(0), g, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(each[name][1], torch.func.grad(loss)(parameters, x[1])[name], rtol=1e-9, atol=1e-10)
-
-
 def test_ensembles_of_networks_by_vmap_over_parameters() -> None:
     models = [build("NFNet"), build("NFNet")]
     nn.init.normal_(models[1].stem.conv1.weight)
