@@ -15,7 +15,6 @@ from timm.layers import ScaledStdConv2dSame, StdConv2d, StdConv2dSame, create_co
 from torch import nn
 
 from .layers import ScaledStdConv2d, bake
-from .nfnets import NormFreeNet
 
 
 def _fuse_stock(conv: Any) -> nn.Conv2d:
@@ -88,7 +87,7 @@ def fuse(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         # What is in the memo counts as copied already.
         fused: Any = copy.deepcopy(model, {id(conv): _FUSE[type(conv)](conv) for conv in convs.values()})
-    if not isinstance(fused, NormFreeNet):  # which looks it up
+    if not getattr(fused, "fused", False):  # ours, compiled or not, look it up
         fused.fused = True
         fused._model_args = getattr(model, "_model_args", {}) | {"fused": True}
     return fused
