@@ -1,0 +1,171 @@
+"""Files of weights, and a network that gets exactly what is in them.
+
+Nothing read here can run code: safetensors, and torch files with `weights_only=True`.
+"""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        state_dict: Without the prefixes that wrappers leave.
+        origin: The file and the entry in it that the weights are from.
+        args: train.py's arguments, empty if the file has none.
+        epoch: Of the training, counted from 0.
+        metric: What train.py measured of these weights on its validation split; None where it measured others, or only
+            the training loss.
+    """
+
+    state_dict: dict[str, Tensor]
+    origin: str
+    args: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    metric: float | None = None
+
+
+def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
+    """Read train.py's checkpoints, safetensors and plain state dicts.
+
+    Args:
+        file: By its name, `*.safetensors` or a torch file.
+        use_ema: The averaged weights of a training with `--model-ema`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is none of these, needs code to be run, or has no averaged weights.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a file of weights, found none at {file}")
+    content = _read(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a state dict or a checkpoint in {file}, got {type(content).__name__}")
+    ema = content.get("state_dict_ema") is not None
+    if use_ema and not ema:
+        raise ValueError(f"{file} has no averaged weights (state_dict_ema); leave out --use-ema")
+    key = "state_dict_ema" if use_ema else "state_dict" if "state_dict" in content else ""
+    state_dict = content[key] if key else content
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise ValueError(f"expected tensors by name in {file}{f', {key}' if key else ''}, got something else")
+    stored = content.get("args") if key else None
+    args = vars(stored) if isinstance(stored, argparse.Namespace) else {}
+    # With an average, train.py validates that; unless it is kept on the CPU, where it is not validated.
+    measured = bool(args.get("val_split")) and use_ema == (ema and not args.get("model_ema_force_cpu", False))
+    return Checkpoint(
+        clean_state_dict(dict(state_dict)),
+        f"{file}, {key}" if key else str(file),
+        args,
+        content.get("epoch") if key else None,
+        content.get("metric") if key and measured else None,
+    )
+
+
+def _read(file: Path) -> Any:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unknown = []
+        if zipped := file.open("rb").read(2) == b"PK":
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        names = ", ".join(sorted(set(unknown) - {"argparse.Namespace"}))
+        reason = f"it asks for {names}" if zipped and names else "it is no torch file of tensors"
+        raise ValueError(
+            f"{file} is not read, because {reason}; expected a checkpoint of timm's train.py, safetensors or a state "
+            "dict: load what you trust yourself and save its state dict with safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read, it may be incomplete: {reason}") from error
+
+
+def skeleton(name: str, **kwargs: Any) -> nn.Module:
+    """The network without memory for its parameters, to be filled by `assign`.
+
+    Args:
+        name: As `timm.create_model` takes it.
+        **kwargs: Likewise.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    if any(module._non_persistent_buffers_set for module in model.modules()):
+        return timm.create_model(name, **kwargs)  # computed when built and in no file
+    return model
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Make `tensors` the parameters and buffers of `model`, without a copy and in their dtype.
+
+    Args:
+        model: A new one; after an error it is of no use.
+        tensors: By the names in the network's state dict.
+        origin: Of the tensors, for messages.
+
+    Raises:
+        ValueError: if names, shapes or dtypes are not the network's, before anything is assigned for the last two.
+        RuntimeError: from the network, if it recognises the state dict as another network's.
+    """
+    expected = model.state_dict()
+    tensors = fitted(tensors, expected)
+    wrong = [name for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+    classifier = {f"{name}.{part}" for name in _classifiers(model) for part in ("weight", "bias")}
+    if wrong and set(wrong) <= classifier:
+        sizes = f"{len(tensors[wrong[0]])} classes, the network {len(expected[wrong[0]])}"
+        raise ValueError(f"the classifier of {origin} has {sizes}: give the number of classes of the weights")
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{origin} is of another architecture: {len(wrong)} of {len(expected)} shapes differ, say {name} "
+            f"{list(tensors[name].shape)} where the network has {list(expected[name].shape)}"
+        )
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    kinds = [n for n in expected.keys() & tensors.keys() if _kind(tensors[n]) != _kind(expected[n])]
+    if len(floats) > 1 or kinds:
+        found = sorted(str(tensors[name].dtype) for name in kinds) or sorted(map(str, floats))
+        raise ValueError(
+            f"expected one floating dtype in {origin}, and integers where the network has them, got {', '.join(found)}"
+        )
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        parts = [
+            f"{what} {len(names)} ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
+            for what, names in (("lacks", missing), ("has beside it", unexpected))
+            if names
+        ]
+        raise ValueError(f"{origin} is of another architecture: of its {len(expected)} names it {' and '.join(parts)}")
+
+
+def fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a single number as the shape that `expected` has for it: timm's skip gains are scalars."""
+    return {
+        name: tensor.reshape(expected[name].shape)
+        if name in expected and tensor.numel() == expected[name].numel() == 1
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _kind(tensor: Tensor) -> Any:
+    return "floating" if tensor.is_floating_point() else tensor.dtype
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
