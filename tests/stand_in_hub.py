@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,7 +66,7 @@ class Repo:
         return {path: blob.data for path, blob in self.commits[self.refs.get(ref, ref)].items()}
 
 
-class Answer(Exception):  # noqa: N818
+class Answer(Exception):
     """An answer given from anywhere: raised, so that nothing else is done with the request."""
 
     def __init__(self, status: int, body: Any = None, **headers: str):
@@ -100,10 +99,6 @@ def cut(handler: "Handler") -> None:
 def flip(handler: "Handler") -> None:
     """One byte of the body is another one, at the same length."""
     handler.spoil = lambda body: body[:-1] + bytes([body[-1] ^ 1])
-
-
-def sleep(seconds: float) -> Action:
-    return lambda handler: time.sleep(seconds)
 
 
 class Hub:
@@ -175,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         except Answer as answer:
             self.send(answer)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
     def send(self, answer: Answer) -> None:
         body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
@@ -250,10 +245,6 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path, **blob.describe()} for path, blob in files.items()]
         raise Answer(200, {"id": repo, "sha": sha, "private": found.private, "gated": found.gated, "siblings": siblings,
                            "lastModified": "2026-01-01T00:00:00.000Z", "tags": []})  # fmt: skip
-
-    def list_tree(self, repo: str, rev: str) -> None:
-        _, files = self.tree(self.repo(repo), rev)
-        raise Answer(200, [{"type": "file", "path": path, **blob.describe()} for path, blob in files.items()])
 
     def branch(self, repo: str, name: str) -> None:
         found = self.repo(repo, write=True)
@@ -375,7 +366,6 @@ ROUTES = [
     ("POST", "/api/validate-yaml", "validate_yaml"),
     ("GET", f"/api/models/{_REPO}", "info"),
     ("GET", f"/api/models/{_REPO}/revision/(?P<rev>[^/]+)", "info"),
-    ("GET", f"/api/models/{_REPO}/tree/(?P<rev>[^/]+)", "list_tree"),
     ("POST", f"/api/models/{_REPO}/branch/(?P<name>[^/]+)", "branch"),
     ("POST", f"/api/models/{_REPO}/preupload/(?P<rev>[^/]+)", "preupload"),
     ("POST", f"/api/models/{_REPO}/commit/(?P<rev>[^/]+)", "commit"),

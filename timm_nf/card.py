@@ -70,7 +70,8 @@ def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: st
     data.library_name = data.library_name or "timm"
     data.pipeline_tag = data.pipeline_tag or TASK
     data.base_model = data.base_model or base
-    data.tags = list(dict.fromkeys([*(data.tags or []), TASK, "timm", "timm_nf"]))
+    tags = data.tags or []
+    data.tags = tags + [tag for tag in (TASK, "timm", "timm_nf") if tag not in tags]
     return data
 
 
@@ -82,7 +83,7 @@ def render(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:
         title: The heading.
         sections: Markdown by heading; the first without one if that is empty.
     """
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}"]
+    parts = [f"---\n{data}\n---", f"# {title}"]
     for heading, text in sections.items():
         parts += [f"## {heading}", text.strip()] if heading else [text.strip()]
     return str(ModelCard("\n\n".join(parts) + "\n"))
@@ -109,8 +110,11 @@ def network(data: ModelCardData, title: str, facts: Facts) -> str:
         )
     if data.eval_results:
         sections["Results"] = _table(
-            ("dataset", "metric", "value", "source"),
-            [(r.dataset_name, r.metric_name or r.metric_type, r.metric_value, r.source_name) for r in data.eval_results],
+            ("dataset", "split", "metric", "value"),
+            [
+                (r.dataset_name, r.dataset_split, r.metric_name or r.metric_type, r.metric_value)
+                for r in data.eval_results
+            ],
         )
     if facts.recipe:
         sections["Recipe"] = _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.recipe.items()])
@@ -181,8 +185,8 @@ def _rows() -> list[tuple[Any, ...]]:
 
 ZOO = {
     "": """
-Image classifiers without normalisation layers, in PyTorch, as timm models. {variants} variants in three families, each equal to
-the authors' JAX code: same parameters, same function.
+Image classifiers without normalisation layers, in PyTorch, as timm models. {variants} variants in three families, each
+equal to the authors' JAX code: same parameters, same function.
 """,
     "Variants and weights": """
 {networks}
@@ -191,9 +195,9 @@ Multiply-adds at the training size. `timm-nf list` prints these numbers, compute
 
 | family | names | architecture from | weights |
 | --- | --- | --- | --- |
-| NFNet | `nfnet_f0` to `f7`, `nfnet_f0_plus` to `f7_plus` | arXiv:2102.06171, `nfnets/nfnet.py` | F0 to {last}: tag `dm_in1k` |
-| NF-ResNet | `dm_nf_resnet50`, `101`, `152`, `200`, `288`, `600` | arXiv:2101.08692, `nfnets/nf_resnet.py` | none published |
-| NF-RegNet | `dm_nf_regnet_b0` to `b8` | arXiv:2101.08692, `nfnets/nf_regnet.py` | none published |
+| NFNet | `nfnet_f0` to `f7`, `nfnet_f0_plus` to `f7_plus` | arXiv:2102.06171, `nfnets/nfnet.py` | F0 to {last} |
+| NF-ResNet | `dm_nf_resnet50`, `101`, `152`, `200`, `288`, `600` | arXiv:2101.08692, `nfnets/nf_resnet.py` | none |
+| NF-RegNet | `dm_nf_regnet_b0` to `b8` | arXiv:2101.08692, `nfnets/nf_regnet.py` | none |
 
 The code is google-deepmind/deepmind-research at f5de0ede. Where it differs from the papers it is followed, because the
 weights came from it: squeeze-excite has a relu where the paper writes gelu, and F4+ has {f4_plus} parameters where the
@@ -205,14 +209,15 @@ paper's table 3 has 527 M.
 | | F0 | F1 | F2 | F3 | F4 | F5 | F6 |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | top-1 % in the paper (F5, F6 there with SAM: 86.3, 86.5) | 83.6 | 84.7 | 85.1 | 85.7 | 85.9 | 86.0 | - |
-| top-1 % by timm's evaluation of these files, in timm's network | 83.47 | 84.70 | 85.18 | 85.68 | 85.84 | 86.10 | 86.36 |
+| top-1 % of these files in timm's network, by timm | 83.47 | 84.70 | 85.18 | 85.68 | 85.84 | 86.10 | 86.36 |
 
 Both rows are quoted (arXiv:2102.06171, table 3; timm's results for `dm_in1k`), not measured here.
 """,
     "Preprocessing": """
 RGB, ImageNet mean and standard deviation, bicubic. timm's evaluation of these weights squashes the image to
-size / crop_pct in both directions, whatever its aspect ratio, and crops the centre; `timm.data.resolve_model_data_config`
-returns all of it, and `use_test_size=True` the larger test size that the accuracies belong to.
+size / crop_pct in both directions, whatever its aspect ratio, and crops the centre;
+`timm.data.resolve_model_data_config` returns all of it, and `use_test_size=True` the larger test size that the
+accuracies belong to.
 """,
     "Intended use": """
 Classification of photographs into ImageNet's classes, features for other vision tasks, fine-tuning, and research on
@@ -230,10 +235,10 @@ Not intended for decisions about people. The ImageNet weights inherit that data 
   for multiples of three. Any other number loses the mean of the converted weights, which standardisation removes.
 """,
     "How equality was established": """
-The authors' code was run in float64 on synthetic parameters, and its logits, pooled features, signal statistics, gradients
-and three optimizer steps are stored in `tests/golden`; its README has the details. `python -m pytest tests -k golden`
-compares. `timm-nf verify` runs a part of it on the user's device, in the dtypes it has. Parameter counts and names of
-all {variants} variants are compared with those the authors' code creates.
+The authors' code was run in float64 on synthetic parameters, and its logits, pooled features, signal statistics,
+gradients and three optimizer steps are stored in `tests/golden`; its README has the details.
+`python -m pytest tests -k golden` compares. `timm-nf verify` runs a part of it on the user's device, in the dtypes it
+has. Parameter counts and names of all {variants} variants are compared with those the authors' code creates.
 """,
     "What could not be verified where this was developed": """
 No network to the Hub and no accelerator were at hand.

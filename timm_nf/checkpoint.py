@@ -4,8 +4,9 @@ Nothing read here can run code: safetensors, and torch files with `weights_only=
 """
 
 import argparse
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -78,7 +80,7 @@ def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
 def _read(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return load_tensors(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -96,6 +98,27 @@ def _read(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read, it may be incomplete: {reason}") from error
 
 
+def load_tensors(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own that is allocated once.
+
+    safetensors' own reader maps the file. That leaves tensors unaligned, for which the CPU has other kernels: logits
+    differ in the last bits; and copies of them would need the memory twice.
+
+    Raises:
+        SafetensorError: if the file is none.
+    """
+    mapped = load_file(file)  # checks the whole header, and reads nothing else
+    tensors = {}
+    with Path(file).open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name, tensor in mapped.items():
+            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            stream.seek(8 + length + header[name]["data_offsets"][0])
+            stream.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
+    return tensors
+
+
 def skeleton(name: str, **kwargs: Any) -> nn.Module:
     """The network without memory for its parameters, to be filled by `assign`.
 
@@ -108,6 +131,37 @@ def skeleton(name: str, **kwargs: Any) -> nn.Module:
     if any(module._non_persistent_buffers_set for module in model.modules()):
         return timm.create_model(name, **kwargs)  # computed when built and in no file
     return model
+
+
+def build(
+    name: str, checkpoint: Checkpoint, num_classes: int | None = None, labels: Sequence[str] | None = None
+) -> nn.Module:
+    """The trained network in evaluation mode, with the preprocessing it was trained with.
+
+    Args:
+        name: Of the model, as `timm.create_model` takes it.
+        checkpoint: As `read` gives it; of train.py's arguments those about the model and its input are followed.
+        num_classes: By default train.py's, or else the model's.
+        labels: Names of the classes.
+
+    Raises:
+        ValueError: if the weights or the labels are not this network's.
+    """
+    args = checkpoint.args
+    num_classes = args.get("num_classes") if num_classes is None else num_classes
+    given = {"num_classes": num_classes, "in_chans": args.get("in_chans"), "global_pool": args.get("gp")}
+    model: Any = skeleton(name, **given, **(args.get("model_kwargs") or {}))
+    assign(model, checkpoint.state_dict, checkpoint.origin)
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(f"expected {model.num_classes} labels, one for each class, got {len(labels)}")
+    cfg = model.pretrained_cfg
+    cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
+    cfg["input_size"] = (model.in_chans, *cfg["input_size"][1:])
+    if args.get("img_size") or args.get("input_size"):
+        cfg.update(test_input_size=None, pool_size=None)  # of the published weights
+    if labels is not None:
+        cfg["label_names"] = list(labels)
+    return model.eval()
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:

@@ -3,131 +3,27 @@
 Weights are safetensors, never pickles. What is written here, timm's `hf-hub:` and `local-dir:` load as well.
 """
 
-import copy
-import hashlib
-import json
 import logging
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.data import resolve_model_data_config
-from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
-from . import card as cards
-from .checkpoint import assign, fitted, skeleton
+from .checkpoint import assign, load_tensors, skeleton
+from .folder import CONFIG, README, WEIGHTS, Written, digest, write_folder
 from .hub_errors import HubError, explained
 
+__all__ = ["HubError", "Written", "pull", "push", "write_folder"]
+
 _logger = logging.getLogger(__name__)
-
-WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
-_PINNED = re.compile(r"[^@]+@[0-9a-f]{40}")  # as `pull` records it
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `write_folder` wrote, or `push` published.
-
-    Attributes:
-        files: Sizes in bytes by name.
-        sha256: Of model.safetensors.
-        checks: What was compared and what came of it, in words.
-        card: Text of README.md, also where an older one stays.
-        url: Of the commit or the pull request; None if nothing was uploaded.
-        commit: Its id.
-    """
-
-    files: dict[str, int]
-    sha256: str
-    checks: list[tuple[str, str]]
-    card: str
-    url: str | None = None
-    commit: str | None = None
-
-
-def write_folder(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    card: ModelCardData | Mapping[str, Any] | None,
-    dtype: torch.dtype | None = None,
-    architecture: str | None = None,
-    overwrite_card: bool = False,
-    repo_id: str | None = None,
-    recipe: Mapping[str, Any] | None = None,
-) -> Written:
-    """Write a network as a Hub repository: model.safetensors, config.json and README.md, each read back and compared.
-
-    Args:
-        model: Any model that timm's factory made; not changed.
-        folder: Made if it is not there; it gets all files or none.
-        card: Fields of the card's metadata, the license among them.
-        dtype: To round floating weights to, as they are by default.
-        architecture: Of timm's registry, to be loaded as by others; by default the model's own.
-        overwrite_card: Replace a README.md that is there.
-        repo_id: What the card's snippet loads, the folder by default.
-        recipe: Settings of the training, for the card.
-
-    Raises:
-        ValueError: if the model cannot be saved so, or the card has no license.
-        RuntimeError: if what was written does not give the same tensors and logits.
-    """
-    model, folder = unwrap_model(model), Path(folder)
-    own = _own_architecture(model)
-    hf_hub_id = str(model.pretrained_cfg.get("hf_hub_id"))
-    base = hf_hub_id if _PINNED.fullmatch(hf_hub_id) else None
-    data = cards.metadata(card, (repo_id or str(folder.resolve())).rpartition("/")[2], base and base.partition("@")[0])
-    state = _state(model, dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        new = Path(temporary)
-        _write_config(model, new / CONFIG, architecture or own)
-        expected = skeleton(f"local-dir:{new}").state_dict()
-        state = fitted(state, expected)
-        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
-        checks = [_compare_tensors(state, new / WEIGHTS)]
-        deviation = _deviation(model, state, new)
-        if (architecture or own) == own:
-            if deviation:
-                raise RuntimeError(
-                    f"the network read back gives other features or logits, by {deviation:.1e}; please report this "
-                    "with the output of `timm-nf env`"
-                )
-            checks.append(("features and logits of the network read back", "equal to the bit"))
-        else:
-            checks.append((f"logits as {architecture}, deviation", f"{deviation:.1e}"))
-        facts = cards.Facts(
-            architecture=architecture or own,
-            source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}",
-            parameters=sum(p.numel() for p in model.parameters()),
-            dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
-            sha256=_digest(new / WEIGHTS, "sha256"),
-            size=(new / WEIGHTS).stat().st_size,
-            versions={package: version(package) for package in ("timm_nf", "timm", "torch", "safetensors")},
-            base=base,
-            deviation=None if (architecture or own) == own else deviation,
-            recipe=recipe or {},
-        )
-        text = cards.network(data, repo_id or folder.resolve().name, facts)
-        if overwrite_card or not (folder / README).exists():
-            (new / README).write_text(text, encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-        for name in files:
-            os.replace(new / name, folder / name)
-    return Written(files, facts.sha256, checks, text)
 
 
 def push(
@@ -157,7 +53,7 @@ def push(
         revision: A branch, made if it is not there.
         private: Make the repository private; one that is there has to be so already.
         create_pr: Propose the commit as a pull request to the main branch.
-        commit_message: By default what was pushed.
+        commit_message: Of one's own.
         token: Instead of the login's.
         dtype: To round floating weights to, as they are by default.
         overwrite_card: Replace a README.md that is there.
@@ -194,7 +90,7 @@ def push(
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, Path(temporary) / "repo" / name) for name in names],
-            commit_message=commit_message or f"{_own_architecture(unwrap_model(model))}, written by timm_nf",
+            commit_message=commit_message or "Weights, config and card, read back and compared",
             revision=revision,
             create_pr=create_pr,
             parent_commit=info.sha,
@@ -252,97 +148,12 @@ def pull(
         if wanted not in (None, folder.name):
             raise HubError(f"{name} changed from {wanted} to {folder.name} while it was pulled: pull again")
         weights = _download(name, WEIGHTS, folder.name, hashes, **options)
-        if sha256 is not None and (got := _digest(weights, "sha256")) != sha256.lower():
+        if sha256 is not None and (got := digest(weights, "sha256")) != sha256.lower():
             raise ValueError(f"{name}@{folder.name}: expected {WEIGHTS} with sha256 {sha256.lower()}, got {got}")
     model: Any = _load(folder, f"{name}@{folder.name}")
     model.pretrained_cfg.pop("file", None)
     model.pretrained_cfg.update(hf_hub_id=f"{name}@{folder.name}", source="hf-hub")
     return model.eval()
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-def _own_architecture(model: Any) -> str:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    if not cfg.get("architecture") or not hasattr(model, "forward_head"):
-        raise ValueError(f"expected a classifier made by timm.create_model, got {type(model).__name__}")
-    if getattr(model, "_fused_from", None) is not None:
-        raise ValueError(
-            f"a fused model of timm's own {cfg['architecture']} has no architecture in timm that loads it: push it "
-            "before fusing, or write it with `timm-nf export`"
-        )
-    return cfg["architecture"]
-
-
-def _state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors to write: on the CPU, in one memory layout, finite and in one floating dtype."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"expected a floating dtype, got {dtype}")
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError(f"expected a model with weights, {name} is on the meta device")
-        rounded = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
-        if not torch.isfinite(rounded).all():
-            why = "NaN or infinite" if not torch.isfinite(tensor).all() else f"too large for {dtype}"
-            raise ValueError(f"{name} is {why}: such a network is not published")
-        state[name] = rounded
-    if len(kinds := sorted({str(t.dtype) for t in state.values() if t.is_floating_point()})) > 1:
-        raise ValueError(f"expected weights in one floating dtype, got {', '.join(kinds)}: give dtype to choose one")
-    return state
-
-
-def _write_config(model: Any, file: Path, architecture: str) -> None:
-    save_config_for_hf(model, str(file), {"pretrained_cfg": {"architecture": architecture}})
-    if architecture == _own_architecture(model):
-        return
-    if not timm.is_model(architecture):
-        raise ValueError(f"timm knows no architecture {architecture!r}")
-    config = json.loads(file.read_text())
-    # It keeps stock timm's nfnet_f0 from loading our weights, and every other network of stock timm as well.
-    if config["model_args"].pop("fused", False):
-        raise ValueError(f"a fused network cannot be loaded as {architecture}: push it before fusing")
-    file.write_text(json.dumps(config, indent=2))
-
-
-def _compare_tensors(state: Mapping[str, Tensor], file: Path) -> tuple[str, str]:
-    read = load_file(file)
-    wrong = [name for name, t in state.items() if name not in read or t.dtype != read[name].dtype]
-    wrong += [name for name, t in state.items() if name not in wrong and not torch.equal(t, read[name])]
-    if wrong or len(read) != len(state):
-        raise RuntimeError(
-            f"{len(wrong)} of {len(state)} tensors are not what was written ({wrong[:1]}): the disk or its driver "
-            "loses data, or please report this"
-        )
-    return "tensors read back", f"{len(read)} of {len(state)} equal"
-
-
-@torch.no_grad()
-def _deviation(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> float:
-    """Largest relative error of features and logits, the folder loaded by timm against the model with `state`."""
-    reference: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
-    assign(reference, {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, str(folder))
-    loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    noise = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *resolve_model_data_config(loaded)["input_size"], generator=noise)
-    worst = 0.0
-    features, expected = loaded.forward_features(x), reference.forward_features(x)
-    # Features too: the logits of a classifier that starts at zero say nothing.
-    pairs = [(loaded.forward_head(features), reference.forward_head(expected))]
-    for got, want in [(features, expected), *pairs]:
-        if not torch.equal(got, want):
-            worst = max(worst, float((got - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny)))
-    return worst
-
-
-def _digest(file: Path, kind: str) -> str:
-    """Of a file's content: `sha256`, or `git` for what git calls a blob of it."""
-    with file.open("rb") as stream:
-        if kind == "git":
-            header = b"blob %d\0" % file.stat().st_size
-            return hashlib.file_digest(stream, lambda: hashlib.sha1(header)).hexdigest()
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------
@@ -383,7 +194,7 @@ def _download(
         expected = hashes.get(name) or path.resolve().name
         if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
             raise HubError(f"{path} cannot be checked: this cache does not name its files by their hash; pull online")
-        if _digest(path, "git" if len(expected) == 40 else "sha256") == expected:
+        if digest(path, "git" if len(expected) == 40 else "sha256") == expected:
             return path
         _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
     path.resolve().unlink()  # timm, which does not look at hashes, would load it
@@ -397,7 +208,7 @@ def _load(folder: Path, origin: str) -> nn.Module:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{CONFIG} of {origin} describes no network that timm can build here ({reason})") from error
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_tensors(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} of {origin} is no safetensors file: {error}") from error
     assign(model, tensors, origin)

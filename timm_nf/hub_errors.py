@@ -82,7 +82,7 @@ def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str
         case 401:
             return f"not logged in: {_LOGIN}"
         case 403:
-            return f"this login may not do that with {repo_id} ({said}): {_LOGIN} as its owner, with a token that writes"
+            return f"this login may not do that with {repo_id} ({said}): {_LOGIN} as its owner, with write access"
         case 409:
             return f"{repo_id} is taken ({said}): choose another name, or log in as its owner"
         case 412:
