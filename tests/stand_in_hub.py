@@ -116,6 +116,8 @@ class Hub:
         self.part_size: int | None = None  # of multipart uploads
         self.lock = threading.RLock()
         self.url = self.storage_url = ""
+        self.stop: Callable[[], None]
+        self.slept: list[float] = []  # how long the client would have waited before it tried again
 
     def fault(self, pattern: str, action: Action, times: int = 1) -> None:
         self.faults.append([re.compile(pattern), action, times])
@@ -390,14 +392,19 @@ class Server(ThreadingHTTPServer):
 def running():
     """A Hub that answers, and that has stopped afterwards."""
     hub, servers = Hub(), []
+
+    def stop() -> None:
+        while servers:
+            servers[-1].shutdown()
+            servers.pop().server_close()
+
     for storage in (False, True):
         handler = type("BoundHandler", (Handler,), {"hub": hub, "storage": storage})
         servers.append(Server(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    hub.stop = stop
     hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
     try:
         yield hub
     finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+        stop()

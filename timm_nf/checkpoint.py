@@ -173,12 +173,22 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None
         origin: Of the tensors, for messages.
 
     Raises:
-        ValueError: if names, shapes or dtypes are not the network's, before anything is assigned for the last two.
+        ValueError: if names, shapes or dtypes are not the network's, before anything is assigned.
         RuntimeError: from the network, if it recognises the state dict as another network's.
     """
     expected = model.state_dict()
     tensors = fitted(tensors, expected)
-    wrong = [name for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+    # Its own tensors under these names: a network may know whose state dict that is, and says so.
+    names = {name: expected.get(name, tensor) for name, tensor in tensors.items()}
+    missing, unexpected = model.load_state_dict(names, strict=False, assign=True)
+    if missing or unexpected:
+        parts = [
+            f"{what} {len(names)} ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
+            for what, names in (("lacks", missing), ("has beside them", unexpected))
+            if names
+        ]
+        raise ValueError(f"{origin} is of another architecture: of {len(expected)} names it {' and '.join(parts)}")
+    wrong = [name for name in expected if tensors[name].shape != expected[name].shape]
     classifier = {f"{name}.{part}" for name in _classifiers(model) for part in ("weight", "bias")}
     if wrong and set(wrong) <= classifier:
         sizes = f"{len(tensors[wrong[0]])} classes, the network {len(expected[wrong[0]])}"
@@ -190,20 +200,13 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None
             f"{list(tensors[name].shape)} where the network has {list(expected[name].shape)}"
         )
     floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    kinds = [n for n in expected.keys() & tensors.keys() if _kind(tensors[n]) != _kind(expected[n])]
+    kinds = [n for n in expected if _kind(tensors[n]) != _kind(expected[n])]
     if len(floats) > 1 or kinds:
         found = sorted(str(tensors[name].dtype) for name in kinds) or sorted(map(str, floats))
         raise ValueError(
             f"expected one floating dtype in {origin}, and integers where the network has them, got {', '.join(found)}"
         )
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if missing or unexpected:
-        parts = [
-            f"{what} {len(names)} ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
-            for what, names in (("lacks", missing), ("has beside it", unexpected))
-            if names
-        ]
-        raise ValueError(f"{origin} is of another architecture: of its {len(expected)} names it {' and '.join(parts)}")
+    model.load_state_dict(tensors, assign=True)
 
 
 def fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_config_for_hf
@@ -80,6 +81,8 @@ def write_folder(
     source: Any = unwrap_model(model)
     own = _own_architecture(source)
     architecture = architecture or own
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm knows no architecture {architecture!r}")
     hf_hub_id = str(source.pretrained_cfg.get("hf_hub_id"))
     base = hf_hub_id if _PINNED.fullmatch(hf_hub_id) else None
     data = cards.metadata(card, (repo_id or str(folder.resolve())).rpartition("/")[2], base and base.partition("@")[0])
@@ -89,7 +92,11 @@ def write_folder(
         new = Path(temporary)
         _write_config(source, new / CONFIG, architecture, str(data.license))
         state = _as_loaded(state, new, architecture)
-        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            size = sum(t.nbytes for t in state.values())
+            raise RuntimeError(f"{size:,} bytes could not be written to {new}: {error}; make room there") from error
         checks = [_compare_tensors(state, new / WEIGHTS)]
         features, logits = _deviations(source, state, new)
         if architecture == own:
