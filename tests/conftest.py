@@ -1,7 +1,11 @@
 """What the tests of the optimizers and of the Hub need around them."""
 
+import os
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -61,3 +65,27 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         server.slept = clock.slept
         yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Starts Python in the environment of someone who uses this Hub."""
+    started = []
+
+    def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        here = Path(__file__).parent
+        environment = {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_aliceSecretToken",
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", **environment,
+        }  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | environment, **pipes)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

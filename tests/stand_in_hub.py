@@ -145,14 +145,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         hub, self.spoil = self.hub, None
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            self.content = b""
-            while size := int(self.rfile.readline(), 16):
-                self.content += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         line = f"{self.command} {self.path}"
         (hub.storage_requests if self.storage else hub.requests).append((line, dict(self.headers)))
         try:

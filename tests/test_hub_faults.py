@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -151,27 +149,6 @@ def test_a_killed_push_leaves_the_repository_as_it_was(published, client, tmp_pa
     timm_nf.hub.push(create(), "alice/net", card=CARD, dtype=torch.float16, revision="new")
     assert refs["new"] != before["main"]
     assert refs["main"] == before["main"]
-
-
-@pytest.fixture
-def client(hub, tmp_path):
-    """Starts Python in the environment of someone who uses this Hub."""
-    started = []
-
-    def start(code: str, **environment: str) -> subprocess.Popen[str]:
-        here = Path(__file__).parent
-        environment = {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", **environment,
-        }  # fmt: skip
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen([sys.executable, "-c", code], env=os.environ | environment, **pipes))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 # -- down --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Nothing read here can run code: safetensors, and torch files with `weights_only=
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,11 +85,8 @@ def _read(file: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        unknown = []
-        if zipped := file.open("rb").read(2) == b"PK":
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        names = ", ".join(sorted(set(unknown) - {"argparse.Namespace"}))
-        reason = f"it asks for {names}" if zipped and names else "it is no torch file of tensors"
+        names = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))
+        reason = f"it asks for {names}" if names else "it is no torch file of tensors alone"
         raise ValueError(
             f"{file} is not read, because {reason}; expected a checkpoint of timm's train.py, safetensors or a state "
             "dict: load what you trust yourself and save its state dict with safetensors"
@@ -150,7 +148,8 @@ def build(
     args = checkpoint.args
     num_classes = args.get("num_classes") if num_classes is None else num_classes
     given = {"num_classes": num_classes, "in_chans": args.get("in_chans"), "global_pool": args.get("gp")}
-    model: Any = skeleton(name, **given, **(args.get("model_kwargs") or {}))
+    given = {key: value for key, value in given.items() if value is not None}
+    model: Any = skeleton(name, **((args.get("model_kwargs") or {}) | given))
     assign(model, checkpoint.state_dict, checkpoint.origin)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(f"expected {model.num_classes} labels, one for each class, got {len(labels)}")
