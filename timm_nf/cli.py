@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 # typer by way of terminal, which says what to install where it is missing
-from . import cli_lab
+from . import cli_lab, cli_weights
 from .terminal import UsageError, complain, console, examples, print_facts, print_table, track, typer
 
 app = typer.Typer(
@@ -174,6 +174,7 @@ def verify(
         raise typer.Exit(1)
 
 
+app.add_typer(cli_weights.commands)
 app.add_typer(cli_lab.commands)
 
 

@@ -29,7 +29,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _gelu_(x: Tensor) -> Tensor:
-    return torch._C._nn.gelu_(x, approximate="tanh")
+    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def _silu_(x: Tensor) -> Tensor:

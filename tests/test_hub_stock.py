@@ -1,0 +1,109 @@
+"""Push and pull in the client's own environment, full-size weights, and how much memory a pull needs."""
+
+import os
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from test_hub import CARD, create, logits
+from timm.models import save_for_hf
+
+import timm_nf
+from timm_nf.verify import golden_params
+
+
+def synthetic(name: str) -> Any:
+    """A full-size network with the synthetic parameters."""
+    model = timm.create_model(name, device="meta").to_empty(device="cpu")
+    model.load_state_dict(golden_params(model.state_dict()))
+    return model.eval()
+
+
+def test_with_xet_installed_and_files_inside_the_commit(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    assert huggingface_hub.utils._runtime.is_xet_available()
+    hub.regular = True
+    timm_nf.hub.push(create(), "alice/net", card=CARD)
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(create()))
+    assert hub.count("PUT|lfs") == 0
+
+
+def test_in_a_process_of_its_own_with_nothing_patched(hub, client):
+    hub.regular = True
+    code = (
+        "import sys, timm_nf; from test_hub import create, CARD, logits; "
+        "timm_nf.hub.push(create(), 'alice/net', card=CARD); "
+        "assert (logits(timm_nf.hub.pull('alice/net')) == logits(create())).all(); "
+        "from timm_nf.cli import main; main(['pull', 'alice/net']); main(['pull', 'alice/nothing', '--debug'])"
+    )
+    process = client(code, HF_HUB_DISABLE_XET="0")
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert f"alice/net@{hub.repos['alice/net'].refs['main']}" in out
+    # --debug: the whole traceback, and still no token
+    assert "RepositoryNotFoundError" in out
+    assert "hf_aliceSecretToken" not in out
+
+
+MEMORY = """
+import os, sys, timm, timm_nf
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+timm_nf.hub.pull(sys.argv[1])  # what the first one imports and allocates is not the file's
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts again from what is used now
+before = peak()
+model = timm_nf.hub.pull("alice/net")
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux resets the peak of memory")
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("dm_nf_resnet50", "alice/net"),  # from the cache: the client's download takes 50 MB, whatever the size
+        pytest.param("nfnet_f6", "alice/small", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
+def test_a_pull_needs_the_files_memory_and_a_fifth(hub, client, tmp_path, name, first):
+    for repo_id, network in (("alice/small", create()), ("alice/net", timm.create_model(name))):
+        save_for_hf(network, str(tmp_path / repo_id), safe_serialization=True)
+        hub.publish(repo_id, {f.name: f.read_bytes() for f in (tmp_path / repo_id).iterdir()})
+        del network
+    process = client(MEMORY, first)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
+    used, size = map(int, out.split()[-2:])
+    assert size > 1e8
+    assert used < 1.2 * size
+
+
+@pytest.mark.slow
+def test_f0_pretrained_comes_from_the_hub_through_timms_own_path(hub, tmp_path):
+    model = synthetic("nfnet_f0")
+    # as timm has published them: another architecture, skip gains without a dimension
+    stock = timm.create_model("dm_nfnet_f0")
+    stock.load_state_dict(model.state_dict())
+    save_for_hf(stock, str(tmp_path), safe_serialization=True)
+    hub.publish("timm/dm_nfnet_f0.dm_in1k", {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()})
+    hub.redirect = True
+    loaded: Any = timm.create_model("nfnet_f0", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        assert torch.equal(timm_nf.hub.pull("timm/dm_nfnet_f0.dm_in1k")(x), stock.eval()(x))
+
+
+@pytest.mark.slow
+def test_full_size_push_and_pull_in_parts(hub):
+    hub.part_size = 50_000_000
+    model = synthetic("nfnet_f0")
+    timm_nf.hub.push(model, "alice/f0", card=CARD)
+    pulled: Any = timm_nf.hub.pull("alice/f0")
+    assert all(torch.equal(a, b) for a, b in zip(pulled.parameters(), model.parameters(), strict=True))

@@ -1,0 +1,107 @@
+"""What the Hub's client raises, as one line that says what to do; neither tokens nor signed addresses get into it."""
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+class HubError(RuntimeError):
+    """A push or a pull that the Hub, the network or the disk did not allow."""
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises inside into a `HubError`; everything else passes."""
+    try:
+        yield
+    except Exception as error:
+        if message := _explain(error, repo_id, revision or "main", bool(token or get_token())):
+            raise HubError(message) from error
+        raise
+
+
+def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool) -> str | None:
+    """The line for an error, or for what the client wrapped it around; None for what is not the client's."""
+    url = f"{constants.ENDPOINT}/{repo_id}"
+    match error:
+        case LocalTokenNotFoundError():
+            return f"not logged in: {_LOGIN}"
+        case HFValidationError():
+            return f"expected a repository as user/name, got {repo_id!r}"
+        case GatedRepoError():
+            return f"{repo_id} is gated: ask for access on {url}, and {_LOGIN} as who was granted it"
+        case RepositoryNotFoundError():
+            private = "has no access to it" if logged_in else f"it is private: {_LOGIN}"
+            return f"there is no repository {repo_id} at {constants.ENDPOINT}, or {'this login ' * logged_in}{private}"
+        case RevisionNotFoundError():
+            return f"{repo_id} has no revision {revision!r}: {url}/tree/main lists branches and tags"
+        case RemoteEntryNotFoundError():
+            name = str(error.response.url).rpartition("/")[2].partition("?")[0]
+            return f"{repo_id} has no file {name} at {revision}: {url}/tree/{revision} lists its files"
+        case HfHubHTTPError():
+            return _explain_status(error, repo_id, logged_in)
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled() if constants.is_offline_mode():
+            return f"{repo_id} at {revision} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that"
+        case LocalEntryNotFoundError() if not isinstance(error.__cause__, HTTPError):
+            return f"{repo_id} at {revision} is not in the cache: pull it once with a network"
+        case HTTPError() | LocalEntryNotFoundError():
+            return (
+                f"{constants.ENDPOINT} cannot be reached or broke off ({type(error.__cause__ or error).__name__}): try "
+                "again; what was pulled before can be had without a network, with HF_HUB_OFFLINE=1"
+            )
+        case OSError(errno=errno.ENOSPC):
+            return f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room and try again"
+        case ValueError() if str(error).startswith("Invalid metadata in README.md"):
+            return f"the Hub refuses the card: {str(error).partition(chr(10))[2]}"
+    return _explain(error.__cause__, repo_id, revision, logged_in) if error.__cause__ else None
+
+
+def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str:
+    status, said = error.response.status_code, _said(error)
+    match status:
+        case 401 if logged_in:
+            return f"the Hub does not accept this login ({said}): {_LOGIN} with a token that is valid"
+        case 401:
+            return f"not logged in: {_LOGIN}"
+        case 403:
+            return f"this login may not do that with {repo_id} ({said}): {_LOGIN} as its owner, with write access"
+        case 409:
+            return f"{repo_id} is taken ({said}): choose another name, or log in as its owner"
+        case 412:
+            return f"somebody else changed {repo_id} in the meantime; nothing of this push is in it: push again"
+        case 429:
+            return "the Hub limits how often it is asked, and the limit is reached: wait some minutes, or log in"
+        case _ if status >= 500:
+            return f"the Hub has a problem of its own (status {status}): try again later"
+        case _:
+            kind = "does not understand" if isinstance(error, BadRequestError) else "refuses"
+            return f"the Hub {kind} what was sent about {repo_id} (status {status}: {said})"
+
+
+def _said(error: HfHubHTTPError) -> str:
+    """What the server gave as a reason, in at most a line."""
+    said = error.response.headers.get("X-Error-Message", "")
+    if not said:
+        try:
+            said = str(error.response.json().get("error", ""))
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, HTTPError, RuntimeError):
+            said = ""  # a body that is no object, or was never read
+    return " ".join(said.split())[:200] or f"status {error.response.status_code}"
