@@ -39,12 +39,9 @@ class Blob:
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
 
     def describe(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"size": len(self.data), "oid": self.oid, "blobId": self.oid}
-        if self.lfs:
-            facts["lfs"] = {
-                "sha256": self.sha256, "oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)
-            }  # fmt: skip
-        return facts
+        size = len(self.data)
+        lfs = {"lfs": {"sha256": self.sha256, "size": size, "pointerSize": len(self.pointer)}} if self.lfs else {}
+        return {"size": size, "blobId": self.oid, **lfs}
 
 
 @dataclass
@@ -144,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_any(self) -> None:
-        hub, self.spoil = self.hub, None
+        hub, self.spoil, self.extra = self.hub, None, {}
         self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         line = f"{self.command} {self.path}"
         (hub.storage_requests if self.storage else hub.requests).append((line, dict(self.headers)))
@@ -174,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             body = self.spoil(body)
             self.close_connection = len(body) != length
         self.send_response(answer.status)
-        for name, value in {"Content-Length": str(length), **answer.headers}.items():
+        for name, value in {"Content-Length": str(length), **answer.headers, **self.extra}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

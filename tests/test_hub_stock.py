@@ -1,12 +1,15 @@
 """Push and pull in the client's own environment, full-size weights, and how much memory a pull needs."""
 
+import hashlib
 import os
 from typing import Any
 
+import hf_xet
 import huggingface_hub
 import pytest
 import timm
 import torch
+from stand_in_hub import Answer
 from test_hub import CARD, create, logits
 from timm.models import save_for_hf
 
@@ -107,3 +110,36 @@ def test_full_size_push_and_pull_in_parts(hub):
     timm_nf.hub.push(model, "alice/f0", card=CARD)
     pulled: Any = timm_nf.hub.pull("alice/f0")
     assert all(torch.equal(a, b) for a, b in zip(pulled.parameters(), model.parameters(), strict=True))
+
+
+def test_through_xet_into_a_local_store(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    url, model = f"local://{tmp_path}/store", create()
+    written = timm_nf.hub.write_folder(model, tmp_path / "net", card=CARD, repo_id="alice/net")
+    (xet,) = hf_xet.hash_files([str(tmp_path / "net" / "model.safetensors")])
+
+    def token(handler: Any) -> None:
+        connection = {"casUrl": url, "accessToken": "xet", "exp": 4_000_000_000}
+        headers = {"X_Xet_Cas_Url": url, "X_Xet_Access_Token": "xet", "X_Xet_Token_Expiration": "4000000000"}
+        raise Answer(200, connection, **headers)
+
+    def read_store(handler: Any) -> None:
+        """What the Hub learns from its storage: the file with this sha256 is there."""
+        with hf_xet.XetSession().new_file_download_group(endpoint=url) as group:
+            group.start_download_file(hf_xet.XetFileInfo(xet.hash, xet.file_size), str(tmp_path / "arrived"))
+        data = (tmp_path / "arrived").read_bytes()
+        hub.stored[hashlib.sha256(data).hexdigest()] = data
+
+    def describe(handler: Any) -> None:
+        route = f"{hub.url}/api/models/alice/net/xet-read-token/main"
+        handler.extra |= {"X-Xet-Hash": xet.hash, "X-Xet-Refresh-Route": route}
+
+    hub.fault("GET .*/xet-(write|read)-token/", token, times=99)
+    hub.fault("POST .*/commit/main", read_store)
+    hub.fault("HEAD .*/model.safetensors", describe, times=99)
+    pushed = timm_nf.hub.push(model, "alice/net", card=CARD)
+    assert pushed.sha256 == written.sha256
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
+    assert hub.count("lfs/objects/batch") == 0
+    assert hub.count("^GET .*/model.safetensors") == 0
+    assert hub.storage_requests == []

@@ -105,15 +105,15 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
     Raises:
         SafetensorError: if the file is none.
     """
-    mapped = load_file(file)  # checks the whole header, and reads nothing else
-    tensors = {}
+    mapped = load_file(file)  # checks the whole header
+    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in mapped.items()}
+    del mapped  # half of the file's pages were seen to count as memory as long as it is mapped
     with Path(file).open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-        for name, tensor in mapped.items():
-            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in tensors.items():
             stream.seek(8 + length + header[name]["data_offsets"][0])
-            stream.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
+            stream.readinto(tensor.view(-1).view(torch.uint8).numpy())
     return tensors
 
 
