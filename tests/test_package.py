@@ -18,8 +18,8 @@ PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
-    *("standardize", "layers", "variants", "blocks", "nfnets", "shards", "agc", "optim"),
-    *("fuse", "convert", "card", "recipes", "env"),
+    *("standardize", "layers", "variants", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
+    *("fuse", "card", "recipes", "env"),
     *("diagnostics", "clip_range", "hub", "export", "bench", "classify", "demo", "verify"),
     *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),
 ]
