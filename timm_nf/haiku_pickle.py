@@ -2,7 +2,7 @@
 
 The published files are pickles, and a pickle is a program: `pickle.load` imports and calls whatever it names, and
 numpy's own unpickling helpers can be abused too. The machine below knows the few opcodes that a tree of arrays needs,
-and lets the standard library's disassembler decode their arguments. A name in the file becomes a member of an
+and lets the standard library's disassembler decode binary arguments. A name in the file becomes a member of an
 enumeration: nothing is imported or called, and neither jax nor haiku nor dill is needed. An array is a view of bytes
 that were read from the file, so that no object is larger than what stands in the file for it.
 """
@@ -63,6 +63,8 @@ _KNOWN = _ARGUMENTS | _CONSTANTS.keys() | _TUPLES.keys()
 _KNOWN |= {"PROTO", "FRAME", "MARK", "TUPLE", "EMPTY_DICT", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT", "LONG_BINPUT"}
 _KNOWN |= {"BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "STOP"}
 _NAMING = {"INST", "PERSID", "EXT1", "EXT2", "EXT4"}  # refused, after reading what they name
+_LINES = {"GLOBAL": 2, "INST": 2, "PERSID": 1}  # pickletools undoes escapes in these, pickle does not
+_HINTS = {"ml_dtypes": "; store the parameters as float32", "_codecs": "; pickle it with protocol 3 or later"}
 _MAX_OPCODES = 300_000  # bounds memory, as one byte can make an object of 64; the largest tree has 50,000 as jax arrays
 
 
@@ -86,13 +88,19 @@ class _Stream:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
-        self.readline, self.tell = file.readline, file.tell
+        self.tell = file.tell
 
     def left(self) -> int:
         return self.size - self.tell()
 
     def read(self, n: int) -> bytes:
         return self.file.read(min(n, self.left()))
+
+    def line(self) -> str:
+        line = self.file.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("it is truncated")
+        return line[:-1].decode()
 
 
 def _are_axes(values: Any) -> bool:
@@ -113,8 +121,10 @@ def _view(dtype: _DType, shape: Any, data: bytes | bytearray, order: Any = "C", 
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    if type(target) is not dict or len(items) % 2 or not all(type(key) is str for key in items[::2]):
-        raise ValueError("expected a dict of names, got keys that are not strings, or no dict")
+    # Names end up in messages.
+    named = all(type(key) is str and len(key) <= 200 and key.isprintable() for key in items[::2])
+    if type(target) is not dict or len(items) % 2 or not named:
+        raise ValueError("expected a dict of names, got keys that are not strings or not printable, or no dict")
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
@@ -158,8 +168,8 @@ def _describe(value: Any) -> str:
 def _lookup(module: Any, name: Any) -> _Name:
     found = _NAMES.get(f"{module} {name}") if isinstance(module, str) and isinstance(name, str) else None
     if found is None:
-        hint = "; store the parameters as float32" if module == "ml_dtypes" else ""
         shown = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "without a name"
+        hint = _HINTS.get(module, "") if isinstance(module, str) else ""
         raise ValueError(
             f"the global {shown[:100]!r} is refused: a checkpoint has numpy arrays, dicts, haiku's FlatMap and jax "
             f"arrays, nothing else{hint}"
@@ -174,12 +184,15 @@ def _next(stream: _Stream) -> tuple[str, Any]:
     opcode = _OPCODES.get(code)
     if opcode is None:
         raise ValueError(f"there is no opcode {code!r} at byte {position}" if code else "it is truncated")
-    named = opcode.name in _KNOWN or opcode.name in _NAMING
-    argument: Any = opcode.arg.reader(cast(BinaryIO, stream)) if opcode.arg and named else None
+    argument: Any = None
+    if opcode.name in _LINES:
+        argument = " ".join(stream.line() for _ in range(_LINES[opcode.name]))
+    elif opcode.arg and (opcode.name in _KNOWN or opcode.name in _NAMING):
+        argument = opcode.arg.reader(cast(BinaryIO, stream))
     if opcode.name not in _KNOWN:
         shown = "" if argument is None else f" {str(argument)[:100]!r}"
         raise ValueError(f"the opcode {opcode.name}{shown} at byte {position} is refused, no tree of arrays needs it")
-    if opcode.name == "PROTO" and argument not in (3, 4, 5):
+    if opcode.name == "PROTO" and argument > 5:
         raise ValueError(f"expected pickle protocol 3, 4 or 5, got {argument}")
     if opcode.name == "FRAME" and argument > stream.left():
         raise ValueError(f"expected a frame of {argument} bytes at byte {position}, {stream.left()} are left")
@@ -244,7 +257,7 @@ def _tree(value: Any, size: int) -> dict[str, dict[str, np.ndarray]]:
     for module, entries in value.items():
         arrays[module] = {}
         for name, entry in entries.items():
-            where = f"{module[:100]}/{name[:100]}"
+            where = f"{module}/{name}"
             if type(entry) is not _Array or entry.value is None:
                 raise ValueError(f"expected an array as {where!r}, got {_describe(entry)} without data")
             array = entry.value
