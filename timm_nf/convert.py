@@ -151,7 +151,7 @@ def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
             copy = np.array(array)
             try:
                 value = torch.from_numpy(copy)
-            except TypeError:
+            except (TypeError, ValueError):  # another byte order is the second
                 raise ValueError(
                     f"expected arrays of a dtype that torch has, got {copy.dtype} for {module}/{name}; convert them "
                     "first, array.astype(np.float32)"
@@ -233,9 +233,6 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
     family, depths, _ = _layout(params)
     shapes = {(module, name): np.shape(array) for module, entries in params.items() for name, array in entries.items()}
 
-    def weight(module: str) -> tuple[int, ...] | None:
-        return shapes.get((f"{family}/~/{module}", "w"))
-
     block, _, _, stem_type = _FAMILIES[family]
     blocks = [block + (f"_{number}" if number else "") for number in range(sum(depths))]
     stage_chs = [shapes[f"{family}/~/{blocks[last - 1]}/~/conv2", "w"][3] for last in itertools.accumulate(depths)]
@@ -259,8 +256,9 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
             found["stem_chs"] = unscaled(stem_chs)
         if resized.final_chs() != final_chs:
             found["num_features"] = unscaled(final_chs)
-        # Without groups the bottlenecks have several widths, or the one that is the group's.
-        grouped = len({*per_group}) == 1 and (cfg.group_size or per_group != mid_chs)
+        # Bottlenecks of one width can be one group of that size, which is how a row with groups describes them.
+        plain = per_group == mid_chs and {*mid_chs} == {int(chs * cfg.bottle_ratio) for chs in stage_chs}
+        grouped = len({*per_group}) == 1 and (cfg.group_size or not plain)
         if (group_size := per_group[0] if grouped else 0) != (cfg.group_size or 0):
             found["group_size"] = group_size
         found |= {"in_chans": in_chans} if in_chans != 3 else {}
