@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .haiku_pickle import load_haiku
 from .variants import VARIANTS, NfCfg
 
-__all__ = ["haiku_to_timm", "infer_variant", "load_haiku", "timm_to_haiku"]
+__all__ = ["haiku_to_timm", "infer_variant", "load_haiku", "load_haiku_into", "timm_to_haiku"]
 
 # haiku name -> timm name, axes in haiku, axes in timm, where those beyond haiku's have length 1
 _CONV = {"w": ("weight", 4, 4), "gain": ("gain", 1, 4), "bias": ("bias", 1, 1)}
@@ -275,3 +275,27 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
             "bottlenecks, squeeze-excite or the first convolutions are of other widths than the authors'"
         )
     return name, candidates[name]
+
+
+def load_haiku_into(model: nn.Module, path: str) -> None:
+    """Load one of the authors' checkpoints into a network, all of it or nothing.
+
+    Args:
+        model: A timm_nf network, to whose dtype the parameters are cast.
+        path: A file for `load_haiku`.
+
+    Raises:
+        ValueError: if the file is not such a checkpoint, or is one of another network, which is named.
+    """
+    params = load_haiku(path)
+    state_dict = haiku_to_timm(params)
+    shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (state_dict, model.state_dict()))
+    if shapes != expected:
+        wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
+        name, overrides = infer_variant(params)
+        arguments = ", ".join([repr(name), *(f"{k}={v!r}" for k, v in overrides.items())])
+        raise ValueError(
+            f"{path}: expected the parameters of this network, {len(wrong)} are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}, ...); the file is for timm.create_model({arguments}), unfused"
+        )
+    model.load_state_dict(state_dict)

@@ -22,7 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .blocks import NormFreeBlock, make_stem
-from .convert import haiku_to_timm, infer_variant, load_haiku
+from .convert import load_haiku_into
 from .layers import Activation, SameConv2d, ScaledStdConv2d, activation_gain
 from .standardize import destandardize_weight, standardize_weight
 from .variants import VARIANTS, NfCfg, Variant
@@ -156,29 +156,8 @@ class NormFreeNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def load_pretrained(self, checkpoint_path: str) -> None:
-        """Load one of the authors' checkpoints, all of it or nothing.
-
-        timm hands every .npz here, as in `timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")`.
-
-        Args:
-            checkpoint_path: A file for `load_haiku`, whose parameters are cast to the network's dtype.
-
-        Raises:
-            ValueError: if the file is not such a checkpoint, or is one of another network, which is named.
-        """
-        params = load_haiku(checkpoint_path)
-        state_dict = haiku_to_timm(params)
-        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (state_dict, self.state_dict()))
-        if shapes != expected:
-            wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
-            name, overrides = infer_variant(params)
-            arguments = ", ".join([repr(name), *(f"{k}={v!r}" for k, v in overrides.items())])
-            raise ValueError(
-                f"{checkpoint_path}: expected the parameters of this network{' (fused)' if self.fused else ''}, "
-                f"{len(wrong)} are missing, unknown or of another shape ({', '.join(wrong[:3])}, ...); "
-                f"the file is for timm.create_model({arguments})"
-            )
-        self.load_state_dict(state_dict)
+        """Load one of the authors' checkpoints, all of it or nothing: timm hands every .npz here."""
+        load_haiku_into(self, checkpoint_path)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The groups of layer-wise learning rate decay: the stem, every block (or stage), the head.
