@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate
 
 import timm
 import timm.utils.agc
@@ -23,13 +22,13 @@ from rich.progress import track
 from rich.table import Table
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Taken before timm_nf puts its own in its place.
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
+from timm_nf.bench import peak_memory  # noqa: E402
 
 SETTINGS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
 ASKED = {"clip": 2.0, "step": 2.2}
@@ -44,14 +43,6 @@ class CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
         return func(*args, **(kwargs or {}))
-
-
-def extra_memory(parameters: list[Tensor], run: Callable[[], object]) -> float:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(in_use) / sum(p.nbytes for p in parameters)
 
 
 def one_pass(parameters: list[Tensor]) -> None:
@@ -101,7 +92,7 @@ def main() -> int:
                         p.grad = grad.clone()
                     if repeat == 0:  # also the first step, which makes the momentum
                         if what.startswith("clip"):
-                            memory[what] = extra_memory(parameters, run)
+                            memory[what] = peak_memory(run) / sum(p.nbytes for p in parameters)
                             for p, grad in zip(parameters, grads, strict=True):
                                 p.grad = grad.clone()
                         with CountOperations() as counter:

@@ -19,6 +19,11 @@ NETS = {
     "NF_ResNet": Net("NF_ResNet", (1, 2, 1, 1), (32, 64, 96, 128), num_classes=10),
     "NF_RegNet": Net("NF_RegNet", (1, 2, 1, 1), (32, 64, 96, 96), num_classes=10),
 }
+SHORT = {
+    "NFNet": Net("NFNet", (1, 2), (32, 48), num_classes=4, group_size=8),
+    "NF_ResNet": Net("NF_ResNet", (1, 2), (32, 64), num_classes=4),
+    "NF_RegNet": Net("NF_RegNet", (1, 2), (32, 48), num_classes=4),
+}
 FAMILIES = list(NETS)
 
 

@@ -17,7 +17,7 @@ from timm_nf.cli import app, main
 from timm_nf.variants import VARIANTS
 from timm_nf.verify import Check
 
-COMMANDS = ["list", "info", "classify", "demo", "env", "verify", "clip-range"]
+COMMANDS = ["list", "info", "classify", "demo", "env", "verify", "clip-range", "export", "bench"]
 
 
 def fails(*argv, capsys):

@@ -36,3 +36,21 @@ def test_a_missing_script_is_a_usage_error_in_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("usage: python -m timm_nf SCRIPT")
         assert done.stderr.count("\n") == 1
+
+
+def test_torchrun_starts_a_script_in_several_processes_with_our_names(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os, sys, timm\n"
+        "from pathlib import Path\n"
+        "Path(os.environ['RANK']).write_text(f\"{sys.argv[1:]} {timm.is_model('dm_nf_resnet50')}\")\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *torchrun, "-m", "timm_nf", "script.py", "--lr", "1"],
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["['--lr', '1'] True"] * 2

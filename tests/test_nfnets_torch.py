@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference_nfnet import Net
-from small_nets import FAMILIES, batch, build, create, relative_error
+from small_nets import FAMILIES, SHORT, batch, build, create, relative_error
 from torch import Tensor, nn
 
 from timm_nf.nfnets import NormFreeNet
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-SHORT = {
-    "NFNet": Net("NFNet", (1, 2), (32, 48), num_classes=4, group_size=8),
-    "NF_ResNet": Net("NF_ResNet", (1, 2), (32, 64), num_classes=4),
-    "NF_RegNet": Net("NF_RegNet", (1, 2), (32, 48), num_classes=4),
-}
 
 
 # --- torch's interface ---
@@ -80,21 +72,6 @@ def test_exports_with_a_dynamic_batch(family: str) -> None:
     program = torch.export.export(model, (batch(2),), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
     for n in (1, 2, 5):
         torch.testing.assert_close(program.module()(batch(n)), model(batch(n)), rtol=1e-12, atol=1e-12)
-
-
-@EACH_FAMILY
-def test_per_example_gradients_by_function_transforms_sum_to_the_gradient_of_the_batch(family: str) -> None:
-    model, x = build(SHORT[family]), batch(3, 32, 32)
-    parameters = {k: v.detach() for k, v in model.named_parameters()}
-
-    def loss(p: dict[str, Tensor], example: Tensor) -> Tensor:
-        return torch.func.functional_call(model, p, example[None]).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for name, g in gradients(model, x).items():
-        assert each[name].shape == (3, *g.shape)
-        torch.testing.assert_close(each[name].sum(0), g, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(each[name][1], torch.func.grad(loss)(parameters, x[1])[name], rtol=1e-9, atol=1e-10)
 
 
 def test_ensembles_of_networks_by_vmap_over_parameters() -> None:

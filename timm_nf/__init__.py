@@ -6,6 +6,7 @@ Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping 
 
 from . import convert, diagnostics, nfnets, optim
 from .agc import adaptive_clip_grad_, param_groups_agc, unitwise_norm
+from .fuse import fuse
 from .standardize import standardize_weight
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "adaptive_clip_grad_",
     "convert",
     "diagnostics",
+    "fuse",
     "nfnets",
     "optim",
     "param_groups_agc",

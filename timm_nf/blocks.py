@@ -18,6 +18,7 @@ from .layers import (
     Activation,
     SameAvgPool2d,
     SameMaxPool2d,
+    ScaledStdConv2d,
     SqueezeExcite,
     StochasticDepth,
     activation_gain,
@@ -51,7 +52,6 @@ class NormFreeBlock(nn.Module):
         dilation: Of the first and of the second 3x3 convolution.
         drop_path_rate: Of stochastic depth.
         first: Whether it is the first block of the network.
-        conv: Class of the standardised convolutions, with `scale`, `device` and `dtype` arguments.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -67,12 +67,12 @@ class NormFreeBlock(nn.Module):
         dilation: tuple[int, int],
         drop_path_rate: float,
         first: bool,
-        conv: Any,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        conv = partial(ScaledStdConv2d, **dd)
         gamma = activation_gain(cfg.act_layer)
         mid_chs, groups = cfg.bottleneck(in_chs, out_chs, first)
         attn = partial(SqueezeExcite, **cfg.attn_kwargs, **dd) if cfg.attn_layer else None
@@ -80,19 +80,19 @@ class NormFreeBlock(nn.Module):
 
         if nominal_stride > 1 or in_chs != out_chs:
             pool = cfg.avg_down and nominal_stride > 1
-            shortcut = conv(in_chs, out_chs, 1, stride=1 if pool else stride, scale=gamma / beta, **dd)
+            shortcut = conv(in_chs, out_chs, 1, stride=1 if pool else stride, scale=gamma / beta)
             self.downsample = Downsample(shortcut, stride if pool else None)
         else:
             self.downsample = None
         self.act1 = Activation(cfg.act_layer)
-        self.conv1 = conv(in_chs, mid_chs, 1, scale=gamma / beta, **dd)
-        self.act2 = Activation(cfg.act_layer)
-        self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation[0], groups, scale=gamma, **dd)
-        self.act2b = Activation(cfg.act_layer) if cfg.extra_conv else None
-        self.conv2b = conv(mid_chs, mid_chs, 3, 1, dilation[1], groups, scale=gamma, **dd) if cfg.extra_conv else None
+        self.conv1 = conv(in_chs, mid_chs, 1, scale=gamma / beta)
+        self.act2 = Activation(cfg.act_layer, inplace=True)
+        self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation[0], groups, scale=gamma)
+        self.act2b = Activation(cfg.act_layer, inplace=True) if cfg.extra_conv else None
+        self.conv2b = conv(mid_chs, mid_chs, 3, 1, dilation[1], groups, scale=gamma) if cfg.extra_conv else None
         self.attn = attn(mid_chs) if attn and cfg.reg else None
-        self.act3 = Activation(cfg.act_layer)
-        self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma, **dd)
+        self.act3 = Activation(cfg.act_layer, inplace=True)
+        self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma)
         self.attn_last = attn(out_chs) if attn and not cfg.reg else None
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
         # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
@@ -122,12 +122,12 @@ class NormFreeBlock(nn.Module):
         return torch.addcmul(shortcut, out, coefficient.to(out.dtype))
 
 
-def make_stem(cfg: NfCfg, in_chans: int, conv: Any, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:
+def make_stem(cfg: NfCfg, in_chans: int, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:
     """Stem, its stride, and the description of its feature at half resolution."""
-    out_chs = cfg.stem_out_chs()
+    out_chs, conv = cfg.stem_out_chs(), partial(ScaledStdConv2d, **dd)
     if cfg.stem_type != "deep_quad":
         pool = cfg.stem_type == "7x7_pool"
-        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 7 if pool else 3, stride=2, scale=1.0, **dd)))
+        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 7 if pool else 3, stride=2, scale=1.0)))
         if pool:
             stem.add_module("pool", SameMaxPool2d())
         return stem, 4 if pool else 2, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
@@ -138,5 +138,5 @@ def make_stem(cfg: NfCfg, in_chans: int, conv: Any, dd: dict[str, Any]) -> tuple
         if i > 1:
             stem.add_module(f"act{i}", Activation(cfg.act_layer))
         stride = 2 if i in (1, 4) else 1
-        stem.add_module(f"conv{i}", conv(chs[i - 1], chs[i], 3, stride, scale=1.0 if i == 1 else gamma, **dd))
+        stem.add_module(f"conv{i}", conv(chs[i - 1], chs[i], 3, stride, scale=1.0 if i == 1 else gamma))
     return stem, 4, {"num_chs": chs[3], "reduction": 2, "module": "stem.conv3"}

@@ -1,4 +1,4 @@
-"""The commands of `timm-nf` that measure."""
+"""The commands of `timm-nf` that measure and export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -81,3 +81,81 @@ def clip_range(
 
 def _losses(losses: list[float]) -> str:
     return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
+
+
+@commands.command(
+    epilog=examples("export nfnet_f0.dm_in1k -o f0.onnx --dynamic-batch", "export my_model/ -o my_model.pt2 --size 256")
+)
+def export(
+    model: Annotated[str, typer.Argument(help="As timm names it with its weights, or a folder in Hub layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .onnx, .pt2 or .ts (TorchScript).")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights instead of the published.", exists=True)] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width, by default as in training.")] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images, not one.")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any height and width.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Bake standardised weights into plain convolutions and write the network for another run time.
+
+    What was written is reloaded and compared with PyTorch on a photograph before it takes the file's name.
+    """
+    from . import export as exporting
+    from .classify import load_model
+    from .fuse import fuse
+
+    dtypes = {str(known).removeprefix("torch."): known for known in exporting.BOUNDS}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"expected --dtype {', '.join(dtypes)}, got {dtype}")
+    if out.suffix not in exporting.SUFFIXES or not out.parent.is_dir():
+        known = ", ".join(exporting.SUFFIXES)
+        raise typer.BadParameter(f"expected for --out a file in an existing folder that ends in {known}, got {out}")
+    folder = Path(model).is_dir()
+    if not folder and not exporting.is_known(model):
+        raise typer.BadParameter(f"no network or folder is called {model!r}; `timm-nf list` shows ours")
+    with console(stderr=True).status(f"loading {model}"):
+        network = load_model(f"local-dir:{model}" if folder else model, checkpoint)
+    with console(stderr=True).status("exporting"):
+        network = network if getattr(network, "fused", False) else fuse(network)
+        checks = exporting.write(
+            network, out, size=size, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size, dtype=dtypes[dtype]
+        )
+    print_table(("check", "measured"), [(check.name, check.measured) for check in checks])
+    print_facts([("wrote", f"{out}, {out.stat().st_size / 1e6:.1f} MB, {exporting.SUFFIXES[out.suffix]}")])
+
+
+@commands.command(epilog=examples("bench nfnet_f0", "bench nf_resnet50 --size 224 --batch 8 --json"))
+def bench(
+    model: Annotated[str, typer.Argument(help="One of our networks, or of timm's with standardised convolutions.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images in a run.")] = 1,
+    size: Annotated[int, typer.Option(min=1, help="Their height and width.")] = 192,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed runs of each, in turn.")] = 11,
+    device: Annotated[str | None, typer.Option(help="As torch names it; an accelerator if there is one.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time inference on this machine: timm's network, ours, fused, in bfloat16, compiled, and in onnxruntime."""
+    import torch
+    from timm.models import is_model
+
+    from .bench import contenders, time_inference
+    from .env import machine
+
+    if not is_model(model):
+        raise typer.BadParameter(f"no network is called {model!r}; `timm-nf list` shows ours")
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator else "cpu"
+    timings = time_inference(contenders(model, batch, size, device), repeats, device, track)
+    first = next(iter(timings.values())).median
+    if json:
+        from dataclasses import asdict
+        from json import dumps
+
+        facts = {"model": model, "batch": batch, "size": size, "device": device, "machine": machine()}
+        print(dumps(facts | {"milliseconds": {label: asdict(timing) for label, timing in timings.items()}}))
+        return
+    columns = ("", "median ms", "quartiles", f"ratio to {next(iter(timings))}")
+    rows = [
+        (n, f"{t.median:.1f}", f"{t.low:.1f} to {t.high:.1f}", f"{first / t.median:.2f}x") for n, t in timings.items()
+    ]
+    print_table(columns, rows, right=columns[1:])
+    print_facts([("network", f"{model}, batch {batch}, {size} px, {device}"), ("machine", machine())])

@@ -15,15 +15,22 @@ import itertools
 import warnings
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    reparameterize_model,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .blocks import NormFreeBlock, make_stem
 from .convert import load_haiku_into
-from .layers import Activation, SameConv2d, ScaledStdConv2d, activation_gain
+from .layers import Activation, ScaledStdConv2d, activation_gain
 from .standardize import destandardize_weight, standardize_weight
 from .variants import VARIANTS, NfCfg, Variant
 
@@ -51,6 +58,8 @@ class NormFreeNet(nn.Module):
         TypeError: if a keyword is not a field of `NfCfg`.
     """
 
+    __jit_unused_properties__ = ("fused", "_model_args")  # TorchScript would compile them
+
     def __init__(
         self,
         cfg: NfCfg,
@@ -72,16 +81,13 @@ class NormFreeNet(nn.Module):
             raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
         cfg = dataclasses.replace(cfg, **kwargs)
         dd = {"device": device, "dtype": dtype}
-        conv: Any = (lambda *args, scale, **kw: SameConv2d(*args, **kw)) if fused else ScaledStdConv2d
         self.cfg = cfg
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
-        self.fused = fused
-        # Saved with the weights: stock timm does not know the key and stops, instead of loading its own nfnet_f0.
-        self._model_args = {"fused": fused}
+        self._model_args = {}
 
-        self.stem, stride, feature = make_stem(cfg, in_chans, conv, dd)
+        self.stem, stride, feature = make_stem(cfg, in_chans, dd)
         self.stem_feature_index = [f"stem.{n}" for n, _ in self.stem.named_children()].index(feature["module"])
         self.feature_info = [feature]
 
@@ -109,7 +115,6 @@ class NormFreeNet(nn.Module):
                         dilation=(first_dilation if first else dilation, dilation),
                         drop_path_rate=next(drop_path_rates),
                         first=first and stage == 0,
-                        conv=conv,
                         **dd,
                     )
                 )
@@ -120,7 +125,7 @@ class NormFreeNet(nn.Module):
         self.stages = nn.Sequential(*stages)
 
         if final_chs := cfg.final_chs():
-            self.final_conv = conv(in_chs, final_chs, 1, scale=1.0, **dd)
+            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
             self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
         else:
             self.final_conv = nn.Identity()
@@ -130,6 +135,25 @@ class NormFreeNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self._init_classifier()
+        if fused:
+            reparameterize_model(self, inplace=True)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the convolutions are plain; looked up, as timm's `reparameterize_model` replaces them unannounced."""
+        return not any(isinstance(module, ScaledStdConv2d) for module in self.modules())
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm's factory records and saves, and `fused`.
+
+        Stock timm does not know that key and stops, instead of loading the weights into its own nfnet_f0.
+        """
+        return self._recorded_args | {"fused": self.fused}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._recorded_args = args
 
     def _init_classifier(self) -> None:
         if isinstance(self.head.fc, nn.Linear):
@@ -150,8 +174,10 @@ class NormFreeNet(nn.Module):
         fused = not any(k.startswith(start) and k.endswith(".gain") for k in state_dict)
         if blocks and fused != self.fused:
             is_, want = ("fused", "unfused") if fused else ("unfused", "fused")
+            way_out = "" if fused else " and give it to timm_nf.fuse"
             raise RuntimeError(
-                f"this state dict is of {is_} convolutions, the network is {want}: create it with fused={fused}"
+                f"this state dict is of {is_} convolutions, the network is {want}: create it with "
+                f"fused={fused}{way_out}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -266,8 +292,11 @@ class NormFreeNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, ceil(H / stride), ceil(W / stride)), after the final activation."""
         x = self.stem(x)
-        for stage in self.stages:
-            x = self._stage(stage, x)
+        if torch.jit.is_scripting():  # where no module can be an argument
+            x = self.stages(x)
+        else:
+            for stage in self.stages:
+                x = self._stage(stage, x)
         return self.final_act(self.final_conv(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

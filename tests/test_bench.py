@@ -1,0 +1,101 @@
+"""`timm_nf.bench` and `timm-nf bench`: who is compared with whom, in turn, and what is printed."""
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import is_model
+
+from timm_nf import bench
+from timm_nf.cli import main
+from timm_nf.variants import VARIANTS
+
+
+def test_every_network_stands_beside_timms_own():
+    assert bench.stock_name("nfnet_f3") == "dm_nfnet_f3"
+    assert bench.stock_name("dm_nf_resnet50") == "nf_resnet50"
+    assert bench.stock_name("dm_nf_regnet_b1") == "nf_regnet_b1"
+    assert bench.stock_name("eca_nfnet_l0") == "eca_nfnet_l0"
+    assert all(not is_model(stock) or stock not in VARIANTS for stock in map(bench.stock_name, VARIANTS))
+
+
+def test_contenders_are_what_this_machine_can_run(monkeypatch):
+    monkeypatch.setattr(bench, "bfloat16_is_fast", lambda device: True)
+    everything = list(bench.contenders("nfnet_f0", 1, 64))
+    assert everything == [
+        *("stock", "stock, channels_last", "timm_nf", "timm_nf, channels_last", "fused", "fused, channels_last"),
+        *("fused, bfloat16", "fused, compiled", "fused, onnxruntime"),
+    ]
+    assert "timm_nf" not in bench.contenders("nf_resnet50", 1, 64)
+    assert "stock" not in bench.contenders("nfnet_f7_plus", 1, 64)
+    monkeypatch.setattr(bench, "bfloat16_is_fast", lambda device: False)
+    monkeypatch.setattr(bench.export, "onnx_is_installed", lambda: False)
+    assert list(bench.contenders("nfnet_f0", 1, 64)) == everything[:6] + everything[7:8]
+
+
+def test_runs_take_turns_and_the_first_two_rounds_do_not_count():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = bench.time_in_turn(runs, 3)
+    assert "".join(order) == "abc" * 5
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_peak_memory_is_that_of_the_highest_point():
+    def run():
+        a = torch.ones(1 << 20)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert bench.peak_memory(run) == pytest.approx(2 * 4 << 20, rel=1e-3)  # and a few bytes for the scalars
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Whatever is created is a small network instead."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create("test_nfnet", **kwargs))
+    for slow in ("compiled", "onnxruntime"):
+        original = bench.contenders
+        monkeypatch.setattr(
+            bench, "contenders", lambda *a, o=original, s=slow: {k: v for k, v in o(*a).items() if not k.endswith(s)}
+        )
+
+
+def test_the_command_prints_ratios_to_the_first_row(small, capsys):
+    main(["bench", "nfnet_f0", "--size", "64", "--repeats", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["median", "ms", "quartiles", "ratio", "to", "stock"]
+    assert lines[1].startswith("stock")
+    assert lines[1].endswith("1.00x")
+    assert [line for line in lines if line.startswith("fused, channels_last")]
+    assert any("batch 1, 64 px, cpu" in line for line in lines)
+
+
+def test_the_command_prints_json(small, capsys):
+    main(["bench", "nf_resnet50", "--size", "64", "--repeats", "3", "--batch", "2", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model"], facts["batch"], facts["size"], facts["device"]) == ("nf_resnet50", 2, 64, "cpu")
+    for timing in facts["milliseconds"].values():
+        assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+
+
+def test_an_unknown_network_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "nfnet_f99"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no network is called 'nfnet_f99'; `timm-nf list` shows ours" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["fused, compiled", "fused, onnxruntime"])
+def test_compiled_and_exported_contenders_run(label, monkeypatch):
+    create = timm.create_model
+    small = {"depths": (1, 1, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8}
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **small, **kwargs))
+    builders = bench.contenders("nfnet_f0", 2, 64)
+    timings = bench.time_inference({label: builders[label]}, repeats=3)
+    assert timings[label].median > 0
