@@ -1,16 +1,24 @@
 import copy
+import gzip
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_nfnet import Net
 from small_nets import FAMILIES, NETS, build, create, keywords, state_dict, tree
+from test_variants import authors_name
 
-from timm_nf.convert import haiku_to_timm, timm_to_haiku
+from timm_nf.convert import haiku_to_timm, infer_variant, load_haiku, timm_to_haiku
+from timm_nf.variants import VARIANTS
 
+GOLDEN = Path(__file__).parent / "golden"
+TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()))
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -62,6 +70,21 @@ def test_trees_of_any_depth_survive_both_directions_bit_for_bit(
     params = random_tree(net, dtype, seed)
     converted = haiku_to_timm(params)
     assert {v.numpy().dtype for v in converted.values()} == {np.dtype(dtype)}
+    assert_same_tree(timm_to_haiku(converted), params)
+
+
+@pytest.mark.parametrize("variant", TREES)
+def test_names_of_all_variants_survive_both_directions_bit_for_bit(variant: str) -> None:
+    generator = np.random.default_rng(0)
+    params = {  # real names and kernels, few channels
+        m: {
+            n: np.asarray(generator.standard_normal([*s[:-2], 2, 3][-len(s) :] if s else ()), np.float32)
+            for n, s in e.items()
+        }
+        for m, e in TREES[variant].items()
+    }
+    converted = haiku_to_timm(params)
+    assert len(converted) == sum(map(len, params.values()))
     assert_same_tree(timm_to_haiku(converted), params)
 
 
@@ -169,3 +192,186 @@ def test_a_tree_that_is_not_of_one_network_is_refused(params: Any) -> None:
 def test_a_state_dict_of_another_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.weight"):
         timm_to_haiku({"layer1.0.conv1.weight": torch.ones(1)})
+
+
+# -- both sides of a wrong tree ----------------------------------------------------------------------------------------
+
+
+@EACH_FAMILY
+def test_missing_and_unknown_names_are_in_one_error_in_both_directions(family: str) -> None:
+    params, stem = tree(NETS[family]), "stem_conv2" if family == "NFNet" else "initial_conv"
+    block = f"{family}/~/{NETS[family].block_name}_3"
+    params[f"{family}/~/{stem}x"] = params.pop(f"{family}/~/{stem}")
+    params[f"{block}/~/conv2"]["scale"] = params[f"{block}/~/conv2"].pop("gain")
+    del params[block]
+    with pytest.raises(ValueError, match=r"got 4 that it does not have: .*; 5 missing: ") as error:
+        haiku_to_timm(params)
+    unknown, missing = str(error.value).split("; 5 missing: ")
+    for name in ("w", "gain", "bias"):
+        assert f"{stem}x/{name}" in unknown
+        assert f"{family}/~/{stem}/{name}" in missing
+    assert f"{block}/~/conv2/scale" in unknown
+    assert f"{block}/~/conv2/gain" in missing
+    assert f"{block}/skip_gain" in missing
+
+    state = state_dict(NETS[family])
+    state["stages.1.1.conv2.scale"] = state.pop("stages.1.1.conv2.gain")
+    del state["stages.2.0.downsample.conv.weight"], state["stages.0.0.skipinit_gain"]
+    with pytest.raises(ValueError, match="expected the parameters of one") as error:
+        timm_to_haiku(state)
+    assert str(error.value) == (
+        f"expected the parameters of one {family}, got 1 that it does not have: stages.1.1.conv2.scale; 3 missing: "
+        "stages.0.0.skipinit_gain, stages.1.1.conv2.gain, stages.2.0.downsample.conv.weight"
+    )
+
+
+@pytest.mark.parametrize("entry", [("nf_block_2/~/conv1b", None), ("nf_block/~/squeeze_excite/~/linear_1", None)])
+def test_what_one_block_has_the_others_must_have(entry: tuple[str, None]) -> None:
+    params = tree(NETS["NFNet"])
+    del params[f"NFNet/~/{entry[0]}"]
+    with pytest.raises(ValueError, match=f"missing: NFNet/~/{entry[0]}/"):
+        haiku_to_timm(params)
+
+
+@EACH_FAMILY
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_every_parameter_is_missed(family: str, data: st.DataObject) -> None:
+    params = tree(NETS[family])
+    module = data.draw(st.sampled_from(sorted(params)))
+    name = data.draw(st.sampled_from(sorted(params[module])))
+    target = next(iter(haiku_to_timm(params).keys() - haiku_to_timm_without(params, module, name)))
+    state = state_dict(NETS[family])
+    del state[target]
+    with pytest.raises(ValueError, match=f"1 missing: {target}$|with stem.conv1.weight or stem.conv.weight"):
+        timm_to_haiku(state)
+
+
+def haiku_to_timm_without(params: Any, module: str, name: str) -> set[str]:
+    """timm's names of all but one parameter, which `haiku_to_timm` misses."""
+    marked = copy.deepcopy(params)
+    marked[module][name] = np.full_like(marked[module][name], np.nan)
+    names = {k for k, v in haiku_to_timm(marked).items() if not v.isnan().any()}
+    del marked[module][name]
+    with pytest.raises(ValueError, match="missing: "):
+        haiku_to_timm(marked)
+    return names
+
+
+def test_arrays_with_another_number_of_axes_are_refused() -> None:
+    params = tree(NETS["NFNet"])
+    params["NFNet/~/linear"]["w"] = np.ones(4)
+    params["NFNet/~/nf_block"]["skip_gain"] = np.ones((1, 2))
+    with pytest.raises(ValueError, match=r"2 with another number of axes: .*linear/w \(4,\), .*skip_gain \(1, 2\)"):
+        haiku_to_timm(params)
+    state = state_dict(NETS["NFNet"])
+    state["stages.0.0.attn_last.fc1.weight"] = torch.ones(2, 2, 3, 3)
+    state["head.fc.weight"] = torch.ones(4)
+    state["stages.0.0.conv1.gain"] = torch.ones(4, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"3 with another number of axes: head\.fc\.weight \(4,\)"):
+        timm_to_haiku(state)
+
+
+def test_bfloat16_is_refused_with_a_way_out() -> None:
+    state = state_dict(NETS["NFNet"], torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 for .*, tensor\.float\(\)"):
+        timm_to_haiku(state)
+    params = tree(NETS["NFNet"])
+    for dtype in (">f4", "f4,f4", object):  # bfloat16 is one of ml_dtypes', of which torch knows as little
+        params["NFNet/~/linear"]["b"] = np.ones(3).astype(dtype)
+        with pytest.raises(ValueError, match=r"for NFNet/~/linear/b; .*astype\(np\.float32\)"):
+            haiku_to_timm(params)
+
+
+# -- the network of a tree ---------------------------------------------------------------------------------------------
+
+
+def zeros(shapes: Any) -> dict[str, dict[str, np.ndarray]]:
+    return {m: {n: np.broadcast_to(np.float32(0), tuple(s)) for n, s in e.items()} for m, e in shapes.items()}
+
+
+def test_all_variants_are_recognised_by_their_shapes() -> None:
+    found = {variant: infer_variant(zeros(shapes)) for variant, shapes in TREES.items()}
+    assert found == {authors_name(name): (name, {}) for name in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", TREES)
+def test_other_classes_and_input_channels_are_recognised_in_all_variants(variant: str) -> None:
+    shapes = copy.deepcopy(TREES[variant])
+    family = next(iter(shapes)).partition("/")[0]
+    stem = f"{family}/~/{'stem_conv0' if family == 'NFNet' else 'initial_conv'}"
+    shapes[stem]["w"][2] = 1
+    name, _ = infer_variant(zeros(TREES[variant]))
+    assert infer_variant(zeros(shapes)) == (name, {"in_chans": 1})
+    shapes[f"{family}/~/linear"]["w"][1], shapes[f"{family}/~/linear"]["b"][0] = 7, 7
+    assert infer_variant(zeros(shapes)) == (name, {"in_chans": 1, "num_classes": 7})
+    del shapes[f"{family}/~/linear"]
+    assert infer_variant(zeros(shapes)) == (name, {"in_chans": 1, "num_classes": 0})
+
+
+def test_the_small_published_network_is_recognised() -> None:
+    name, overrides = infer_variant(load_haiku(GOLDEN / "T0_haiku_flatmap.npz"))
+    assert name == "nfnet_f0"
+    assert overrides == {"depths": (1, 2, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8, "num_classes": 10}
+
+
+def test_the_variant_with_the_fewest_overrides_is_named() -> None:
+    wide = Net("NFNet", (1, 2, 3), (384, 768, 2048))
+    assert infer_variant(zeros(wide.shapes())) == ("nfnet_f0", {"depths": (1, 2, 3), "channels": (384, 768, 2048)})
+    assert infer_variant(zeros(Net("NFNet", (9, 2, 1, 1), (384, 768, 2048, 2048)).shapes())) == (
+        "nfnet_f0_plus",
+        {"depths": (9, 2, 1, 1)},
+    )
+    assert infer_variant(zeros(Net("NFNet", (3, 6, 18, 9), (256, 512, 512, 512)).shapes())) == (
+        "nfnet_f2",
+        {"channels": (256, 512, 512, 512)},
+    )
+
+
+@EACH_FAMILY
+@settings(deadline=None, max_examples=40)
+@given(
+    depths=st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple),
+    channels=st.lists(st.integers(20, 200), min_size=5, max_size=5),
+    stem_chs=st.sampled_from([None, 16, 30]),
+    num_features=st.sampled_from([None, 0, 33]),
+    group_size=st.sampled_from([0, 4, 5, None]),
+    in_chans=st.integers(1, 4),
+    num_classes=st.sampled_from([1, 10, 1000]),
+)
+def test_create_model_with_the_overrides_takes_the_tree(
+    family: str,
+    depths: tuple[int, ...],
+    channels: list[int],
+    stem_chs: int | None,
+    num_features: int | None,
+    group_size: int | None,
+    in_chans: int,
+    num_classes: int,
+) -> None:
+    if group_size == 0 and family == "NFNet":
+        channels = [256 + chs for chs in channels]  # the authors' groups are 128 wide
+    net = Net(
+        family,
+        depths,
+        tuple(channels[: len(depths)]),
+        num_classes=num_classes,
+        in_chans=in_chans,
+        num_features=num_features,
+        stem_chs=stem_chs,
+        group_size=group_size,
+    )
+    params = zeros(net.shapes())
+    name, overrides = infer_variant(params)
+    model = timm.create_model(name, device="meta", **overrides)
+    shapes = {k: v.shape for k, v in haiku_to_timm(params).items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bottle_ratio": 0.3}, {"rd_ratio": 0.3}, {"rd_ratio": None}, {"extra_conv": False}]
+)
+def test_a_network_of_other_proportions_is_refused(changes: dict[str, Any]) -> None:
+    net = Net("NFNet", (1, 2), (32, 64), group_size=4, **changes)
+    with pytest.raises(ValueError, match=r"expected \d+ parameters in a nfnet_f0 with .*, got \d+"):
+        infer_variant(zeros(net.shapes()))

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import timm.models.nfnet  # timm's own networks, whose registry names ours replace
@@ -16,6 +18,7 @@ from small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, re
 from timm.models._hub import save_for_hf
 from torch import nn
 
+from timm_nf.diagnostics import signal_stats
 from timm_nf.variants import VARIANTS
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -280,3 +283,56 @@ def test_weights_of_the_other_structure_are_refused_also_with_other_classes(fuse
     for num_classes in (10, 3):
         with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
             create("NFNet", fused=fused, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+# --- the authors' files ---
+
+GOLDEN = Path(__file__).parent / "golden"
+T0 = {"depths": (1, 2, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8, "num_classes": 10}
+
+
+@pytest.mark.parametrize("form", ["plain", "flatmap", "jaxarrays"])
+def test_authors_checkpoint_loads_through_create_model_to_the_golden_logits(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with no_warnings_logged(caplog), np.load(GOLDEN / "T0_2x64x64.npz") as golden:
+        path = GOLDEN / f"T0_haiku_{form}.npz"
+        model = timm.create_model("nfnet_f0", checkpoint_path=str(path), **T0).eval()
+        assert relative_error(model(batch(dtype=torch.float32)), golden["logits"]) < 1e-5
+        rows = signal_stats(model.double(), batch())
+        assert relative_error(model(batch()), golden["logits"]) < 1e-13
+        pool = model.forward_head(model.forward_features(batch()), pre_logits=True)
+        assert relative_error(pool, golden["pool"]) < 1e-13
+        got = {f"{key}_{i}": row[key] for i, row in enumerate(rows) for key in ("avg_sq_mean", "avg_var")}
+        got |= {f"res_avg_var_{i}": row["res_avg_var"] for i, row in enumerate(rows[1:])}
+        assert got.keys() == set(golden.files) - {"logits", "pool"}
+        for key, value in got.items():
+            assert value == pytest.approx(golden[key].item(), rel=1e-11), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_classes": 5}, {"in_chans": 1}, {"depths": (1, 1, 1, 1)}, {"channels": (32, 64, 96, 128)}, {"fused": True}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_authors_checkpoint_of_another_network_is_refused_before_anything_is_assigned(changes: dict[str, Any]) -> None:
+    model: Any = timm.create_model("nfnet_f0", **(T0 | changes))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    call = re.escape(f"timm.create_model('nfnet_f0', {', '.join(f'{k}={v!r}' for k, v in T0.items())})")
+    with pytest.raises(
+        ValueError, match=rf"T0_haiku_plain\.npz: expected the parameters of this network.*{call}, unfused$"
+    ):
+        model.load_pretrained(str(GOLDEN / "T0_haiku_plain.npz"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_archive_of_numpy_is_refused_as_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", w=np.ones(3))
+    with pytest.raises(ValueError, match="the file is a zip archive"):
+        create("NFNet", checkpoint_path=str(tmp_path / "weights.npz"))
+
+
+@pytest.mark.parametrize("name", [f"nfnet_f{i}" for i in range(7)])
+def test_names_and_shapes_are_those_of_timms_port_with_weights(name: str) -> None:
+    ours, theirs = (timm.create_model(n, device="meta").state_dict() for n in (name, f"dm_{name}"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape or (1,) for k, v in theirs.items()}

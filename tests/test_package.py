@@ -18,8 +18,8 @@ PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
-    *("standardize", "layers", "variants", "blocks", "nfnets", "shards", "agc", "optim"),
-    *("fuse", "convert", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
+    *("standardize", "layers", "variants", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
+    *("fuse", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
     *("diagnostics", "clip_range", "hub", "classify", "export", "bench", "demo", "verify"),
     *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),
 ]

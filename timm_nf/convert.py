@@ -6,15 +6,25 @@ A tree is `{module: {name: array}}` as haiku makes it: convolutions HWIO, linear
 gains (). Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_CONV = {"w": "weight", "gain": "gain", "bias": "bias"}
-_LINEAR = {"w": "weight", "b": "bias"}
+from .haiku_pickle import load_haiku
+from .variants import VARIANTS, NfCfg
+
+__all__ = ["haiku_to_timm", "infer_variant", "load_haiku", "load_haiku_into", "timm_to_haiku"]
+
+# haiku name -> timm name, axes in haiku, axes in timm, where those beyond haiku's have length 1
+_CONV = {"w": ("weight", 4, 4), "gain": ("gain", 1, 4), "bias": ("bias", 1, 1)}
+_LINEAR = {"w": ("weight", 2, 2), "b": ("bias", 1, 1)}
+_LINEAR_1X1 = {"w": ("weight", 2, 4), "b": ("bias", 1, 1)}
 # haiku module of a block -> timm module, parameters; {se} is attn in NF-RegNet, attn_last elsewhere
 _BLOCK = {
     "conv0": ("conv1", _CONV),
@@ -22,46 +32,101 @@ _BLOCK = {
     "conv1b": ("conv2b", _CONV),
     "conv2": ("conv3", _CONV),
     "conv_shortcut": ("downsample.conv", _CONV),
-    "squeeze_excite/~/linear": ("{se}.fc1", _LINEAR),
-    "squeeze_excite/~/linear_1": ("{se}.fc2", _LINEAR),
+    "squeeze_excite/~/linear": ("{se}.fc1", _LINEAR_1X1),
+    "squeeze_excite/~/linear_1": ("{se}.fc2", _LINEAR_1X1),
 }
 _OUTSIDE = {"final_conv": ("final_conv", _CONV), "linear": ("head.fc", _LINEAR)}
 _STEM4 = {f"stem_conv{i}": (f"stem.conv{i + 1}", _CONV) for i in range(4)}
 _STEM1 = {"initial_conv": ("stem.conv", _CONV)}
-# root module -> (block module, timm's name of squeeze-excite, modules outside of the blocks)
+# root module -> (block module, timm's name of squeeze-excite, modules outside of the blocks, stem_type)
 _FAMILIES = {
-    "NFNet": ("nf_block", "attn_last", _STEM4 | _OUTSIDE),
-    "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE),
-    "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE),
+    "NFNet": ("nf_block", "attn_last", _STEM4 | _OUTSIDE, "deep_quad"),
+    "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE, "7x7_pool"),
+    "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE, "3x3"),
 }
+# What a network may lack; in the blocks it is in all of them or in none.
+_OPTIONAL = {"final_conv", "linear", "conv1b", "squeeze_excite"}
+
+_Names = dict[tuple[str, str], tuple[str, int, int]]
 
 
-def _names(family: str, depths: list[int]) -> dict[tuple[str, str], str]:
-    """(haiku module, name) -> timm name, of everything a network of these depths can have."""
-    block, attn, outside = _FAMILIES[family]
+def _names(family: str, depths: list[int]) -> _Names:
+    """(haiku module, name) -> timm name, axes in haiku and in timm, of all that a network of these depths can have."""
+    block, attn, outside, _ = _FAMILIES[family]
     modules = {f"{family}/~/{module}": target for module, target in outside.items()}
-    names = {}
+    names: _Names = {}
     places = ((stage, index) for stage, depth in enumerate(depths) for index in range(depth))
     for number, (stage, index) in enumerate(places):
         haiku, timm = f"{family}/~/{block}" + (f"_{number}" if number else ""), f"stages.{stage}.{index}"
-        names[haiku, "skip_gain"] = f"{timm}.skipinit_gain"
+        names[haiku, "skip_gain"] = (f"{timm}.skipinit_gain", 0, 1)
         for module, (target, parameters) in _BLOCK.items():
-            modules[f"{haiku}/~/{module}"] = f"{timm}.{target.format(se=attn)}", parameters
+            if module != "conv_shortcut" or index == 0:
+                modules[f"{haiku}/~/{module}"] = f"{timm}.{target.format(se=attn)}", parameters
     for module, (target, parameters) in modules.items():
-        names |= {(module, name): f"{target}.{parameter}" for name, parameter in parameters.items()}
+        names |= {(module, name): (f"{target}.{timm}", haiku, ours) for name, (timm, haiku, ours) in parameters.items()}
     return names
 
 
-def _is_squeeze_excite(name: str) -> bool:
-    return name.endswith((".fc1.weight", ".fc2.weight"))
+def _missing(family: str, names: _Names, present: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What a network that has the parameters `present` must have besides."""
+    start = f"{family}/~/{_FAMILIES[family][0]}"
+    modules = {module for module, _ in present}
+
+    def kind(module: str) -> str:  # without its root and the number of its block
+        return module.split("/~/")[1:3][-1]
+
+    kinds = {kind(module) for module in modules}
+    # Only the first block of all may do without a shortcut convolution where `names` has one.
+    spare = {key for key in names if key[0] == f"{start}/~/conv_shortcut"}
+    required = {key for key in names if kind(key[0]) not in _OPTIONAL or kind(key[0]) in kinds} - spare
+    required |= {key for key in names if key[0] in modules}
+    return [key for key in names if key in required and key not in present]
 
 
-def _refuse(unmatched: list[str], family: str) -> None:
-    if unmatched:
-        raise ValueError(
-            f"expected the parameters of one {family}, got {len(unmatched)} that it does not have: "
-            + ", ".join(sorted(unmatched))
+def _refuse(family: str, unknown: list[str], missing: list[str], misshapen: list[str]) -> None:
+    problems = [
+        f"{len(found)} {what}: {', '.join(sorted(found))}"
+        for found, what in (
+            (unknown, "that it does not have"),
+            (missing, "missing"),
+            (misshapen, "with another number of axes"),
         )
+        if found
+    ]
+    if problems:
+        raise ValueError(f"expected the parameters of one {family}, got {'; '.join(problems)}")
+
+
+def _layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Names]:
+    """Family, depths and names of a tree that has the parameters of a network, all of them and no others."""
+    families = {module.partition("/")[0] for module in params}
+    if len(families) != 1 or not families <= _FAMILIES.keys():
+        raise ValueError(
+            f"expected a parameter tree with one root of {', '.join(_FAMILIES)}, got {sorted(families)[:10]}; "
+            "is this the authors' checkpoint of one network?"
+        )
+    (family,) = families
+    block = f"{family}/~/{_FAMILIES[family][0]}"
+    blocks = {"/~/".join(module.split("/~/")[:2]) for module in params if module.startswith(block)}
+    depths: list[int] = []
+    for number in range(len(blocks)):  # every stage but the first begins with a shortcut convolution
+        if not depths or f"{block}_{number}/~/conv_shortcut" in params:
+            depths.append(0)
+        depths[-1] += 1
+
+    names = _names(family, depths)
+    present = {(module, name): array for module, entries in params.items() for name, array in entries.items()}
+    _refuse(
+        family,
+        [f"{module}/{name}" for module, name in present.keys() - names.keys()],
+        [f"{module}/{name}" for module, name in _missing(family, names, present.keys())],
+        [
+            f"{module}/{name} {np.shape(array)}"
+            for (module, name), array in present.items()
+            if (module, name) in names and np.ndim(array) != names[module, name][1]
+        ],
+    )
+    return family, depths, names
 
 
 def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -75,40 +140,24 @@ def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
         gains (1,). No memory is shared with the arrays.
 
     Raises:
-        ValueError: naming every parameter that no network of the authors has.
+        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or an
+            array of a dtype that torch cannot take from numpy.
     """
-    families = {module.partition("/")[0] for module in params}
-    if len(families) != 1 or not families <= _FAMILIES.keys():
-        raise ValueError(
-            f"expected a parameter tree with one root of {', '.join(_FAMILIES)}, got {sorted(families)}; "
-            "is this the authors' checkpoint of one network?"
-        )
-    (family,) = families
-    block = f"{family}/~/{_FAMILIES[family][0]}"
-    depths: list[int] = []
-    while (haiku := block + (f"_{sum(depths)}" if depths else "")) in params:
-        if not depths or f"{haiku}/~/conv_shortcut" in params:  # every stage begins with a shortcut convolution
-            depths.append(0)
-        depths[-1] += 1
-
-    names = _names(family, depths)
-    state_dict, unmatched = {}, []
+    _, _, names = _layout(params)
+    state_dict = {}
     for module, entries in params.items():
         for name, array in entries.items():
-            target = names.get((module, name))
-            if target is None:
-                unmatched.append(f"{module}/{name}")
-                continue
-            value = torch.from_numpy(np.array(array))  # a copy; 0-d arrays too
-            if name == "w":
-                value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-                value = value[:, :, None, None] if _is_squeeze_excite(target) else value
-            elif name == "gain":
-                value = value.view(-1, 1, 1, 1)
-            elif name == "skip_gain":
-                value = value.view(1)
-            state_dict[target] = value.contiguous()
-    _refuse(unmatched, family)
+            target, _, axes = names[module, name]
+            copy = np.array(array)
+            try:
+                value = torch.from_numpy(copy)
+            except (TypeError, ValueError):  # another byte order is the second
+                raise ValueError(
+                    f"expected arrays of a dtype that torch has, got {copy.dtype} for {module}/{name}; convert them "
+                    "first, array.astype(np.float32)"
+                ) from None
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.mT if value.ndim == 2 else value
+            state_dict[target] = value.reshape(*value.shape, *[1] * (axes - value.ndim)).contiguous()
     return state_dict
 
 
@@ -122,7 +171,8 @@ def timm_to_haiku(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.nd
         `{module: {name: array}}` in the tensors' dtype; no memory is shared with them.
 
     Raises:
-        ValueError: naming every parameter that no network of the authors has.
+        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or a
+            tensor of a dtype that numpy does not have.
     """
     if "stem.conv1.weight" in state_dict:
         family = "NFNet"
@@ -133,25 +183,119 @@ def timm_to_haiku(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.nd
             "expected the state dict of a timm_nf network with stem.conv1.weight or stem.conv.weight, got "
             f"{len(state_dict)} names without either: {', '.join(sorted(state_dict)[:3])}, ..."
         )
+    blocks = {tuple(name.split(".")[1:3]) for name in state_dict if name.startswith("stages.")}
     depths: list[int] = []
-    while f"stages.{len(depths)}.0.skipinit_gain" in state_dict:
-        depth = 1
-        while f"stages.{len(depths)}.{depth}.skipinit_gain" in state_dict:
-            depth += 1
+    while depth := sum(stage == str(len(depths)) for stage, *_ in blocks):
         depths.append(depth)
 
-    sources = {timm: haiku for haiku, timm in _names(family, depths).items()}
+    names = _names(family, depths)
+    sources = {timm: (haiku, axes) for haiku, (timm, axes, _) in names.items()}
+    present = {sources[target][0] for target in state_dict if target in sources}
+    _refuse(
+        family,
+        [target for target in state_dict if target not in sources],
+        [names[key][0] for key in _missing(family, names, present)],
+        [
+            f"{target} {tuple(tensor.shape)}"
+            for target, tensor in state_dict.items()
+            if target in sources
+            and (tensor.ndim < sources[target][1] or math.prod(tensor.shape[sources[target][1] :]) != 1)
+        ],
+    )
     params: dict[str, dict[str, np.ndarray]] = {}
     for target, tensor in state_dict.items():
-        if target not in sources:
-            continue
-        module, name = sources[target]
-        value = tensor.detach().cpu()
-        if name == "w":
-            value = value[:, :, 0, 0] if _is_squeeze_excite(target) else value
-            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
-        else:
-            value = value.reshape(()) if name == "skip_gain" else value.reshape(-1)
-        params.setdefault(module, {})[name] = np.array(value.numpy(), order="C")
-    _refuse([target for target in state_dict if target not in sources], family)
+        (module, name), axes = sources[target]
+        value = tensor.detach().cpu().reshape(tensor.shape[:axes])
+        value = value.permute(2, 3, 1, 0) if axes == 4 else value.mT if axes == 2 else value
+        try:
+            params.setdefault(module, {})[name] = np.array(value.numpy(), order="C")
+        except TypeError:
+            raise ValueError(
+                f"expected tensors of a dtype that numpy has, got {tensor.dtype} for {target}; convert them first, "
+                "tensor.float()"
+            ) from None
     return params
+
+
+def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Name and overrides with which `timm.create_model(name, **overrides)` has the shapes of an authors' tree.
+
+    Args:
+        params: `{module: {name: array}}`, of which only names and shapes count.
+
+    Returns:
+        The variant that needs the fewest overrides, and these: `depths`, `channels`, `stem_chs`, `num_features`,
+        `group_size`, `in_chans` and `num_classes`, where they differ. Activation and alpha leave no trace in shapes.
+
+    Raises:
+        ValueError: if the names are not those of one network, or no such overrides give these shapes.
+    """
+    family, depths, _ = _layout(params)
+    shapes = {(module, name): np.shape(array) for module, entries in params.items() for name, array in entries.items()}
+
+    block, _, _, stem_type = _FAMILIES[family]
+    blocks = [block + (f"_{number}" if number else "") for number in range(sum(depths))]
+    stage_chs = [shapes[f"{family}/~/{blocks[last - 1]}/~/conv2", "w"][3] for last in itertools.accumulate(depths)]
+    per_group, mid_chs = zip(*(shapes[f"{family}/~/{name}/~/conv1", "w"][2:] for name in blocks), strict=True)
+    stem, last_stem = ("stem_conv0", "stem_conv3") if family == "NFNet" else ("initial_conv", "initial_conv")
+    in_chans, stem_chs = shapes[f"{family}/~/{stem}", "w"][2], shapes[f"{family}/~/{last_stem}", "w"][3]
+    final_chs = shapes.get((f"{family}/~/final_conv", "w"), (0,))[-1]
+    num_classes = shapes.get((f"{family}/~/linear", "w"), (0,))[-1]
+
+    def overrides(cfg: NfCfg) -> dict[str, Any]:
+        def unscaled(chs: int) -> int:  # the smallest width that is truncated to this one
+            return math.ceil(chs / cfg.width_factor)
+
+        found: dict[str, Any] = {}
+        if cfg.depths != tuple(depths):
+            found["depths"] = tuple(depths)
+        if cfg.stage_chs() != stage_chs:
+            found["channels"] = tuple(map(unscaled, stage_chs))
+        resized = dataclasses.replace(cfg, **found)  # stem and final convolution follow the stages
+        if resized.stem_out_chs() != stem_chs:
+            found["stem_chs"] = unscaled(stem_chs)
+        if resized.final_chs() != final_chs:
+            found["num_features"] = unscaled(final_chs)
+        # Bottlenecks of one width can be one group of that size, which is how a row with groups describes them.
+        plain = per_group == mid_chs and {*mid_chs} == {int(chs * cfg.bottle_ratio) for chs in stage_chs}
+        grouped = len({*per_group}) == 1 and (cfg.group_size or not plain)
+        if (group_size := per_group[0] if grouped else 0) != (cfg.group_size or 0):
+            found["group_size"] = group_size
+        found |= {"in_chans": in_chans} if in_chans != 3 else {}
+        return found | ({"num_classes": num_classes} if num_classes != 1000 else {})
+
+    rows = {name: row.cfg for name, row in VARIANTS.items() if row.cfg.stem_type == stem_type}
+    candidates = {name: overrides(cfg) for name, cfg in rows.items()}
+    name = min(candidates, key=lambda name: len(candidates[name]))
+    fields = {k: v for k, v in candidates[name].items() if k not in ("in_chans", "num_classes")}
+    expected, _ = dataclasses.replace(rows[name], **fields).count(1, in_chans, num_classes)
+    if expected != (got := sum(map(math.prod, shapes.values()))):
+        raise ValueError(
+            f"expected {expected} parameters in a {name} with {candidates[name] or 'nothing changed'}, got {got}: the "
+            "bottlenecks, squeeze-excite or the first convolutions are of other widths than the authors'"
+        )
+    return name, candidates[name]
+
+
+def load_haiku_into(model: nn.Module, path: str) -> None:
+    """Load one of the authors' checkpoints into a network, all of it or nothing.
+
+    Args:
+        model: A timm_nf network, to whose dtype the parameters are cast.
+        path: A file for `load_haiku`.
+
+    Raises:
+        ValueError: if the file is not such a checkpoint, or is one of another network, which is named.
+    """
+    params = load_haiku(path)
+    state_dict = haiku_to_timm(params)
+    shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (state_dict, model.state_dict()))
+    if shapes != expected:
+        wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
+        name, overrides = infer_variant(params)
+        arguments = ", ".join([repr(name), *(f"{k}={v!r}" for k, v in overrides.items())])
+        raise ValueError(
+            f"{path}: expected the parameters of this network, {len(wrong)} are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}, ...); the file is for timm.create_model({arguments}), unfused"
+        )
+    model.load_state_dict(state_dict)

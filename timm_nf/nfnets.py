@@ -29,6 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .blocks import NormFreeBlock, make_stem
+from .convert import load_haiku_into
 from .layers import Activation, ScaledStdConv2d, activation_gain
 from .standardize import destandardize_weight, standardize_weight
 from .variants import VARIANTS, NfCfg, Variant
@@ -179,6 +180,10 @@ class NormFreeNet(nn.Module):
                 f"fused={fused}{way_out}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def load_pretrained(self, checkpoint_path: str) -> None:
+        """Load one of the authors' checkpoints, all of it or nothing: timm hands every .npz here."""
+        load_haiku_into(self, checkpoint_path)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The groups of layer-wise learning rate decay: the stem, every block (or stage), the head.
