@@ -113,7 +113,8 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         header = json.loads(stream.read(length))
         for name, tensor in tensors.items():
             stream.seek(8 + length + header[name]["data_offsets"][0])
-            stream.readinto(tensor.view(-1).view(torch.uint8).numpy())
+            memory: Any = tensor.view(-1).view(torch.uint8).numpy()
+            stream.readinto(memory)
     return tensors
 
 
