@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import hf_xet
@@ -143,3 +144,13 @@ def test_through_xet_into_a_local_store(hub, monkeypatch, tmp_path):
     assert hub.count("lfs/objects/batch") == 0
     assert hub.count("^GET .*/model.safetensors") == 0
     assert hub.storage_requests == []
+    # The cache names such a file by Xet's hash and links to it by the sha256: also offline, the link is what counts.
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net", local_files_only=True)), logits(model))
+    (file,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--alice--net/snapshots/*/model.safetensors")
+    assert file.resolve().name == xet.hash
+    os.truncate(file, 1000)
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
+    os.truncate(file, 1000)
+    with pytest.raises(timm_nf.hub.HubError, match="damaged and was removed"):
+        timm_nf.hub.pull("alice/net", local_files_only=True)
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
