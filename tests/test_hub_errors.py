@@ -137,14 +137,18 @@ def test_a_token_that_is_not_valid(hub, checkpoint, tmp_path, monkeypatch, fails
 
 
 @pytest.mark.parametrize("token", ["hf_with space", "hf_with\nline", "hf_höher"])
-def test_a_token_that_no_header_can_carry_is_not_quoted(hub, token):
-    for call in (lambda: timm_nf.hub.pull("alice/net", token=token), lambda: push_with(token)):
+@pytest.mark.parametrize("by", ["argument", "login"])
+def test_a_token_that_no_header_can_carry_is_not_quoted(hub, token, by, monkeypatch):
+    monkeypatch.setattr("timm_nf.hub.get_token", lambda: token if by == "login" else None)
+    given = token if by == "argument" else None
+    for call in (lambda: timm_nf.hub.pull("alice/net", token=given), lambda: push_with(given)):
         with pytest.raises(ValueError, match="printable") as caught:
             call()
-        assert token not in str(caught.value)
+        assert token not in repr(caught.value)
+        assert caught.value.__cause__ is None
 
 
-def push_with(token: str) -> None:
+def push_with(token: str | None) -> None:
     timm_nf.hub.push(create(), "alice/net", card=CARD, token=token)
 
 

@@ -69,7 +69,7 @@ def push(
         raise ValueError("a pull request is to the main branch; give create_pr or revision, not both")
     token = _clean(token)
     with explained(repo_id, revision, token), TemporaryDirectory(prefix="timm_nf-") as temporary:
-        if not dry_run and not (token or get_token()):
+        if not dry_run and not (token or _clean(get_token())):
             raise HubError("not logged in: log in with `hf auth login` or set HF_TOKEN")
         written = write_folder(
             model, Path(temporary) / "repo", card=card, dtype=dtype, architecture=architecture, repo_id=repo_id,
@@ -137,6 +137,7 @@ def pull(
         hashes: dict[str, str] = {}
         wanted = None
         if not offline:
+            _clean(get_token())
             api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
             info = api.model_info(name, revision=revision, files_metadata=True)
             wanted = info.sha
