@@ -8,6 +8,7 @@ import small_nets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_hub import create, logits
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -66,6 +67,20 @@ def test_tensors_stay_when_the_file_changes(tmp_path):
     tensors = checkpoint.load_tensors(file)
     os.truncate(file, 0)
     assert (tensors["a"] == 1).all()
+
+
+def test_a_file_that_is_cut_while_it_is_read_gives_no_weights(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(1000), "b": torch.ones(1000)}, file)
+
+    def load_and_cut(file: Any) -> Any:
+        tensors = load_file(file)
+        os.truncate(file, 5000)
+        return tensors
+
+    monkeypatch.setattr(checkpoint, "load_file", load_and_cut)
+    with pytest.raises(SafetensorError, match="became shorter"):
+        checkpoint.load_tensors(file)
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pt"])

@@ -103,7 +103,7 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
     differ in the last bits; and copies of them would need the memory twice.
 
     Raises:
-        SafetensorError: if the file is none.
+        SafetensorError: if the file is none, or loses bytes meanwhile.
     """
     mapped = load_file(file)  # checks the whole header
     tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in mapped.items()}
@@ -114,7 +114,8 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
             stream.seek(8 + length + header[name]["data_offsets"][0])
             memory: Any = tensor.view(-1).view(torch.uint8).numpy()
-            stream.readinto(memory)
+            if stream.readinto(memory) != tensor.nbytes:
+                raise SafetensorError(f"{file} became shorter while it was read")
     return tensors
 
 
