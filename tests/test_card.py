@@ -90,6 +90,8 @@ def test_only_our_networks_ask_for_our_import():
     stock = network(architecture="dm_nfnet_f0", deviation=0.0182).text
     assert "import timm_nf" not in stock
     assert "1.8e-02" in stock
+    assert "equal logits" not in stock
+    assert "equal logits" in network().text
     assert "import timm_nf" not in network(architecture="resnet18").text
 
 

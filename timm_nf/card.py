@@ -121,7 +121,8 @@ def network(data: ModelCardData, title: str, facts: Facts) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
     sections["Files"] = (
         f"`model.safetensors`: {facts.size:,} bytes, sha256 `{facts.sha256}`.\n\nWritten with {versions}; "
-        "read back and compared tensor by tensor, and loaded as a network with equal logits, before it was published."
+        "read back and compared tensor by tensor, and loaded as a network"
+        f"{' with equal logits' if facts.deviation is None else ''}, before it was published."
     )
     return render(data, title, sections)
 

@@ -78,7 +78,7 @@ def push(
         if dry_run:
             return written
         api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
-        repo_id = _make_repo(api, repo_id, private)
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         info = api.model_info(repo_id)
         if private and not info.private:
             raise HubError(f"{repo_id} is there already and public: make it private on the Hub, or push elsewhere")
@@ -110,8 +110,8 @@ def pull(
 ) -> nn.Module:
     """A network from the Hub in evaluation mode, its files compared with the hashes the Hub has of them.
 
-    `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. Memory is the file's: the weights are mapped, not
-    copied, and keep the dtype they have in the file.
+    `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. The weights keep the dtype they have in the file,
+    and no more memory than the file's size is needed, besides some 50 MB of the client's.
 
     Args:
         repo_id: `user/name` or `user/name@revision`.
@@ -166,10 +166,6 @@ def _clean(token: str | None) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("expected a token of printable characters without spaces; copy it from the Hub again")
     return token
-
-
-def _make_repo(api: HfApi, repo_id: str, private: bool) -> str:
-    return api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
 
 
 def _refuse_missing(repo_id: str, files: Mapping[str, str]) -> None:
