@@ -44,7 +44,7 @@ OURS_INSTEAD: dict[str, tuple[Any, ...]] = {
 # On the meta device, where even the largest variants fit: run on all of them with --every-config.
 ON_META = "test_model_default_cfgs"
 
-_SCRIPT = "TorchScript, which we do not support"
+_SCRIPT = "TorchScript, which takes fused networks only"
 _NETWORK = "downloads weights"
 _OTHER = "about another architecture"
 _CLASS = "constructs a stock optimizer class directly"
