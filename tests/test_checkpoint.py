@@ -164,6 +164,47 @@ def test_files_that_are_no_weights(tmp_path):
         checkpoint.read(save(tmp_path, arguments(), ema=False), use_ema=True)
 
 
+@pytest.mark.parametrize("metric", ["abc", float("nan"), float("inf"), True, torch.tensor(1.0), [1], 10**400])
+def test_a_metric_that_is_no_number_is_none(tmp_path, metric):
+    torch.save({"state_dict": create().state_dict(), "args": arguments(), "metric": metric}, tmp_path / "net.pt")
+    assert checkpoint.read(tmp_path / "net.pt").metric is None
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_tensors_that_are_not_dense_are_refused(tmp_path):
+    torch.save({"a": torch.ones(2, 2).to_sparse()}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="expected dense tensors by name"):
+        checkpoint.read(tmp_path / "net.pt")
+
+
+def test_names_that_are_no_names_are_refused(tmp_path):
+    torch.save({1: torch.ones(1)}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="expected dense tensors by name"):
+        checkpoint.read(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *({"model_kwargs": {key: "/etc/passwd"}} for key in ("checkpoint_path", "pretrained", "pretrained_cfg")),
+        *({"model_kwargs": value} for value in ("x", [1], {"evil": 1})),
+        *({key: "evil"} for key in ("num_classes", "gp", "in_chans")),
+    ],
+    ids=str,
+)
+def test_arguments_in_a_checkpoint_load_nothing_and_build_nothing_else(args, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", None)  # calling it would be another error
+    content = checkpoint.Checkpoint(create().state_dict(), "it", vars(arguments(**args)))
+    with pytest.raises(ValueError, match="nfnet_f0 cannot be built with the arguments of it"):
+        checkpoint.build("nfnet_f0", content)
+
+
+@pytest.mark.parametrize("name", ["no_such", "hf-hub:alice/net", "local-dir:/etc", ""])
+def test_a_model_that_timm_does_not_know_is_named(name):
+    with pytest.raises(ValueError, match=f"timm knows no model '{name}'"):
+        checkpoint.build(name, checkpoint.Checkpoint({}, "it"))
+
+
 def test_preprocessing_is_train_pys(tmp_path):
     args = arguments(img_size=96, mean=[0.5], std=[0.25], interpolation="bilinear", crop_pct=1.0, in_chans=None)
     content = checkpoint.read(save(tmp_path, args, ema=False))
@@ -198,6 +239,9 @@ def test_weights_are_checked_before_any_is_assigned():
     refuses({"head.fc.bias": torch.ones(3), "head.fc.weight": torch.ones(3, 192)}, "3 classes, the network 10")
     refuses({"head.fc.bias": torch.ones(10, dtype=torch.int64)}, "one floating dtype.*got torch.int64")
     refuses({"head.fc.bias": torch.ones(10).half()}, "got torch.float16, torch.float32")
+    refuses({k: v.to(torch.float8_e4m3fn) for k, v in right.items()}, "got torch.float8_e4m3fn$")
+    refuses({k: v.to(torch.int8) for k, v in right.items()}, "got torch.int8$")
+    refuses({"a" * 10**6: torch.ones(1)}, f"has beside them 1 .{'a' * 100}.$")
     checkpoint.assign(model, right, "it")
     assert torch.equal(logits(model), logits(create()))
 

@@ -20,6 +20,11 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # networks compute in these, not in 8 bits
+
+
+_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -63,8 +68,8 @@ def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
         raise ValueError(f"{file} has no averaged weights (state_dict_ema); leave out --use-ema")
     key = "state_dict_ema" if use_ema else "state_dict" if "state_dict" in content else ""
     state_dict = content[key] if key else content
-    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise ValueError(f"expected tensors by name in {file}{f', {key}' if key else ''}, got something else")
+    if not isinstance(state_dict, Mapping) or not all(type(k) is str and _dense(v) for k, v in state_dict.items()):
+        raise ValueError(f"expected dense tensors by name in {file}{f', {key}' if key else ''}, got something else")
     stored = content.get("args") if key else None
     args = vars(stored) if isinstance(stored, argparse.Namespace) else {}
     # With an average, train.py validates that; unless it is kept on the CPU, where it is not validated.
@@ -74,8 +79,16 @@ def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
         f"{file}, {key}" if key else str(file),
         args,
         content.get("epoch") if key else None,
-        content.get("metric") if key and measured else None,
+        _number(content.get("metric")) if key and measured else None,
     )
+
+
+def _dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and abs(value) < 1e9 else None  # neither NaN nor infinite
 
 
 def _read(file: Path) -> Any:
@@ -145,13 +158,25 @@ def build(
         labels: Names of the classes.
 
     Raises:
-        ValueError: if the weights or the labels are not this network's.
+        ValueError: if timm has no such model, or the weights or the labels are not this network's.
     """
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r}; timm.list_models() has the names")
     args = checkpoint.args
     num_classes = args.get("num_classes") if num_classes is None else num_classes
     given = {"num_classes": num_classes, "in_chans": args.get("in_chans"), "global_pool": args.get("gp")}
     given = {key: value for key, value in given.items() if value is not None}
-    model: Any = skeleton(name, **((args.get("model_kwargs") or {}) | given))
+    try:
+        recorded = dict(args.get("model_kwargs") or {})
+        if files := _SOURCES & recorded.keys():
+            raise ValueError(f"{', '.join(sorted(files))} would load other weights")
+        model: Any = skeleton(name, **(recorded | given))
+    except Exception as error:  # whatever the arguments in a checkpoint make timm raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{name} cannot be built with the arguments of {checkpoint.origin} ({reason}): are its weights another "
+            "model's?"
+        ) from error
     assign(model, checkpoint.state_dict, checkpoint.origin)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(f"expected {model.num_classes} labels, one for each class, got {len(labels)}")
@@ -184,7 +209,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None
     missing, unexpected = model.load_state_dict(names, strict=False, assign=True)
     if missing or unexpected:
         parts = [
-            f"{what} {len(names)} ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
+            f"{what} {len(names)} ({', '.join(n[:100] for n in sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
             for what, names in (("lacks", missing), ("has beside them", unexpected))
             if names
         ]
@@ -203,7 +228,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None
     floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     kinds = [n for n in expected if _kind(tensors[n]) != _kind(expected[n])]
     if len(floats) > 1 or kinds:
-        found = sorted(str(tensors[name].dtype) for name in kinds) or sorted(map(str, floats))
+        found = sorted({str(tensors[name].dtype) for name in kinds} or map(str, floats))
         raise ValueError(
             f"expected one floating dtype in {origin}, and integers where the network has them, got {', '.join(found)}"
         )
@@ -221,9 +246,9 @@ def fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
 
 
 def _kind(tensor: Tensor) -> Any:
-    return "floating" if tensor.is_floating_point() else tensor.dtype
+    return "floating" if tensor.dtype in _FLOATS else tensor.dtype
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:
-    names = model.pretrained_cfg.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    names = model.pretrained_cfg.get("classifier")  # as a config.json says, which may be anything
+    return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list | tuple) else ()

@@ -3,6 +3,7 @@
 Weights are safetensors, never pickles. What is written here, timm's `hf-hub:` and `local-dir:` load as well.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 
@@ -67,16 +70,43 @@ def push(
     """
     if create_pr and revision:
         raise ValueError("a pull request is to the main branch; give create_pr or revision, not both")
-    token = _clean(token)
+    card = {} if card is None else card
+    if not dry_run:
+        _require_login(token)
     with explained(repo_id, revision, token), TemporaryDirectory(prefix="timm_nf-") as temporary:
-        if not dry_run and not (token or _clean(get_token())):
-            raise HubError("not logged in: log in with `hf auth login` or set HF_TOKEN")
+        _require_name(repo_id)
+        folder = Path(temporary) / "repo"
         written = write_folder(
-            model, Path(temporary) / "repo", card=card, dtype=dtype, architecture=architecture, repo_id=repo_id,
-            recipe=recipe,
-        )  # fmt: skip
+            model, folder, card=card, dtype=dtype, architecture=architecture, repo_id=repo_id, recipe=recipe
+        )
         if dry_run:
             return written
+        return upload(
+            folder, written, repo_id, revision=revision, private=private, create_pr=create_pr,
+            commit_message=commit_message, token=token, overwrite_card=overwrite_card,
+        )  # fmt: skip
+
+
+def upload(
+    folder: Path,
+    written: Written,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    overwrite_card: bool = False,
+) -> Written:
+    """Publish in one commit what `write_folder` has written to `folder`; the arguments are those of `push`.
+
+    Raises:
+        HubError: if the Hub or the network did not allow it; says what to do.
+    """
+    token = _require_login(token)
+    with explained(repo_id, revision, token):
+        _require_name(repo_id)
         api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         info = api.model_info(repo_id)
@@ -89,7 +119,7 @@ def push(
         names = [name for name in written.files if overwrite_card or name != README or README not in there]
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, Path(temporary) / "repo" / name) for name in names],
+            [CommitOperationAdd(name, folder / name) for name in names],
             commit_message=commit_message or "Weights, config and card, read back and compared",
             revision=revision,
             create_pr=create_pr,
@@ -134,6 +164,7 @@ def pull(
     token = _clean(token)
     offline = local_files_only or constants.is_offline_mode()
     with explained(name, revision, token):
+        _require_name(name)
         hashes: dict[str, str] = {}
         wanted = None
         if not offline:
@@ -152,7 +183,8 @@ def pull(
         if sha256 is not None and (got := digest(weights, "sha256")) != sha256.lower():
             raise ValueError(f"{name}@{folder.name}: expected {WEIGHTS} with sha256 {sha256.lower()}, got {got}")
     model: Any = _load(folder, f"{name}@{folder.name}")
-    model.pretrained_cfg.pop("file", None)
+    for key in ("file", "url", "state_dict", "hf_hub_filename"):  # other sources, that a config may name
+        model.pretrained_cfg.pop(key, None)
     model.pretrained_cfg.update(hf_hub_id=f"{name}@{folder.name}", source="hf-hub")
     return model.eval()
 
@@ -166,6 +198,18 @@ def _clean(token: str | None) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("expected a token of printable characters without spaces; copy it from the Hub again")
     return token
+
+
+def _require_name(repo_id: str) -> None:
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise HFValidationError("it has no user")
+
+
+def _require_login(token: str | None) -> str | None:
+    if not (_clean(token) or _clean(get_token())):
+        raise HubError("not logged in: log in with `hf auth login` or set HF_TOKEN")
+    return _clean(token)
 
 
 def _refuse_missing(repo_id: str, files: Mapping[str, str]) -> None:
@@ -195,13 +239,23 @@ def _download(
         if digest(path, "git" if len(expected) == 40 else "sha256") == expected:
             return path
         _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
-    path.resolve().unlink()  # timm, which does not look at hashes, would load it
+        _remove(path)  # timm, which does not look at hashes, would load it
     raise HubError(f"{path} is damaged and was removed, its hash is not what the Hub says: pull again with a network")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of a snapshot, and what it links to if that is in the repository's cache as well."""
+    target, cache = path.resolve(), path.parents[2].resolve()
+    path.unlink()  # the client would leave a link that points somewhere else
+    if target.is_relative_to(cache):
+        target.unlink(missing_ok=True)
 
 
 def _load(folder: Path, origin: str) -> nn.Module:
     try:
-        model = skeleton(f"local-dir:{folder}")
+        model: Any = skeleton(f"local-dir:{folder}")
+        # timm believes the inner one, if there is one
+        model.pretrained_cfg["architecture"] = json.loads((folder / CONFIG).read_text("utf-8"))["architecture"]
     except Exception as error:  # whatever a config.json makes timm raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{CONFIG} of {origin} describes no network that timm can build here ({reason})") from error

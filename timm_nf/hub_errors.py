@@ -32,6 +32,8 @@ def explained(repo_id: str, revision: str | None, token: str | None) -> Iterator
     """Turn what the Hub's client raises inside into a `HubError`; everything else passes."""
     try:
         yield
+    except HubError:
+        raise
     except Exception as error:
         if message := _explain(error, repo_id, revision or "main", bool(token or get_token())):
             raise HubError(message) from error

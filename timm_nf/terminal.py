@@ -55,5 +55,7 @@ def print_facts(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def complain(message: str) -> None:
-    """Print an error as one line on stderr."""
-    print(f"timm-nf: error: {' '.join(message.split())}", file=sys.stderr)
+    """Print an error as one line on stderr; what a file says in it cannot steer the terminal."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"timm-nf: error: {line}", file=sys.stderr)
