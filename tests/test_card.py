@@ -11,7 +11,7 @@ from timm_nf.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {
-    "architecture": "nfnet_f0", "source": "hf-hub:user/net", "parameters": 1234567, "dtype": "float32",
+    "architecture": "nfnet_f0", "arguments": {}, "source": "hf-hub:user/net", "parameters": 1234567, "dtype": "float32",
     "sha256": "ab" * 32, "size": 4938268, "versions": {"timm": "1.0", "torch": "2.0"},
 }  # fmt: skip
 RESULT = EvalResult("image-classification", "user/pets", "pets", "accuracy", 91.25)
@@ -76,6 +76,12 @@ def test_facts_are_stated():
     assert "| `lr` | `0.1` |" in text
     assert "| `aa` | `a\\|b` |" in text
     assert "| `opt_kwargs` | `{'clip_factor': 0.01}` |" in text
+
+
+def test_other_arguments_than_the_default_are_stated():
+    assert "`nfnet_f0` of timm_nf, 1,234" in network().text
+    text = network(arguments={"depths": (1, 2), "act_layer": "relu"}).text
+    assert "`nfnet_f0` of timm_nf with `depths=(1, 2), act_layer='relu'`, 1,234,567 parameters" in text
 
 
 def test_the_base_is_stated_with_its_commit():

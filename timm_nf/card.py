@@ -21,6 +21,7 @@ class Facts:
 
     Attributes:
         architecture: Name in timm's registry.
+        arguments: With which `timm.create_model` has built it, where they are not the default.
         source: What `timm.create_model` loads, say `hf-hub:user/repo`.
         parameters: Their number.
         dtype: Of the weights.
@@ -33,6 +34,7 @@ class Facts:
     """
 
     architecture: str
+    arguments: Mapping[str, Any]
     source: str
     parameters: int
     dtype: str
@@ -93,7 +95,9 @@ def network(data: ModelCardData, title: str, facts: Facts) -> str:
     """The card of one saved network."""
     is_ours = facts.deviation is None and facts.architecture in VARIANTS
     library = "timm_nf" if is_ours else "timm"
-    about = [f"`{facts.architecture}` of {library}, {facts.parameters:,} parameters in {facts.dtype}."]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in facts.arguments.items())
+    built = f" with `{arguments}`" if arguments else ""
+    about = [f"`{facts.architecture}` of {library}{built}, {facts.parameters:,} parameters in {facts.dtype}."]
     if facts.base:
         about.append(f"Derived from `{facts.base}`.")
     if is_ours:

@@ -37,7 +37,7 @@ class Written:
         files: Sizes in bytes by name.
         sha256: Of model.safetensors.
         checks: What was compared and what came of it, in words.
-        card: Text of README.md, also where an older one stays.
+        card: Text of README.md, also where an older one stays; empty if there is none.
         url: Of the commit or the pull request; None if nothing was uploaded.
         commit: Its id.
     """
@@ -66,7 +66,7 @@ def write_folder(
     Args:
         model: Any model that timm's factory made; not changed.
         folder: Made if it is not there; it gets all files or none.
-        card: Fields of the card's metadata, the license among them.
+        card: Fields of the card's metadata, the license among them; None for no README.md.
         dtype: To round floating weights to, as they are by default.
         architecture: Of timm's registry, to be loaded as by others; by default the model's own.
         overwrite_card: Replace a README.md that is there.
@@ -85,18 +85,23 @@ def write_folder(
         raise ValueError(f"timm knows no architecture {architecture!r}")
     hf_hub_id = str(source.pretrained_cfg.get("hf_hub_id"))
     base = hf_hub_id if _PINNED.fullmatch(hf_hub_id) else None
-    data = cards.metadata(card, (repo_id or str(folder.resolve())).rpartition("/")[2], base and base.partition("@")[0])
+    name = repo_id or folder.resolve().name
+    data = None
+    if card is not None:
+        data = cards.metadata(card, name.rpartition("/")[2], base and base.partition("@")[0])
     state = _state(source, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        new = Path(temporary)
-        _write_config(source, new / CONFIG, architecture, str(data.license))
+        new = Path(temporary) / "new"
+        new.mkdir()
+        _write_config(source, new / CONFIG, architecture, str(data.license) if data else None)
         state = _as_loaded(state, new, architecture)
         try:
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             size = sum(t.nbytes for t in state.values())
             raise RuntimeError(f"{size:,} bytes could not be written to {new}: {error}; make room there") from error
+        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors' own is for nobody but the owner
         checks = [_compare_tensors(state, new / WEIGHTS)]
         features, logits = _deviations(source, state, new)
         if architecture == own:
@@ -110,6 +115,7 @@ def write_folder(
             checks.append((f"logits as {architecture}, deviation", f"{logits:.1e}"))
         facts = cards.Facts(
             architecture=architecture,
+            arguments=_arguments(new / CONFIG),
             source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}",
             parameters=sum(p.numel() for p in source.parameters()),
             dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
@@ -120,13 +126,15 @@ def write_folder(
             deviation=None if architecture == own else logits,
             recipe=recipe or {},
         )
-        text = cards.network(data, repo_id or folder.resolve().name, facts)
-        if overwrite_card or not (folder / README).exists():
+        text = cards.network(data, name, facts) if data else ""
+        if data and (overwrite_card or not (folder / README).exists()):
             (new / README).write_text(text, encoding="utf-8")
-        folder.mkdir(exist_ok=True)
         files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-        for name in files:
-            os.replace(new / name, folder / name)
+        if folder.exists():
+            for file in files:
+                os.replace(new / file, folder / file)
+        else:
+            new.rename(folder)
     return Written(files, facts.sha256, checks, text)
 
 
@@ -169,7 +177,7 @@ def _state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return state
 
 
-def _write_config(model: Any, file: Path, architecture: str, license: str) -> None:
+def _write_config(model: Any, file: Path, architecture: str, license: str | None) -> None:
     own, cfg = _own_architecture(model), model.pretrained_cfg
     labels: dict[str, Any] = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     if labels and len(labels.get("label_names") or ()) != model.num_classes:
@@ -178,12 +186,22 @@ def _write_config(model: Any, file: Path, architecture: str, license: str) -> No
     config = json.loads(file.read_text())
     config["architecture"] = architecture
     # timm takes over those of the published weights of the same architecture
-    config["pretrained_cfg"].pop("tag", None)
-    config["pretrained_cfg"]["license"] = license
+    for key in ("tag", "license"):
+        config["pretrained_cfg"].pop(key, None)
+    if license:
+        config["pretrained_cfg"]["license"] = license
     # The key keeps stock timm's nfnet_f0 from loading our weights, and other networks of stock timm as well.
     if architecture != own and config["model_args"].pop("fused", False):
         raise ValueError(f"a fused network cannot be loaded as {architecture}: push it before fusing")
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _arguments(config: Path) -> dict[str, Any]:
+    """What a config has `timm.create_model` called with, but for what every one has."""
+    args: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("model_args", {})
+    usual = {"fused": False, "in_chans": 3, "global_pool": "avg", "num_classes": 1000}
+    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    return {key: value for key, value in tuples.items() if key not in usual or value != usual[key]}
 
 
 def _as_loaded(state: Mapping[str, Tensor], folder: Path, architecture: str) -> dict[str, Tensor]:

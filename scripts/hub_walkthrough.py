@@ -1,0 +1,229 @@
+"""Write docs/hub.md: converting, pushing and pulling, with what the commands really print.
+
+    python scripts/hub_walkthrough.py
+
+The commands run one after the other in an empty folder. The Hub is the stand-in of the tests, tests/stand_in_hub.py, on
+127.0.0.1; its port, which differs in every run, is written as PORT, and nothing else of the output is changed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import track
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import stand_in_hub  # noqa: E402
+
+PAGE = ROOT / "docs" / "hub.md"
+CHECKPOINT, LOGITS = (ROOT / "tests" / "golden" / name for name in ("T0_haiku_flatmap.npz", "T0_2x64x64.npz"))
+TOKEN = next(iter(stand_in_hub.TOKENS))
+
+TRAINED = """
+import argparse
+import timm
+import timm_nf
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+model = timm.create_model("local-dir:t0", pretrained=True)
+args = argparse.Namespace(
+    model="nfnet_f0", num_classes=10, model_kwargs=dict(depths=(1, 2, 1, 1), channels=(32, 64, 96, 96), group_size=8),
+    img_size=64, opt="agcsgd", lr=0.1, opt_kwargs={"clip_factor": 0.01}, epochs=90, eval_metric="top1",
+    dataset="hfds/alice/digits", val_split="validation", model_ema=True, model_ema_force_cpu=False,
+)
+optimizer = timm.optim.create_optimizer_v2(model, "agcsgd")
+CheckpointSaver(model, optimizer, args, ModelEmaV3(model)).save_checkpoint(89, metric=50.0)
+"""
+
+RELOAD = """
+import numpy as np
+import timm
+import timm_nf
+from timm_nf.verify import image
+
+model = timm.create_model("local-dir:t0", pretrained=True).double().eval()
+golden = np.load("T0_2x64x64.npz")["logits"]  # by the authors' code, in float64
+logits = model(image(2, 64, 64)).detach().numpy()  # of the same two pictures
+print(f"{model.num_classes} classes, depths {model.cfg.depths}, channels {model.cfg.channels}")
+print(f"relative error of the logits {np.linalg.norm(logits - golden) / np.linalg.norm(golden):.0e}")
+"""
+
+AGAIN = """
+import timm_nf
+
+model = timm_nf.hub.pull("alice/t0")
+print("pulled", model.pretrained_cfg["hf_hub_id"])
+written = timm_nf.hub.push(model, "alice/t0-tuned", card={"license": "apache-2.0"})
+print(*(line for line in written.card.splitlines() if "base_model" in line or "Derived" in line), sep="\\n")
+"""
+
+TIMM = """
+import timm
+import timm_nf  # registers the networks
+
+model = timm.create_model("hf-hub:alice/t0", pretrained=True)
+print(model.pretrained_cfg["architecture"], sum(p.numel() for p in model.parameters()))
+"""
+
+TEXT = """\
+# Weights: converting, pushing, pulling
+
+Everything printed below is real output: `python scripts/hub_walkthrough.py` runs these commands and writes this page.
+The Hub is the stand-in that the tests use, on 127.0.0.1 with its port written as PORT, so links lead nowhere and
+commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to https://huggingface.co.
+
+## The authors' checkpoints
+
+The authors publish pickles, whatever their names end in. Unpickling runs what a file asks for; here they are read by a
+machine that can build numpy arrays, dicts and the wrappers of haiku and jax, and nothing else, with none of jax, haiku
+or dill installed. `T0_haiku_flatmap.npz` has their format and a tiny network in it. The network is recognised from
+names and shapes, also with other depths and widths than those of the paper:
+
+{convert}
+
+`--license` adds the card; it is never guessed, and without one there is no README.md. `--dtype bf16` rounds,
+`--push user/name` publishes the folder. An existing folder is left alone unless it is empty, and after an error there
+is none.
+
+The folder is an ordinary one of timm's. Its network gives the logits that the authors' code gives with these weights:
+
+{reload}
+
+`timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly, and
+`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm` are the steps by themselves. `timm_to_haiku` is the
+way back, for state dicts in float32, float16 or float64: numpy has no bfloat16.
+
+## Push
+
+`timm-nf push` takes checkpoints of train.py, safetensors and torch files of plain state dicts; torch files are read
+with `weights_only=True`. `model_best.pth.tar` was written by timm's CheckpointSaver as at the end of a training of the
+tiny network with `--model-ema`; its metric of 50 is made up:
+
+{dry_run}
+
+The card, which `--dry-run` prints last, is made of facts: license and data set as given, the metric that train.py
+measured of just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
+
+{push}
+
+One commit has model.safetensors, config.json and README.md, no pickle. Before it, the weights were read back and
+compared, and the network was loaded by timm and gave equal features and logits. Up to that commit, the repository is
+as it was; a commit of somebody else that comes in between is not overwritten, the push is refused. A README that is
+there stays, unless `--overwrite-card` is given.
+
+| option | |
+| --- | --- |
+| `--revision BRANCH` | to a branch, made if it is not there |
+| `--create-pr` | as a pull request, also to repositories of others |
+| `--private` | a private repository |
+| `--dtype bf16` | rounded, as are `fp16` and `fp32` |
+| `--num-classes N`, `--labels FILE` | where the checkpoint does not say it |
+| `--architecture dm_nfnet_f0` | stock timm loads it; the card states by how much its logits deviate, measured |
+
+From Python: `timm_nf.hub.push(model, "user/name", card={{"license": ...}})`, and `timm_nf.hub.write_folder` for the
+files alone.
+
+## Pull
+
+{pull}
+
+The client compares only the size of what it downloads. Here the sha256 of the file is compared with the Hub's, and with
+`--sha256` where given; then names, shapes and dtypes with the architecture's, before any weight is assigned. A damaged
+file in the cache is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`) files are compared with the
+hashes that name them in the cache:
+
+{offline}
+
+A pulled network knows its commit, and a push of it states what it is derived from:
+
+{again}
+
+timm's own loader takes the same repositories, without these checks:
+
+{timm}
+
+## When it does not work
+
+One line says what to do, and the exit code is 1. `--debug` adds the traceback.
+
+{errors}
+"""
+
+
+def page() -> str:
+    """The text of docs/hub.md."""
+    with TemporaryDirectory() as temporary, stand_in_hub.running() as hub:
+        folder = Path(temporary)
+        for file in (CHECKPOINT, LOGITS):
+            (folder / file.name).symlink_to(file)
+        (folder / "hostile.npz").write_bytes(b"\x80\x04cposix\nsystem\nX\x09\x00\x00\x00rm -rf ~/x\x85R.")
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / ".cache"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "120",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }  # fmt: skip
+
+        def run(code: str, *arguments: str, **changed: str) -> tuple[int, str]:
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments], cwd=folder, env=environment | changed, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            out = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+            return done.returncode, out.replace(hub.url, "http://127.0.0.1:PORT")
+
+        def show(code: str, command: str, failing: bool = False, **changed: str) -> str:
+            """A block of the page: the command as one would type it, and what it printed."""
+            is_cli = command.startswith("timm-nf ")
+            status, out = run(code, *(command.split()[1:] if is_cli else ()), **changed)
+            if status != failing:
+                raise RuntimeError(f"{command} ended with {status}:\n{out}")
+            variables = " ".join(f"{name}={value}" for name, value in changed.items())
+            fence = "````" if "```" in out else "```"
+            return f"{fence}\n$ {variables + ' ' if variables else ''}{command}\n{out}\n{fence}"
+
+        def cli(command: str, failing: bool = False, **changed: str) -> str:
+            return show("from timm_nf.cli import main; main()", f"timm-nf {command}", failing, **changed)
+
+        def python(code: str) -> str:
+            code = code.strip()
+            return f"```python\n{code}\n```\n\n{show(code, 'python example.py')}"
+
+        push = "push model_best.pth.tar alice/t0 --model nfnet_f0 --license apache-2.0 --use-ema"
+        steps = {
+            "convert": lambda: cli("convert T0_haiku_flatmap.npz -o t0/"),
+            "reload": lambda: python(RELOAD),
+            "trained": lambda: show(TRAINED, "python"),
+            "dry_run": lambda: cli(f"{push} --dry-run"),
+            "push": lambda: cli(push),
+            "pull": lambda: cli("pull alice/t0"),
+            "offline": lambda: cli("pull alice/t0", HF_HUB_OFFLINE="1"),
+            "again": lambda: python(AGAIN),
+            "timm": lambda: python(TIMM),
+            "errors": lambda: "\n\n".join(
+                (
+                    cli("convert hostile.npz -o x/", failing=True),
+                    cli("convert T0_haiku_flatmap.npz -o t0/", failing=True),
+                    cli(f"{push} --num-classes 7", failing=True),
+                    cli("pull alice/t0@v2", failing=True),
+                    cli("pull alice/nothing", failing=True),
+                    cli(push, failing=True, HF_TOKEN=""),
+                )
+            ),
+        }
+        shown = {
+            name: step() for name, step in track(steps.items(), "running the commands", console=Console(stderr=True))
+        }
+    text = TEXT.format(**shown)
+    if TOKEN in text or str(folder) in text or str(ROOT) in text:
+        raise RuntimeError("a token or a path of this machine would get into the page")
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
