@@ -2,7 +2,6 @@
 
 import math
 from itertools import accumulate
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,32 +269,6 @@ def test_an_infinite_factor_clips_nothing_and_a_zero_factor_everything():
     assert not p.grad.any()
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, -math.inf])
-@pytest.mark.parametrize("name", ["clip_factor", "eps"])
-def test_negative_and_nan_settings_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must be zero or positive, got {value}"):
-        adaptive_clip_grad_(parameter((2, 2)), **{name: value})
-
-
-def bad_gradients():
-    sparse = nn.Parameter(torch.ones(3, 2))
-    sparse.grad = torch.eye(3, 2).to_sparse()
-    complex_ = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
-    complex_.grad = torch.ones_like(complex_)
-    # torch refuses to assign such a gradient, but it can come about by moving a parameter's data
-    elsewhere = SimpleNamespace(grad=torch.ones(3, 2), device=torch.device("meta"), shape=torch.Size((3, 2)))
-    return {"sparse": sparse, "complex": complex_, "cpu but itself lies on meta": elsewhere}
-
-
-@pytest.mark.parametrize("problem", list(bad_gradients()))
-def test_a_bad_gradient_is_refused_by_index_and_shape_before_anything_is_written(problem):
-    good = parameter((2, 2))
-    before = good.grad.clone()
-    with pytest.raises(ValueError, match=rf"parameter 1 of shape \(3, 2\) has .*{problem}"):
-        adaptive_clip_grad_([good, bad_gradients()[problem]])
-    assert torch.equal(good.grad, before)
-
-
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_a_graph_through_the_gradients_survives():
     p = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -364,9 +337,3 @@ def test_finite_gradients_whose_norm_overflows_float32_are_clipped(value, shape)
     p.grad = torch.full(shape, value)
     assert adaptive_clip_grad_([p], 0.01) == 1
     torch.testing.assert_close(unitwise_norm(p.grad), 0.01 * unitwise_norm(p.detach()))
-
-
-@pytest.mark.parametrize("value", [None, "a", [0.1]])
-def test_a_setting_that_is_no_number_is_refused_by_name(value):
-    with pytest.raises(ValueError, match="clip_factor must be zero or positive"):
-        adaptive_clip_grad_([nn.Parameter(torch.ones(2))], value)

@@ -26,6 +26,7 @@ _DIV_EPS = 1e-6
 
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -67,20 +68,22 @@ def adaptive_clip_grad_(
             `unitwise_norm` for what is one unit). Leave the classifier's weight out: the paper does not clip it.
         clip_factor: Largest ratio of gradient norm to weight norm; `math.inf` clips nothing.
         eps: Weight norms below this count as this, so that a unit at zero can leave it.
-        norm_type: Order of the norm.
+        norm_type: Order of the norm, above 0; `math.inf` for the largest entry.
 
     Returns:
         The fraction of units that were clipped: a 0-d tensor on the device of the first gradient, 0 without gradients.
         With sharded parameters it is that of the units this process holds or has a part of.
 
     Raises:
-        ValueError: A negative or NaN factor or eps, or a gradient that is sparse, complex, on another device than its
-            parameter or not sharded as it is. Nothing has been written then.
+        ValueError: A setting outside its range, or a gradient that cannot be clipped in place, see
+            `parameters_with_gradient`. Nothing has been written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
     """
     check_setting("clip_factor", clip_factor)
     check_setting("eps", eps)
+    if not isinstance(norm_type, Real) or not norm_type > 0:
+        raise ValueError(f"norm_type must be above 0, got {norm_type!r}")
     checked = parameters_with_gradient(parameters)
     clipped = [units.clipped for units in clip_checked_([(checked, clip_factor, eps)], norm_type)]
     device = _grad(checked[0]).device if checked else None
@@ -99,27 +102,41 @@ def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str =
     """The distinct parameters that have something to clip, in the order given; `where` opens the error messages.
 
     Raises:
-        ValueError: A gradient is sparse, complex, on another device than its parameter or not sharded as it is.
+        ValueError: A gradient is sparse, shared, not of real floating point numbers, or of another shape, device or
+            sharding than its parameter.
     """
     distinct: dict[int, Tensor] = {}
+    gradients: set[int] = set()
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         g = p.grad
-        if g is None:
+        if g is None or id(p) in distinct:
             continue
-        problem = None
-        if g.layout != torch.strided:
-            problem = f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
-        elif g.is_complex():
-            problem = f"a complex gradient ({g.dtype}); adaptive clipping is defined for real parameters only"
-        elif g.device != p.device:
-            problem = f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
-        else:
-            problem = placement_problem(p, g)
+        problem = _gradient_problem(p, g)
+        if id(g) in gradients:
+            problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
         if problem:
             raise ValueError(f"{where}parameter {index} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
+            gradients.add(id(g))
     return list(distinct.values())
+
+
+def _gradient_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a gradient from being clipped in place; None if nothing does."""
+    if g.layout != torch.strided:
+        return f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
+    if g.device != p.device:
+        return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
+    if g.shape != p.shape:
+        return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
+    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
+        return (
+            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
+        )
+    if g.numel() and any(stride == 0 and n > 1 for stride, n in zip(g.stride(), g.shape, strict=True)):
+        return f"a gradient with entries that share memory (strides {g.stride()}); expanded ones need a clone()"
+    return placement_problem(p, g)
 
 
 class Units(NamedTuple):

@@ -28,7 +28,7 @@ def placement_problem(p: Tensor, g: Tensor) -> str | None:
         return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
     if ours != theirs or (ours and cast(Any, p).device_mesh != cast(Any, g).device_mesh):
         return f"placements {ours} but its gradient has {theirs}; redistribute the gradient to those of the parameter"
-    if any(placement.is_partial() for placement in ours):
+    if not all(placement.is_replicate() or hasattr(placement, "dim") for placement in ours):
         return f"placements {ours}; adaptive clipping needs Shard or Replicate, redistribute it first"
     return None
 
@@ -57,19 +57,10 @@ def reduce_norms(
         norms: (units,) of the weights and of the gradients, by chunk.
         chunks: The shards they belong to; each has only one `spread_over`.
         norm_type: Order of the norm, above 0.
-
-    Raises:
-        ValueError: The norm of a whole does not follow from those of its parts.
     """
     by_groups: dict[tuple[Any, ...], list[int]] = {}
     for i, chunk in chunks.items():
         by_groups.setdefault(chunk[0].spread_over, []).append(i)
-    if by_groups and not norm_type > 0:
-        shape = tuple(next(iter(chunks.values()))[0].parameter.shape)
-        raise ValueError(
-            f"norm_type must be above 0 for units that are spread over processes, such as those of the parameter of "
-            f"shape {shape}; got {norm_type}"
-        )
     reduced: dict[int, tuple[Tensor, Tensor]] = {}
     for groups, members in by_groups.items():
         parts = [part for i in members for part in norms[i]]

@@ -1,0 +1,61 @@
+"""What `timm_nf.agc` refuses: by name, before the first write."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from timm_nf.agc import adaptive_clip_grad_
+
+
+def parameter(grad, dtype=torch.float32):
+    p = nn.Parameter(torch.ones(3, 2, dtype=dtype))
+    p.grad = grad
+    return p
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, -math.inf, None, "a", [0.1]])
+@pytest.mark.parametrize("name", ["clip_factor", "eps"])
+def test_settings_that_are_negative_nan_or_no_number_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be zero or positive, got {value!r}")):
+        adaptive_clip_grad_(parameter(torch.ones(3, 2)), **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, -math.inf, math.nan, "fro", None])
+def test_orders_that_are_no_norm_are_refused(value):
+    with pytest.raises(ValueError, match=re.escape(f"norm_type must be above 0, got {value!r}")):
+        adaptive_clip_grad_(parameter(torch.ones(3, 2)), norm_type=value)
+
+
+def of_another_shape():
+    p = parameter(torch.ones(3, 2))
+    p.data = torch.ones(3, 4)  # as many units: their norms would be taken for each other
+    return p
+
+
+GOOD = parameter(torch.ones(3, 2))
+BAD = {
+    "a sparse gradient": lambda: parameter(torch.eye(3, 2).to_sparse()),
+    "torch.complex64": lambda: parameter(torch.ones(3, 2).cfloat(), torch.complex64),
+    "torch.float8_e4m3fn": lambda: parameter(torch.ones(3, 2).to(torch.float8_e4m3fn), torch.float8_e4m3fn),
+    # torch refuses to assign such a gradient, but it can come about by moving a parameter's data
+    "cpu but itself lies on meta": lambda: SimpleNamespace(
+        grad=torch.ones(3, 2), device=torch.device("meta"), shape=torch.Size((3, 2))
+    ),
+    "a gradient of shape (3, 2)": of_another_shape,
+    # what autograd.grad gives of a sum
+    "entries that share memory": lambda: parameter(torch.ones(1, 1).expand(3, 2)),
+    "the gradient tensor of another parameter": lambda: parameter(GOOD.grad),
+}
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_a_bad_gradient_is_refused_by_index_and_shape_before_anything_is_written(problem):
+    bad = BAD[problem]()
+    opening = re.escape(f"parameter 1 of shape {tuple(bad.shape)} has ")
+    with pytest.raises(ValueError, match=f"^{opening}.*{re.escape(problem)}"):
+        adaptive_clip_grad_([GOOD, bad])
+    assert torch.equal(GOOD.grad, torch.ones(3, 2))
