@@ -232,18 +232,22 @@ def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[l
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
     """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
-    single = shards[0].single
-    weight_norm = _unit_norms([shard.weight for shard in shards], single, norm_type)
-    grads = [shard.grad for shard in shards]
-    grad_norm = _unit_norms(grads, single, norm_type)
-    # Squares of finite float32 values overflow above 1e19, where clipping is needed most. Looking is free on a CPU.
-    if grad_norm.device.type == "cpu" and not shards[0].spread_over and np.isinf(grad_norm.numpy()).any():
-        grad_norm = _unit_norms(grads, single, norm_type, torch.float64)
+    weight_norm, grad_norm = (
+        _unit_norms(tensors, shards[0], norm_type)
+        for tensors in ([shard.weight for shard in shards], [shard.grad for shard in shards])
+    )
     return weight_norm, grad_norm
 
 
-def _unit_norms(tensors: list[Tensor], single: bool, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
-    dtype = dtype or _norm_dtype(tensors[0])
+def _unit_norms(tensors: list[Tensor], like: Shard, norm_type: float) -> Tensor:
+    norms = _norms_in(_norm_dtype(tensors[0]), tensors, like.single, norm_type)
+    # Squares of finite float32 values overflow above 1e19, where clipping is needed most.
+    if not like.spread_over and _reading_is_free(norms) and np.isinf(norms.numpy()).any():
+        norms = _norms_in(torch.float64, tensors, like.single, norm_type)
+    return norms
+
+
+def _norms_in(dtype: torch.dtype, tensors: list[Tensor], single: bool, norm_type: float) -> Tensor:
     if single:
         return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
     return torch.cat([_vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors])
@@ -252,16 +256,22 @@ def _unit_norms(tensors: list[Tensor], single: bool, norm_type: float, dtype: to
 def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     """Scale every unit that exceeds its limit down to it."""
     grads = [shard.grad for shard in shards]
-    scale = torch.where(units.clipped, units.limit / units.grad_norm.clamp(min=_DIV_EPS), 1.0)
+    scale = units.grad_norm.clamp(min=_DIV_EPS)
+    torch.div(units.limit, scale, out=scale).masked_fill_(~units.clipped, 1.0)
     single = shards[0].single
     scales = list(scale.unbind() if single else scale.split_with_sizes(units.counts))
-    if scale.device.type == "cpu":  # where reading a value is free, and writing a gradient that stays the same is not
+    if _reading_is_free(scale):  # and writing a gradient that stays the same is not
         hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))
         grads, scales = list(compress(grads, hit)), list(compress(scales, hit))
     if not single:
         scales = [rows.view(-1, *[1] * (g.ndim - 1)) for rows, g in zip(scales, grads, strict=True)]
     if grads:
         torch._foreach_mul_(grads, scales)  # pyright: ignore
+
+
+def _reading_is_free(x: Tensor) -> bool:
+    """Whether a branch may depend on values: nothing waits for a CPU, and a graph that is traced has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
