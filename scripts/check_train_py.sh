@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs timm's unmodified train.py and validate.py with timm_nf, on real images, and asserts for every run that our
-# network was built and our clipping function called.
+# network was built and our clipping function called; and, for the files of `timm-nf recipe`, that train.py runs with
+# exactly their settings. At last it holds the arguments recorded for the tests against the script's.
 #
 #   scripts/check_train_py.sh TIMM_DIR [PYTHON]
 #
@@ -112,4 +113,30 @@ run resume AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --epochs 
 printf 'import runpy, spy\nrunpy.run_path("validate.py", run_name="__main__")\n' > spied_validate.py
 run validate "" 0 -m timm_nf spied_validate.py --data-dir digits/val --num-classes 10 --img-size 64 -b 16 --device cpu -j 1 \
     --no-prefetcher "${small[@]}" --checkpoint out/agcsgd/last.pth.tar
+# the recipes, at a size and for a time that two cores can bear; what train.py writes down is what it ran with
+few=(--data-dir digits --num-classes 10 --img-size 64 --batch-size 32 --epochs 1 --warmup-epochs 1 --device cpu
+    -j 1 --output out --log-interval 1 --device-modules timm_nf spy
+    --model-kwargs "depths=(1,1,1,1)" "channels=(32,64,96,96)" group_size=8)
+recipe() {  # NAME MODEL KIND OPTIMIZER CLIP_CALLS_AT_LEAST ARGUMENTS...
+    local name=$1 model=$2 kind=$3
+    timm_nf recipe "$model" --kind "$kind" > "$name.yaml"
+    run "$name" "$4" "$5" train.py --config "$name.yaml" "${few[@]}" --experiment "$name" "${@:6}"
+    "$python" - "$name" <<'PY' || failed=1
+import sys
+
+import yaml
+
+asked, ran = (yaml.safe_load(open(file)) for file in (f"{sys.argv[1]}.yaml", f"out/{sys.argv[1]}/args.yaml"))
+differing = {key for key in asked if ran[key] != asked[key]}
+assert differing == {"img_size", "batch_size", "epochs", "warmup_epochs", "device_modules"} & asked.keys(), differing
+PY
+}
+timm_nf() { "$python" -c "from timm_nf.cli import main; main()" "$@"; }
+recipe recipe_scratch nfnet_f0 scratch AgcSGD 10
+recipe recipe_checkpointing nfnet_f0 scratch AgcSGD 10 --grad-checkpointing
+recipe recipe_finetune nfnet_f0 finetune AgcSGD 10 --pretrained-path out/agcsgd/last.pth.tar
+recipe recipe_small_batch nfnet_f0 small-batch SGD 0
+recipe recipe_regnet dm_nf_regnet_b0 scratch SGD 0
+recipe recipe_resnet dm_nf_resnet50 small-batch SGD 0
+TIMM_DIR=$timm_dir "$python" -m pytest -q "$root/tests/test_recipes.py" || failed=1
 exit "$failed"

@@ -18,7 +18,7 @@ from timm_nf.variants import VARIANTS
 from timm_nf.verify import Check
 
 COMMANDS = [
-    *("list", "info", "classify", "demo", "env", "verify"),
+    *("list", "info", "recipe", "classify", "demo", "env", "verify"),
     *("convert", "push", "pull", "clip-range", "export", "bench"),
 ]
 

@@ -137,6 +137,24 @@ def test_clipping_stands_alone():
     assert {name for name in imported_modules(PACKAGE / "agc.py") if name.startswith(".")} == {".shards"}
 
 
+def test_card_and_recipes_need_neither_torch_nor_a_network():
+    # without the package's __init__, which registers the networks; importing a None raises
+    code = f"""
+import sys, types
+sys.modules.update(torch=None, timm=None)
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise RuntimeError(f"{{event}} {{arguments}}")
+sys.addaudithook(refuse)
+package = types.ModuleType("timm_nf")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["timm_nf"] = package
+from timm_nf import card, recipes
+print(len(card.zoo()) > 1000, "opt: agcsgd" in recipes.as_yaml("nfnet_f0"))
+"""
+    assert run_python(code) == "True True\n"
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_files_stay_short_and_have_a_subject(source: Path):
     assert source.stem not in {"utils", "helpers", "common", "misc"}

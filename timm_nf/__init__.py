@@ -4,7 +4,7 @@ Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping 
 (`agcsgd`, ...), and the clipping function behind timm's `--clip-mode agc`.
 """
 
-from . import convert, diagnostics, hub, nfnets, optim
+from . import convert, diagnostics, hub, nfnets, optim, recipes
 from .agc import adaptive_clip_grad_, param_groups_agc, unitwise_norm
 from .fuse import fuse
 from .standardize import standardize_weight
@@ -19,6 +19,7 @@ __all__ = [
     "nfnets",
     "optim",
     "param_groups_agc",
+    "recipes",
     "standardize_weight",
     "unitwise_norm",
 ]

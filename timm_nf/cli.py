@@ -73,6 +73,33 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
 
 
 @app.command(
+    epilog=examples(
+        "recipe nfnet_f0 --world-size 32 > f0.yaml", "recipe nfnet_f0 --kind finetune --batch-size 256 > f0.yaml"
+    )
+)
+def recipe(
+    name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")],
+    kind: Annotated[str, typer.Option(help="scratch, finetune or small-batch.")] = "scratch",
+    world_size: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of all processes together; the learning rate follows, from scratch 0.1 * B / 256."),
+    ] = None,
+) -> None:
+    """Print a paper's training settings as a file for timm's train.py --config.
+
+    Its first lines say what train.py cannot express, and how to test the result as the authors do.
+    """
+    from .recipes import as_yaml
+
+    try:
+        text = as_yaml(name, kind, world_size, batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(text, end="")
+
+
+@app.command(
     epilog=examples("classify cat.jpg holiday/ --topk 3", "classify 7.png --model local-dir:demo_output/model")
 )
 def classify(
