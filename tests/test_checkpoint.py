@@ -219,6 +219,12 @@ def test_preprocessing_is_train_pys(tmp_path):
         1.0,
     )
     assert cfg["label_names"] == list("abcdefghij")
+
+
+def test_the_test_size_stays_where_training_was_at_the_models_own_size(tmp_path):
+    content = checkpoint.read(save(tmp_path, arguments(img_size=192), ema=False))
+    cfg: Any = checkpoint.build("nfnet_f0", content).pretrained_cfg
+    assert (cfg["input_size"], cfg["test_input_size"]) == ((3, 192, 192), (3, 256, 256))
     with pytest.raises(ValueError, match="expected 10 labels, one for each class, got 2"):
         checkpoint.build("nfnet_f0", content, labels=["a", "b"])
 

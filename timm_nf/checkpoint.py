@@ -181,10 +181,11 @@ def build(
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(f"expected {model.num_classes} labels, one for each class, got {len(labels)}")
     cfg = model.pretrained_cfg
+    size = cfg["input_size"][1:]
     cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
     cfg["input_size"] = (model.in_chans, *cfg["input_size"][1:])
-    if args.get("img_size") or args.get("input_size"):
-        cfg.update(test_input_size=None, pool_size=None)  # of the published weights
+    if cfg["input_size"][1:] != size:
+        cfg.update(test_input_size=None, pool_size=None)  # belong to the other size
     if labels is not None:
         cfg["label_names"] = list(labels)
     return model.eval()
