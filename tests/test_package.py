@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 ORDER = [
     *("standardize", "layers", "variants", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
     *("fuse", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
-    *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "export", "bench", "demo", "verify"),
+    *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "export", "bench", "demo", "twins", "verify"),
     *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),
 ]
 

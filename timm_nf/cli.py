@@ -180,19 +180,30 @@ def env() -> None:
     print_facts(environment().items())
 
 
-@app.command(epilog=examples("verify --device cuda", "verify --pretrained --imagenet-val /data/imagenet/val"))
+@app.command(
+    epilog=examples("verify --device cuda --pretrained", "verify --checkpoint best.pth.tar --imagenet-val imagenet/val")
+)
 def verify(
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
     pretrained: Annotated[bool, typer.Option(help="Also the authors' weights, from the Hub.")] = False,
     image: Annotated[Path | None, typer.Option(help="Picture for --pretrained, noise by default.")] = None,
     imagenet_val: Annotated[
-        Path | None, typer.Option(help="Validation pictures in a folder per synset; also compares accuracies.")
+        Path | None, typer.Option(help="Validation pictures in a folder per class; also compares accuracies.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Trained as timm's dm_nfnet_*: both networks with it on --imagenet-val.", exists=True),
+    ] = None,
+    use_ema: Annotated[bool, typer.Option("--use-ema", help="The checkpoint's averaged weights.")] = False,
 ) -> None:
     """Check on this machine that networks and training step are the authors', exit code 1 if one check fails."""
     from .verify import run
 
-    checks = list(run(device, pretrained, image, imagenet_val, track=track))
+    if checkpoint and not imagenet_val:
+        raise typer.BadParameter("--checkpoint needs pictures to compare on: give --imagenet-val FOLDER")
+    if use_ema and not checkpoint:
+        raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
+    checks = list(run(device, pretrained, image, imagenet_val, checkpoint, use_ema, track=track))
     words = {True: "ok", False: "FAILED", None: "not checked"}
     print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])
     counts = [sum(c.ok is value for c in checks) for value in words]

@@ -18,12 +18,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import convert
+from . import convert, twins
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -119,6 +119,8 @@ def run(
     pretrained: bool = False,
     image_file: str | Path | None = None,
     imagenet_val: str | Path | None = None,
+    weights: str | Path | None = None,
+    use_ema: bool = False,
     track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
 ) -> Iterator[Check]:
     """Run all checks and yield their rows; a part that stops with an exception is a failed row.
@@ -127,16 +129,26 @@ def run(
         device: Where to run, as torch names it.
         pretrained: Also compare the authors' weights from the Hub with stock timm's network of the same weights.
         image_file: A picture for that comparison instead of noise.
-        imagenet_val: A folder of ImageNet validation pictures in one folder per synset, to compare accuracies as well.
+        imagenet_val: A folder of validation pictures in one folder per class, to compare accuracies as well.
+        weights: A file of weights trained as one of timm's dm_nfnet_f*, to compare on these pictures instead.
+        use_ema: The averaged weights in that file.
         track: Shows progress: takes items (with a length) and a description, yields the items.
+
+    Raises:
+        ValueError: before any row, if `weights` cannot be read, are another network's or come without `imagenet_val`.
     """
+    if weights is not None and imagenet_val is None:
+        raise ValueError("weights need pictures to compare the networks on: give imagenet_val")
     where = torch.device(device)
     torch.empty(1, device=where)  # a device that is not there stops here, before any row
+    pair = None if weights is None else twins.load(weights, use_ema)
     parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         (name, lambda name=name: _forward_checks(name, where)) for name in FORWARD
     ]
     parts += [("three clipped steps", lambda: _step_checks(where)), ("no waiting", lambda: _waiting_checks(where))]
-    if pretrained or imagenet_val is not None:
+    if pair is not None and imagenet_val is not None:
+        parts.append(("the checkpoint", lambda: _checkpoint_checks(pair, imagenet_val, where, track)))
+    if pretrained or (imagenet_val is not None and pair is None):
         parts.append(("the authors' weights", lambda: _pretrained_checks(where, image_file, imagenet_val, track)))
     for name, part in track(parts, f"verifying on {device}"):
         try:
@@ -309,19 +321,22 @@ def _pretrained_checks(
     yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
-    # by the folders' names, so that a part of the classes is counted right as well
-    synsets: list[str] = ImageNetInfo().label_names()
-    dataset: Any = create_dataset("", root=str(imagenet_val), class_map={name: i for i, name in enumerate(synsets)})
-    loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
-    hits, count = torch.zeros(2, dtype=torch.long, device=device), 0
-    for x, labels in track(loader, f"{len(dataset)} images"):
-        x, labels = x.to(device), labels.to(device)
-        hits += torch.stack([(model(x).argmax(1) == labels).sum() for model in (ours, stock)])
-        count += len(labels)
-    ours_top1, stock_top1 = (100 * hits / count).tolist()
-    yield Check(
-        f"top-1 of {count} images, ours and timm's",
-        f"{ours_top1:.2f} % and {stock_top1:.2f} %",
-        "within 0.5 %",
-        abs(ours_top1 - stock_top1) <= 0.5,
-    )
+    yield _accuracies(twins.compare(ours, stock, imagenet_val, device, track))
+
+
+def _checkpoint_checks(
+    pair: twins.Twins,
+    folder: str | Path,
+    device: torch.device,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Iterator[Check]:
+    seen = twins.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
+    label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {seen.images} images"
+    yield _at_most(label, seen.error, 3e-2)
+    yield _accuracies(seen)
+
+
+def _accuracies(seen: twins.Seen) -> Check:
+    ours, stock = seen.top1
+    measured = f"{ours:.2f} % and {stock:.2f} %"
+    return Check(f"top-1 of {seen.images} images, ours and timm's", measured, "within 0.5 %", abs(ours - stock) <= 0.5)
