@@ -191,6 +191,32 @@ def test_squeeze_excite_truncates_its_hidden_width_to_at_least_one(channels: int
     assert se.fc2.weight.shape == (channels, hidden, 1, 1)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_squeeze_excite_as_a_matrix_product_equals_its_convolutions(channels_last: bool) -> None:
+    se = SqueezeExcite(6, 0.5, dtype=torch.float64)
+    x: Any = torch.randn(3, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    if channels_last:
+        se, x = se.to(memory_format=torch.channels_last), x.detach().to(memory_format=torch.channels_last)
+    got = torch.autograd.grad(se(x).square().sum(), list(se.parameters()))
+    hooked, calls = copy.deepcopy(se), []
+    for fc in (hooked.fc1, hooked.fc2):
+        fc.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    torch.testing.assert_close(se(x), hooked(x), rtol=1e-14, atol=1e-14)
+    assert calls == [(3, 3, 1, 1), (3, 6, 1, 1)]  # whoever listens is called
+    want = torch.autograd.grad(hooked(x).square().sum(), list(hooked.parameters()))
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+def test_squeeze_excite_calls_what_its_convolutions_were_replaced_by() -> None:
+    class Adapter(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1000
+
+    se = SqueezeExcite(6, 0.5)
+    se.fc2 = Adapter(3, 6, 1)
+    assert bool((se(torch.randn(2, 6, 4, 4)) > 0.999).all())
+
+
 def test_squeeze_excite_starts_with_truncated_normal_weights_and_no_bias() -> None:
     torch.manual_seed(0)
     se: Any = SqueezeExcite(512, 0.5)

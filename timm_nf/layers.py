@@ -301,7 +301,22 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1)."""
         x = x.mean((2, 3), keepdim=True)
-        return torch.sigmoid(self.fc2(F.relu(self.fc1(x))))
+        if torch.jit.is_scripting() or torch.compiler.is_compiling() or self._calls_are_seen():
+            x = self.fc2(F.relu(self.fc1(x)))
+        else:
+            # A matrix product takes the weight as it is; for a convolution oneDNN copies it into another layout at
+            # every call. 1536 channels, batch 8, two cores: 0.7 instead of 1.2 ms, 2.1 instead of 5.2 with gradients.
+            x = F.relu(F.linear(x.flatten(1), self.fc1.weight.flatten(1), self.fc1.bias))
+            x = F.linear(x, self.fc2.weight.flatten(1), self.fc2.bias)[:, :, None, None]
+        return torch.sigmoid(x)
+
+    @torch.jit.unused
+    def _calls_are_seen(self) -> bool:
+        """Whether a convolution has a hook on it or is not torch's own, so that it has to be called as a module."""
+        for fc in (self.fc1, self.fc2):
+            if type(fc) is not nn.Conv2d or fc._forward_hooks or fc._forward_pre_hooks or fc._backward_hooks:
+                return True
+        return False
 
 
 class StochasticDepth(nn.Module):
