@@ -1,15 +1,17 @@
 """Time inference and training side by side with timm's networks, in one run: ratios, and with --check their targets.
 
-    python scripts/bench_inference.py [--repeats 15] [--check] [--plots docs]
+    python scripts/bench_inference.py [--repeats 15] [--check] [--plots docs] [--markdown]
 
 What is compared takes turns, so that noise meets all of it; numbers are medians. With --check the exit code is 1 where
-a target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes and draws two pictures.
+a target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes and draws two pictures. With
+--markdown the tables are those of docs/performance.md.
 """
 
 import argparse
 import statistics
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from timm_nf.bench import Run, bfloat16_is_fast, contenders, peak_memory, time_in_turn, time_inference
 from timm_nf.env import machine
+from timm_nf.export import onnx_is_installed
 from timm_nf.variants import VARIANTS
 
 PIXELS = 192
@@ -74,10 +77,11 @@ def inference_rows(repeats: int) -> list[Row]:
     rows.append(row("F0, batch 1", "fused, compiled", "stock", 1.8))
     rows.append(row("F0, batch 1", "fused, onnxruntime", "stock", 2.0))
 
-    rate = matmul_rate()
-    achieved = VARIANTS["nfnet_f0"].cfg.count(PIXELS)[1] / best(medians, "fused")[1] / 1e6
-    work = "F0, batch 1, fused: multiply-adds per second"
-    rows.append(Row(work, "matrix product", f"{achieved:.0f} G", f"{rate:.0f} G", achieved / rate, 0.6))
+    rate, macs = matmul_rate(), VARIANTS["nfnet_f0"].cfg.count(PIXELS)[1]
+    for label in (best(medians, "fused")[0], "fused, compiled", "fused, onnxruntime"):
+        achieved = macs / medians[label] / 1e6
+        work = f"F0, batch 1: {label}, multiply-adds per second"
+        rows.append(Row(work, "matrix product", f"{achieved:.0f} G", f"{rate:.0f} G", achieved / rate, 0.6))
 
     medians = timed("nfnet_f0", 8, PIXELS, layouts, max(5, repeats // 2))
     rows.append(row("F0, batch 8", best(medians, "fused")[0], best(medians, "stock")[0], 1.1))
@@ -166,28 +170,43 @@ def draw_cost(file: Path, repeats: int) -> list[tuple[str, str, str]]:
     return [(n, f"{m:.1f} G", f"{t['stock']:.0f} / {t['fused']:.0f} ms") for n, m, t in points]
 
 
+def describe() -> str:
+    onnxruntime = f"onnxruntime {version('onnxruntime')}, " if onnx_is_installed() else ""
+    bfloat16 = "with" if bfloat16_is_fast() else "without"
+    return f"{onnxruntime}{machine()}, {torch.backends.cpu.get_cpu_capability()} {bfloat16} bfloat16 instructions"
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], markdown: bool) -> None:
+    if markdown:
+        for cells in (columns, ("---",) * len(columns), *rows):
+            print(f"| {' | '.join(cells)} |")
+        print(f"\n{describe()}.\n")
+        return
+    table = Table(*columns, caption=describe())
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=150).print(table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--plots", type=Path, metavar="FOLDER")
+    parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
 
     rows = inference_rows(args.repeats) + training_rows(max(5, args.repeats // 2))
-    console = Console(width=150)
-    table = Table("work", "against", "ours", "theirs", "ratio", "at least", caption=machine())
-    for row in rows:
-        mark = " missed" if row.missed else ""
-        table.add_row(row.work, row.against, row.ours, row.theirs, f"{row.ratio:.2f}x{mark}", f"{row.asked}x")
-    console.print(table)
+    columns = ("work", "against", "ours", "theirs", "ratio", "at least")
+    ratios = [f"{row.ratio:.2f}x{' missed' if row.missed else ''}" for row in rows]
+    table = [(r.work, r.against, r.ours, r.theirs, ratio, f"{r.asked}x") for r, ratio in zip(rows, ratios, strict=True)]
+    print_table(columns, table, args.markdown)
     if args.plots:
         draw_ratios(rows, args.plots / "performance_ratios.png")
-        cost = Table("network", "multiply-adds", "stock / fused, batch 1", caption=machine())
-        for cells in draw_cost(args.plots / "performance_cost.png", max(5, args.repeats // 3)):
-            cost.add_row(*cells)
-        console.print(cost)
+        cost = draw_cost(args.plots / "performance_cost.png", max(5, args.repeats // 3))
+        print_table(("network", "multiply-adds", "stock / fused, batch 1"), cost, args.markdown)
     if not bfloat16_is_fast():
-        console.print("bfloat16 was not timed: this processor has neither AVX512-BF16 nor AMX")
+        print("bfloat16 was not timed: this processor has neither AVX512-BF16 nor AMX")
     return int(args.check and any(row.missed for row in rows))
 
 
