@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from small_nets import FAMILIES, build, create
+from small_nets import FAMILIES, NETS, build, create, state_dict
 from timm.models import save_for_hf
 from torch import nn
 
@@ -171,16 +171,53 @@ def test_photographs_are_preprocessed_pictures():
 # The command
 
 
-def test_a_folder_in_hub_layout_is_exported(tmp_path, capsys):
-    arguments = {"depths": (1, 1, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8}
-    save_for_hf(
-        create("NFNet", **arguments, **OVERLAY), tmp_path / "net", model_args=arguments, safe_serialization=True
-    )
+@pytest.fixture
+def net(tmp_path):
+    """A folder in Hub layout."""
+    model = create("NFNet", **OVERLAY)
+    model.load_state_dict(state_dict(NETS["NFNet"], torch.float32))
+    save_for_hf(model, tmp_path / "net", safe_serialization=True)
+    return tmp_path / "net"
+
+
+def test_a_folder_in_hub_layout_is_exported(net, tmp_path, capsys):
     main(["export", str(tmp_path / "net"), "-o", str(tmp_path / "m.onnx"), "--size", "48", "--dynamic-batch"])
     out = capsys.readouterr().out
     assert "logits of 4 crops as 4 x 3 x 48 x 48" in out
     assert f"{tmp_path / 'm.onnx'}, " in out
     assert read(tmp_path / "m.onnx")(torch.zeros(2, 3, 48, 48)).shape == (2, 10)
+
+
+def test_a_folder_is_exported_to_a_fused_folder_that_timm_loads(net, tmp_path, capsys):
+    main(["export", str(net), "-o", f"{tmp_path / 'fused'}/", "--license", "mit"])
+    out = capsys.readouterr().out
+    assert "features and logits of the network read back  equal to the bit" in out
+    assert sorted(file.name for file in (tmp_path / "fused").iterdir()) == [
+        *("README.md", "config.json", "model.safetensors")
+    ]
+    before, after = (timm.create_model(f"local-dir:{f}", pretrained=True).eval() for f in (net, tmp_path / "fused"))
+    assert (before.fused, after.fused) == (False, True)
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["architecture"] == "nfnet_f0"
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(after(x), before(x), rtol=1e-4, atol=1e-5)
+
+    code, line = refused(tmp_path / "fused", "-o", tmp_path / "twice", "--license", "mit", capsys=capsys)
+    assert code == 1
+    assert "fused already" in line
+    assert not (tmp_path / "twice").exists()
+    main(["export", str(tmp_path / "fused"), "-o", str(tmp_path / "m.pt2")])  # a file of it is nothing new to fuse
+
+
+def test_a_folder_without_a_license_and_a_fused_network_of_timms_are_refused(net, tmp_path, capsys):
+    code, line = refused(net, "-o", tmp_path / "fused", capsys=capsys)
+    assert code == 1
+    assert "a license is required" in line
+    stock = timm.create_model("nf_resnet50", depths=(1, 1), channels=(32, 48), num_classes=4, **OVERLAY)
+    save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    code, line = refused(tmp_path / "stock", "-o", tmp_path / "fused", "--license", "mit", capsys=capsys)
+    assert code == 1
+    assert "timm-nf export" in line
+    assert not (tmp_path / "fused").exists()
 
 
 def refused(*argv, capsys):
@@ -194,8 +231,9 @@ def refused(*argv, capsys):
     ("arguments", "message"),
     [
         (["nfnet_f99", "-o", "m.onnx"], "no network or folder is called 'nfnet_f99'"),
-        (["nfnet_f0", "-o", "m.gguf"], "ends in .onnx, .pt2, .ts, got m.gguf"),
+        (["nfnet_f0", "-o", "m.gguf"], "ends in .onnx, .pt2, .ts or a folder, got m.gguf"),
         (["nfnet_f0", "-o", "missing/m.onnx"], "in an existing folder"),
+        (["nfnet_f0", "-o", "net", "--size", "64"], "no --size, no --dynamic-*"),
         (["nfnet_f0", "-o", "m.onnx", "--dtype", "int8"], "expected --dtype float32, float16, bfloat16, got int8"),
         (["nfnet_f0", "-o", "m.onnx", "--size", "0"], "size"),
     ],

@@ -345,7 +345,6 @@ def test_what_cannot_be_saved_says_why(hub):
     mixed.head.half()
     refuses(mixed, "one floating dtype")
     refuses(small_nets.create("NFNet", device="meta"), "meta")
-    fused = create()
-    fused._fused_from = "dm_nfnet_f0"
-    refuses(fused, "timm-nf export")
+    stock = timm.create_model("nf_resnet50", depths=(1, 1), channels=(32, 48), num_classes=4)
+    refuses(timm_nf.fuse(stock), r"timm's own nf_resnet50 .* timm-nf export")
     assert hub.requests == []

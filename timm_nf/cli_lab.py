@@ -1,7 +1,7 @@
 """The commands of `timm-nf` that measure and export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from .terminal import console, examples, print_facts, print_table, track, typer
 
@@ -84,12 +84,15 @@ def _losses(losses: list[float]) -> str:
 
 
 @commands.command(
-    epilog=examples("export nfnet_f0.dm_in1k -o f0.onnx --dynamic-batch", "export my_model/ -o my_model.pt2 --size 256")
+    epilog=examples("export nfnet_f0.dm_in1k -o f0.onnx --dynamic-batch", "export my_model/ -o my_model_fused/")
 )
 def export(
     model: Annotated[str, typer.Argument(help="As timm names it with its weights, or a folder in Hub layout.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .onnx, .pt2 or .ts (TorchScript).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File: .onnx, .pt2 or .ts (TorchScript); else a folder.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights instead of the published.", exists=True)] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For a folder's card, as the Hub spells it; known for published weights.")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width, by default as in training.")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images, not one.")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any height and width.")] = False,
@@ -97,23 +100,37 @@ def export(
 ) -> None:
     """Bake standardised weights into plain convolutions and write the network for another run time.
 
-    What was written is reloaded and compared with PyTorch on a photograph before it takes the file's name.
+    What was written is reloaded and compared with PyTorch on a photograph before it takes the file's name. A folder
+    gets Hub layout (safetensors, config, card), which timm loads as the same architecture with `fused=True`.
     """
     from . import export as exporting
     from .classify import load_model
+    from .folder import write_folder
     from .fuse import fuse
 
     dtypes = {str(known).removeprefix("torch."): known for known in exporting.BOUNDS}
     if dtype not in dtypes:
         raise typer.BadParameter(f"expected --dtype {', '.join(dtypes)}, got {dtype}")
-    if out.suffix not in exporting.SUFFIXES or not out.parent.is_dir():
+    to_folder = out.is_dir() or not out.suffix
+    if not out.parent.is_dir() or not (to_folder or out.suffix in exporting.SUFFIXES):
         known = ", ".join(exporting.SUFFIXES)
-        raise typer.BadParameter(f"expected for --out a file in an existing folder that ends in {known}, got {out}")
+        raise typer.BadParameter(
+            f"expected for --out, in an existing folder, a file that ends in {known} or a folder, got {out}"
+        )
+    if to_folder and (size or dynamic_batch or dynamic_size):
+        raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
     folder = Path(model).is_dir()
     if not folder and not exporting.is_known(model):
         raise typer.BadParameter(f"no network or folder is called {model!r}; `timm-nf list` shows ours")
     with console(stderr=True).status(f"loading {model}"):
-        network = load_model(f"local-dir:{model}" if folder else model, checkpoint)
+        network: Any = load_model(f"local-dir:{model}" if folder else model, checkpoint)
+    if to_folder:
+        license = license or (None if folder or checkpoint else network.pretrained_cfg.get("license"))
+        with console(stderr=True).status("fusing, writing, reading back"):
+            written = write_folder(fuse(network), out, card={"license": license}, dtype=dtypes[dtype])
+        rows = [*written.checks, *(("file", f"{name}, {size:,} bytes") for name, size in written.files.items())]
+        print_facts([*rows, ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True)')])
+        return
     with console(stderr=True).status("exporting"):
         network = network if getattr(network, "fused", False) else fuse(network)
         checks = exporting.write(

@@ -151,10 +151,10 @@ def _own_architecture(model: Any) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture") or not hasattr(model, "forward_head"):
         raise ValueError(f"expected a classifier made by timm.create_model, got {type(model).__name__}")
-    if getattr(model, "_fused_from", None) is not None:
+    if vars(model).get("fused"):  # which `fuse` sets on networks that cannot be built fused; ours look it up
         raise ValueError(
-            f"a fused model of timm's own {cfg['architecture']} has no architecture in timm that loads it: push it "
-            "before fusing, or write it with `timm-nf export`"
+            f"a fused model of timm's own {cfg['architecture']} has no architecture in timm that loads it: save it "
+            "before fusing, or write it with `timm-nf export` as .onnx, .pt2 or .ts"
         )
     return cfg["architecture"]
 
