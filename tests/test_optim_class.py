@@ -144,25 +144,32 @@ def test_a_bad_gradient_in_the_last_group_leaves_the_first_unclipped():
     assert torch.equal(good.detach(), torch.ones(3))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_loss_scaler_unscales_before_the_clipping_and_skips_infinities(fused):
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("clip_factor", [math.inf, 0.1])
+def test_every_evaluation_of_a_closure_is_clipped_also_by_lbfgs(clip_factor, search):
     results = []
-    for scaling in (False, True):
-        params, loss = target_problem()
-        optimizer = optim.AgcSGD(params, lr=0.1, momentum=0.9, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
-        for _ in range(3):
+    for base in (True, False):
+        params, _ = target_problem()
+        cls, clip = (
+            (torch.optim.LBFGS, {}) if base else (optim.agc_class(torch.optim.LBFGS), {"clip_factor": clip_factor})
+        )
+        optimizer = cls(params, lr=0.5, line_search_fn=search, **clip)
+        evaluations = 0
+
+        def closure(params=params, optimizer=optimizer, base=base):
+            nonlocal evaluations
+            evaluations += 1
             optimizer.zero_grad()
-            scaler.scale(loss()).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss = sum((p - 1).square().square().sum() for p in params)
+            loss.backward()
+            if base:
+                adaptive_clip_grad_(params, clip_factor)
+            return loss
+
+        optimizer.step(closure)
+        assert evaluations > 1
         results.append(values(params))
     assert_identical(*results)
-    params[0].grad[0, 0] = math.inf
-    scaler.step(optimizer)
-    scaler.update()
-    assert_identical(values(params), results[1])
-    assert scaler.get_scale() == 512.0
 
 
 @pytest.mark.parametrize("name", ["lookahead_agcsgd", "Lookahead_AgcAdamW"])

@@ -160,7 +160,7 @@ def _fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dic
 
     With momentum it rounds differently behind the last whole cache line of a tensor, and everywhere in half precision,
     with dampening and when maximizing. It reads all tensors of a parameter in the order they lie in memory, wrongly
-    where that differs (torch 2.15), and knows neither tensor subclasses nor momentum that only some parameters have.
+    where that differs (torch 2.14.1 and 2.15), and knows neither tensor subclasses nor momentum that only some have.
     """
     if any(group[flag] is not None for flag in ("fused", "foreach")):
         return [group]
