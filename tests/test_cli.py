@@ -182,6 +182,9 @@ def test_classify_without_pictures_or_weights_is_one_line(local_model, tmp_path,
     code, line = fails("classify", str(tmp_path), "--model", model, capsys=capsys)
     assert code == 1
     assert str(tmp_path) in line
+    code, line = fails("classify", f"{tmp_path}/no.png", "--model", "local-dir:/not/read/either", capsys=capsys)
+    assert code == 1
+    assert f"found no file {tmp_path}/no.png" in line
     pictures = str(local_model / "pictures")
     assert "--checkpoint" in fails("classify", pictures, "--model", "dm_nf_regnet_b0", capsys=capsys)[1]
     assert "no_such" in fails("classify", pictures, "--model", "local-dir:no_such", capsys=capsys)[1]

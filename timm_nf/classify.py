@@ -34,7 +34,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     """The files as given, and for every folder all pictures below it, sorted.
 
     Raises:
-        ValueError: if nothing is left.
+        ValueError: if there is no picture at all, or nothing of what was given exists.
     """
     given = list(paths)
     extensions = set(get_img_extensions())
@@ -46,6 +46,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             found.append(path)
     if not found:
         raise ValueError(f"expected {', '.join(sorted(extensions))}, found none in {', '.join(map(str, given))}")
+    if not any(path.exists() for path in found):  # said before the weights are downloaded
+        raise ValueError(f"expected pictures, found no file {', no file '.join(map(str, found))}")
     return found
 
 
