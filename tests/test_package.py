@@ -18,7 +18,7 @@ PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
-    *("standardize", "layers", "variants", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
+    *("variants", "standardize", "layers", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
     *("fuse", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
     *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "export", "bench", "demo", "twins", "verify"),
     *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),

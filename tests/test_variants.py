@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,13 @@ def test_bottleneck_is_truncated_to_whole_groups() -> None:
         ({"depths": (1, 1)}, "depths"),
         ({"bottle_ratio": 0.0, "group_size": 0}, "bottleneck"),
         ({"channels": (1, 8, 8, 8)}, "widths"),
+        ({"alpha": math.nan}, "alpha must be zero or positive and finite, got nan"),
+        ({"alpha": -0.2}, "alpha must be .* got -0.2"),
+        ({"alpha": math.inf}, "alpha must be .* got inf"),
+        ({"bottle_ratio": math.nan}, "bottle_ratio must be .* got nan"),
+        ({"width_factor": math.nan}, "width_factor must be .* got nan"),
+        ({"attn_kwargs": {"rd_ratio": -0.5}}, "rd_ratio must be .* got -0.5"),
+        ({"attn_kwargs": {"rd_ratio": math.inf}}, "rd_ratio must be .* got inf"),
     ],
 )
 def test_a_network_without_blocks_or_channels_is_refused(bad: dict, message: str) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .standardize import standardize_weight
+from .variants import squeeze_chs
 
 torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
@@ -280,7 +281,7 @@ class SqueezeExcite(nn.Module):
 
     Args:
         channels: C, of input and gate.
-        rd_ratio: Hidden width as a fraction of `channels`, rounded down, at least 1.
+        rd_ratio: Hidden width as a fraction of `channels`, see `squeeze_chs`.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -289,7 +290,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, rd_ratio: float = 0.5, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        hidden = max(1, int(channels * rd_ratio))
+        hidden = squeeze_chs(channels, rd_ratio)
         self.fc1 = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
         for fc in (self.fc1, self.fc2):  # haiku's default for a linear layer

@@ -6,6 +6,7 @@ Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resn
 """
 
 import dataclasses
+import math
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -63,6 +64,11 @@ class NfCfg:
             raise ValueError(f"stem_type must be one of {', '.join(stems)}, got {self.stem_type!r}")
         if self.attn_layer not in ("se", "", None):
             raise ValueError(f"attn_layer must be 'se', or '' or None for none, got {self.attn_layer!r}")
+        rd_ratio = self.attn_kwargs.get("rd_ratio", 0.5)
+        for name in ("alpha", "bottle_ratio", "width_factor", "rd_ratio"):
+            value = rd_ratio if name == "rd_ratio" else getattr(self, name)
+            if not 0 <= value < math.inf:  # false for NaN
+                raise ValueError(f"{name} must be zero or positive and finite, got {value}")
         if not self.depths or len(self.depths) != len(self.channels) or min(self.depths) < 1:
             raise ValueError(
                 f"expected as many depths as channels, each at least 1, got depths {self.depths} and channels "
@@ -119,7 +125,7 @@ class NfCfg:
             macs += weight * side**2
 
         def squeeze_excite(chs: int) -> None:
-            hidden = max(1, int(chs * self.attn_kwargs.get("rd_ratio", 0.5)))
+            hidden = squeeze_chs(chs, **self.attn_kwargs)
             layer(chs, hidden, 1, side=1, vectors=1)
             layer(hidden, chs, 1, side=1, vectors=1)
 
@@ -155,6 +161,11 @@ class NfCfg:
         if num_classes:
             layer(final_chs or in_chs, num_classes, 1, side=1, vectors=1)
         return params, macs
+
+
+def squeeze_chs(chs: int, rd_ratio: float = 0.5) -> int:
+    """Hidden width of squeeze-excite: this fraction of its channels, rounded down, at least 1."""
+    return max(1, int(chs * rd_ratio))
 
 
 @dataclasses.dataclass(frozen=True)
