@@ -19,7 +19,7 @@ from timm_nf.verify import Check
 
 COMMANDS = [
     *("list", "info", "recipe", "classify", "demo", "env", "verify"),
-    *("convert", "push", "pull", "clip-range", "export", "bench"),
+    *("convert", "push", "pull", "clip-range", "diagnose", "export", "bench"),
 ]
 
 

@@ -20,7 +20,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 ORDER = [
     *("variants", "standardize", "layers", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
     *("fuse", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
-    *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "export", "bench", "demo", "twins", "verify"),
+    *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "propagation", "export", "bench", "demo", "twins"),
+    "verify",
     *("terminal", "cli_weights", "cli_lab", "cli", "__main__"),
 ]
 

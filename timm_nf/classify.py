@@ -1,6 +1,6 @@
 """What a network sees in picture files, with the preprocessing and the labels that belong to its weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from timm.data import (
     resolve_model_data_config,
 )
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,19 @@ def labels(model: Any) -> list[str]:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
+def reader(model: Any) -> Callable[[Path], Tensor]:
+    """What reads a picture file as the model takes it in evaluation: (in_chans, H, W)."""
+    data = resolve_model_data_config(model, use_test_size=True)
+    transform: Any = create_transform(**data, is_training=False)
+    mode = "L" if data["input_size"][0] == 1 else "RGB"
+
+    def read(path: Path) -> Tensor:
+        with Image.open(path) as picture:
+            return transform(picture.convert(mode))
+
+    return read
+
+
 @torch.inference_mode()
 def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str = "cpu") -> Iterator[Prediction]:
     """Classify picture after picture; one that cannot be read yields its error and the others go on.
@@ -105,13 +118,10 @@ def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str
     """
     model = model.to(device)
     names = labels(model)
-    data = resolve_model_data_config(model, use_test_size=True)
-    transform: Any = create_transform(**data, is_training=False)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
+    read = reader(model)
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                x = transform(picture.convert(mode))
+            x = read(path)
         except Exception as error:  # the decoders raise all kinds for broken files
             yield Prediction(path, [], f"{type(error).__name__}: {error}")
             continue

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from .terminal import console, examples, print_facts, print_table, track, typer
 
 commands = typer.Typer()
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 @commands.command(
@@ -39,8 +40,7 @@ def clip_range(
 
     if pretrained and checkpoint:
         raise typer.BadParameter("--pretrained and --checkpoint exclude each other; give one")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"expected an existing folder for --out, got {out.parent}")
+    _check_picture(out)
     warmup_steps = (0 if pretrained or checkpoint else 100) if warmup_steps is None else warmup_steps
     torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     with console(stderr=True).status(f"loading {model}"):
@@ -77,6 +77,65 @@ def clip_range(
             "stages that move, take more --warmup-steps or measure a --checkpoint",
             soft_wrap=True,
         )
+
+
+@commands.command(
+    epilog=examples("diagnose nfnet_f0 resnet50", "diagnose nfnet_f0.dm_in1k my_model/ --images pictures/val")
+)
+def diagnose(
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME|FOLDER...", help="As timm names them, or folders in Hub layout.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures instead of noise.", exists=True, file_okay=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("spp.png"),
+) -> None:
+    """Follow the signal through networks, block by block: channel means and variances, in a table and a plot.
+
+    A bare name is the network at initialisation, with skip gains and other zero scales of residual branches set to 1,
+    or the branches would take no part. NAME.TAG and folders have weights, and stay as they are. The input is
+    unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
+    """
+    from .diagnostics import signal_stats
+    from .export import is_known
+    from .propagation import INPUTS, draw, inputs, load, pick, troubles
+
+    _check_picture(out)
+    for name in models:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise typer.BadParameter(f"expected a folder in Hub layout, but {name} has no config.json")
+        if not Path(name).is_dir() and not is_known(name):
+            raise typer.BadParameter(f"no network or folder is called {name!r}; `timm-nf list` shows ours")
+    pictures = pick(images) if images else []
+    measured: dict[str, list[dict[str, Any]]] = {}
+    facts: list[tuple[str, str]] = []
+    with console(stderr=True).status("") as status:
+        for name in dict.fromkeys(models):
+            status.update(f"measuring {name}, {len(measured) + 1} of {len(set(models))}")
+            network, weights = load(name)
+            x = inputs(network, pictures)
+            measured[name] = signal_stats(network, x)
+            facts.append((name, f"{weights}; {' x '.join(map(str, x.shape[1:]))}"))
+    columns = ("block", "squared channel mean", "channel variance", "expected", "residual branch variance")
+    keys = ("avg_sq_mean", "avg_var", "expected_var", "res_avg_var")
+    for name, rows in measured.items():
+        console().print(name, style="bold")
+        numbers = [(row["name"], *("-" if row[key] is None else f"{row[key]:.3g}" for key in keys)) for row in rows]
+        print_table(columns, numbers, right=columns[1:])
+    source = f"{len(pictures)} pictures of {images}" if images else f"{INPUTS} images of unit-normal noise"
+    draw(measured, f"signal propagation, {source}", out)
+    print_facts([*facts, ("input", source), ("wrote", str(out))])
+    for name, rows in measured.items():
+        for trouble in troubles(rows):
+            console(stderr=True).print(f"warning: {name}: {trouble}", soft_wrap=True)
+
+
+def _check_picture(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if not out.parent.is_dir() or out.suffix not in _PICTURES:
+        known = ", ".join(_PICTURES)
+        raise typer.BadParameter(f"expected an existing folder for --out and a name that ends in {known}, got {out}")
 
 
 def _losses(losses: list[float]) -> str:

@@ -4,49 +4,130 @@ timm's `extract_spp_stats` leaves its hooks on the model, runs it in training mo
 branch. These numbers equal those that the authors' code reports (nfnets/base.py, signal_metrics).
 """
 
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from timm.models.nfnet import NormFreeBlock as StockNormFreeBlock
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnetv2 import PreActBasic, PreActBottleneck
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from . import agc
 from .blocks import NormFreeBlock
 
+_BRANCH_ENDS: dict[type[nn.Module], str] = {
+    NormFreeBlock: "conv3",
+    StockNormFreeBlock: "drop_path",
+    PreActBasic: "drop_path",
+    PreActBottleneck: "drop_path",
+    BasicBlock: "bn2",
+    Bottleneck: "bn3",
+}
+_CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # what timm calls the parts that hold blocks
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a network, found by the names that timm gives to what holds them."""
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        children = dict(module.named_children())
+        if "blocks" in children:  # beside a layer that changes resolution: ConvNeXt, ResNetV2, Swin
+            yield from walk(f"{name}.blocks", children["blocks"])
+        elif type(module) in (nn.Sequential, nn.ModuleList) or "b1" in children:  # RegNet has s1.b1
+            for key, child in children.items():
+                yield from walk(f"{name}.{key}", child)
+        else:
+            yield name, module
+
+    for name, module in model.named_children():
+        if _CONTAINER.fullmatch(name):
+            yield from walk(name, module)
+
+
+def _channels_first(model: Any, name: str, out: Any) -> Tensor:
+    """A block's output as (N, C, ...).
+
+    Raises:
+        TypeError: if it is not clear which axis holds the channels.
+    """
+    if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"expected (N, C, H, W), (N, H, W, C) or (N, L, C) at {name}, got {got}")
+    axis = 1 if out.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW" else -1
+    for info in getattr(model, "feature_info", ()):
+        channels, of_stage = info["num_chs"], f"{name}.".startswith(f"{info['module']}.")
+        if of_stage and out.shape[axis] != channels and channels in out.shape[1:]:
+            raise TypeError(
+                f"expected {channels} channels on axis {axis} at {name}, got shape {tuple(out.shape)}: blocks of "
+                f"{type(model).__name__} have a layout that is not known here"
+            )
+    return out.movedim(axis, 1)
+
 
 def _channel_stats(x: Tensor) -> tuple[float, float]:
-    """Mean over channels of the squared mean and of the variance of (N, C, H, W), over N, H and W."""
-    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 2, 3), correction=0)
+    """Mean over channels of the squared mean and of the variance of (N, C, ...), over all other axes."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
+    var, mean = torch.var_mean(x, 1, correction=0)
     return mean.square().mean().item(), var.mean().item()
+
+
+def _branch_end(block: Any) -> tuple[nn.Module | None, Callable[[Any, Tensor], Tensor]]:
+    """The last module of a residual branch, and the branch's output from that module's arguments and output."""
+    if isinstance(block, NormFreeBlock) and block.attn_last is not None:
+        return block.attn_last, lambda args, out: 2 * out * args[0]  # a gate, of the branch that is its argument
+    for kind, end in _BRANCH_ENDS.items():
+        if isinstance(block, kind):
+            return getattr(block, "se", None) or getattr(block, end), lambda _, out: out
+    return None, lambda _, out: out
+
+
+def _is_norm_free(block: nn.Module) -> bool:
+    return isinstance(block, NormFreeBlock | StockNormFreeBlock)
+
+
+def _is_fresh(norm: Any) -> bool:
+    """Whether it is batch normalisation with the running statistics it was made with."""
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        return False
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 @torch.no_grad()
 def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
-    """Statistics of the signal after the stem and after every block, in evaluation mode.
+    """Statistics of the signal at the first block's input and after every block, in evaluation mode.
+
+    Batch normalisation whose running statistics are still those it was made with takes those of `x`, as in the first
+    step of a training: with mean 0 and variance 1 it would do nothing.
 
     Args:
-        model: A network of timm_nf; its mode is restored.
+        model: A network of timm with blocks, wrapped or not. Parameters, buffers, modes and hooks are left as found.
         x: (N, in_chans, H, W), on the model's device.
 
     Returns:
         One row for the stem and one for every block: `name`; `avg_sq_mean`, mean over channels of the squared channel
         mean; `avg_var`, mean channel variance; `res_avg_var`, that of the residual branch before stochastic depth and
-        the skip gain, None for the stem; `expected_var`, 1 for the stem and 1 + k alpha^2 for the k-th block of a
-        stage, which the variance follows where skip gains are 1.
+        the skip gain, None for the stem and outside NFNets and ResNets; `expected_var`, 1 for the
+        stem and 1 + k alpha^2 for the k-th block of a stage, None outside NFNets. The variance follows it where skip
+        gains are 1 and as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
 
     Raises:
-        TypeError: if there is no normalizer-free block in the model.
+        TypeError: if the model has no blocks, or blocks that return something else than images or tokens.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, NormFreeBlock)]
+    net: Any = unwrap_model(model)
+    blocks = list(_blocks(net))
     if not blocks:
-        raise TypeError(f"expected a timm_nf network with normalizer-free blocks, got {type(model).__name__}")
-    outputs: dict[nn.Module, Tensor] = {}
+        raise TypeError(
+            f"expected a network with residual blocks in stages, blocks, layers, layer1 or s1, as timm names them, got "
+            f"{type(net).__name__}"
+        )
     rows: list[dict[str, Any]] = []
+    branches: dict[nn.Module, float] = {}
 
-    def keep(module: nn.Module, _: Any, out: Tensor) -> None:
-        outputs[module] = out
-
-    def add_row(name: str, out: Tensor, res_avg_var: float | None, expected_var: float) -> None:
+    def add_row(name: str, out: Tensor, res_avg_var: float | None, expected_var: float | None) -> None:
         avg_sq_mean, avg_var = _channel_stats(out)
         rows.append(
             {
@@ -58,29 +139,39 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
             }
         )
 
-    def add_block(name: str, block: NormFreeBlock) -> Any:
-        expected_var = 1 + (int(name.rpartition(".")[2]) + 1) * block.alpha**2
+    def stem_hook(block: nn.Module, args: Any) -> None:
+        x = _channels_first(net, "the first block's input", args[0])
+        add_row("stem", x, None, 1.0 if _is_norm_free(block) else None)
 
-        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
-            branch = outputs.pop(block.conv3)
-            if block.attn_last is not None:
-                branch = 2 * outputs.pop(block.attn_last) * branch
-            add_row(name, out, _channel_stats(branch)[1], expected_var)
+    def block_hook(name: str) -> Any:
+        def hook(block: Any, _: Any, out: Any) -> None:
+            index = int(name.rpartition(".")[2]) if _is_norm_free(block) else None
+            expected_var = None if index is None else 1 + (index + 1) * block.alpha**2
+            add_row(name, _channels_first(net, name, out), branches.pop(block, None), expected_var)
 
         return hook
 
-    def stem_hook(_: nn.Module, __: Any, out: Tensor) -> None:
-        add_row("stem", out, None, 1.0)
+    def branch_hook(block: nn.Module, branch: Callable[[Any, Tensor], Tensor]) -> Any:
+        def hook(_: nn.Module, args: Any, out: Tensor) -> None:  # now, as what follows may overwrite it
+            branches[block] = _channel_stats(branch(args, out))[1]
+
+        return hook
 
     with ExitStack() as stack:
-        for module in model.modules():  # each has a mode of its own: parts of a network may be frozen
+        for module in net.modules():  # each has a mode of its own: parts of a network may be frozen
             stack.callback(setattr, module, "training", module.training)
-        stack.enter_context(model.get_submodule("stem").register_forward_hook(stem_hook))
+        net.eval()
+        norm: Any
+        for norm in filter(_is_fresh, net.modules()):
+            stack.callback(setattr, norm, "track_running_stats", norm.track_running_stats)
+            norm.training, norm.track_running_stats = True, False  # takes the batch's, updates nothing
+        stack.enter_context(blocks[0][1].register_forward_pre_hook(stem_hook))
         for name, block in blocks:
-            for module in filter(None, (block.conv3, block.attn_last)):
-                stack.enter_context(module.register_forward_hook(keep))
-            stack.enter_context(block.register_forward_hook(add_block(name, block)))
-        model.eval()(x)
+            end, branch = _branch_end(block)
+            if end is not None:
+                stack.enter_context(end.register_forward_hook(branch_hook(block, branch)))
+            stack.enter_context(block.register_forward_hook(block_hook(name)))
+        net(x)
     return rows
 
 
