@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import product
@@ -24,9 +25,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
 
@@ -103,13 +105,32 @@ def ddp_equals_one_process_with_the_whole_batch(rank, world_size, _):
     assert_equal_to_one_process(model.module.named_parameters())
 
 
+@contextmanager
+def sizes_of_all_reduces():
+    """Collects how many numbers each of them is about."""
+    sizes, original = [], dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = original
+
+
 def fully_shard_equals_one_process_and_needs_one_all_reduce_a_step(rank, world_size, _):
     model, optimizer = sharded_network()
     assert policy(optimizer) == alone()[2]
     assert all(isinstance(p, DTensor) for p in model.parameters())
     seen = []
-    train(model, optimizer, rank=rank, world_size=world_size, seen=seen)
+    with sizes_of_all_reduces() as sizes:
+        train(model, optimizer, rank=rank, world_size=world_size, seen=seen)
     assert seen == [{"c10d.allreduce_": 1}] * STEPS
+    single_units = sum(max(p.shape, default=1) == p.numel() for p in model.parameters())
+    assert sizes == [2 * single_units] * STEPS  # a number for the weight and one for the gradient of each
     assert_equal_to_one_process(model.named_parameters())
 
 
@@ -210,6 +231,40 @@ def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, w
         assert torch.equal(good.grad, torch.ones(3))
 
 
+def parameters_flattened_by_the_older_wrapper_are_refused_by_name(rank, world_size, _):
+    for use_orig_params in (False, True):
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(nn.Linear(4, 3), use_orig_params=use_orig_params, device_id=cpu)
+        model(torch.ones(2, 4)).sum().backward()
+        with pytest.raises(ValueError, match=r"^parameter 0 of shape .* flattened by .*; use fully_shard instead"):
+            adaptive_clip_grad_(model.parameters())
+
+
+def a_loss_scaler_and_shards_equal_one_process_and_skip_infinities_of_any(rank, world_size, _):
+    results = []
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5)
+        if parallel:
+            fully_shard(model)
+        optimizer = create_optimizer_v2(model.parameters(), "agcsgd", lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(6, 6, generator=torch.Generator().manual_seed(step))
+            loss = model(x).square().mean()  # the same batch in all processes
+            scaler.scale(loss).backward()
+            if step == 2:
+                grad = model.weight.grad.to_local() if parallel else model.weight.grad
+                if rank == 0 or not parallel:  # the first row is there
+                    grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 512.0
+        results.append([p.full_tensor() if parallel else p for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 def hybrid_sharding_equals_one_process(rank, world_size, _):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model, optimizer = sharded_network(mesh=mesh)
@@ -217,6 +272,26 @@ def hybrid_sharding_equals_one_process(rank, world_size, _):
     train(model, optimizer, rank=rank, world_size=world_size, seen=seen)
     assert seen == [{"c10d.allreduce_": 1}] * STEPS
     assert_equal_to_one_process(model.named_parameters())
+
+
+def tensor_parallel_layers_under_fully_shard_equal_one_process(rank, world_size, _):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    results = []
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+        if parallel:
+            parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            fully_shard(model, mesh=mesh["data"])
+        optimizer = create_optimizer_v2(model.parameters(), "agcsgd", lr=0.1, momentum=0.9)
+        for step in range(STEPS):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            row = mesh["data"].get_local_rank()
+            optimizer.zero_grad()
+            model(x[4 * row : 4 * row + 4] if parallel else x).square().mean().backward()
+            optimizer.step()
+        results.append([p.full_tensor() if parallel else p for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def every_sharding_over_a_grid_equals_the_whole(rank, world_size, _):
@@ -246,11 +321,18 @@ CHECKS = {
         whole_rows_need_no_communication_and_the_fraction_is_that_of_the_own_ones,
         one_process_with_nan_or_infinity_stops_the_clipping_of_the_unit_in_all,
         what_cannot_be_clipped_is_refused_by_name_before_anything_is_written,
+        parameters_flattened_by_the_older_wrapper_are_refused_by_name,
+        a_loss_scaler_and_shards_equal_one_process_and_skip_infinities_of_any,
     )
 }
 
 CHECKS_OF_A_GRID = {
-    check.__name__: check for check in (hybrid_sharding_equals_one_process, every_sharding_over_a_grid_equals_the_whole)
+    check.__name__: check
+    for check in (
+        hybrid_sharding_equals_one_process,
+        tensor_parallel_layers_under_fully_shard_equal_one_process,
+        every_sharding_over_a_grid_equals_the_whole,
+    )
 }
 
 
