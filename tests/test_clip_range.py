@@ -5,10 +5,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from haiku_files import dumps
 from PIL import Image
 from small_nets import create
+from torch import nn
 
-from timm_nf import agc
+from timm_nf import agc, convert
 from timm_nf.cli import main
 from timm_nf.clip_range import ClipRange, Stage, draw, load, measure
 
@@ -107,6 +109,27 @@ def test_too_few_pictures_or_classes_are_refused(pictures):
         load("test_resnet", pictures / "cat", 2, 24, False, None, "cpu")
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_weights_are_loaded_and_a_classifier_of_another_size_is_replaced(classes, pictures, tmp_path):
+    saved = timm.create_model("test_resnet", num_classes=classes)
+    torch.save({"state_dict": saved.bfloat16().state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
+    model, _ = load("test_resnet", pictures, 5, 24, False, tmp_path / "last.pth.tar", "cpu")
+    loaded = model.state_dict()
+    assert model.num_classes == 2
+    for key, value in saved.float().state_dict().items():
+        assert (classes != 2 and key.startswith("fc.")) or torch.equal(loaded[key], value), key
+    assert loaded["fc.weight"].shape == (2, saved.fc.in_features)
+
+
+def test_the_authors_checkpoint_starts_ours_with_a_new_classifier(pictures, tmp_path):
+    saved = timm.create_model("dm_nf_regnet_b0", num_classes=1000)
+    nn.init.normal_(saved.stem.conv.weight)
+    (tmp_path / "b0.npz").write_bytes(dumps(convert.timm_to_haiku(saved.state_dict())))
+    model, _ = load("dm_nf_regnet_b0", pictures, 5, 24, False, tmp_path / "b0.npz", "cpu")
+    assert torch.equal(model.stem.conv.weight, saved.stem.conv.weight)
+    assert model.head.fc.out_features == 2
+
+
 def test_the_picture_shows_every_stage(tmp_path):
     generator = np.random.default_rng(0)
     stages = [Stage(f"stages.{i}", 50, 0, 10 ** generator.normal(-i, 1, 500)) for i in range(3)]
@@ -140,9 +163,25 @@ def test_the_command_says_where_most_gradients_are_almost_zero(pictures, tmp_pat
         (["-o", "missing/folder/p.png"], 2, "existing folder for --out"),
         (["--batch-size", "100"], 1, "at least one batch of 100 pictures"),
         (["--checkpoint", "missing.pth"], 2, "missing.pth"),
+        (["--checkpoint", "{tmp}"], 2, "is a directory"),
+        (["--checkpoint", "{tmp}/vit.pth"], 1, "vit.pth is of another architecture"),
+        (["--checkpoint", "{tmp}/text.pth"], 1, "text.pth is not read"),
+        (["--checkpoint", "{tmp}/x.npz"], 1, "x.npz cannot be loaded into test_resnet"),
+        (["--model", "vgg99"], 2, "no network is called 'vgg99'"),
+        (["--data", __file__], 2, "is a file"),
+        (["--data", "{tmp}/broken", "--img-size", "32"], 1, "no batch could be read, "),
+        (["--device", "cuda:99"], 1, ""),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, code, message, pictures, capsys):
+def test_wrong_arguments_are_one_line(arguments, code, message, pictures, tmp_path, capsys):
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    for i in range(20):
+        file = tmp_path / "broken" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((pictures / "cat" / "0.png").read_bytes()[:60])
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit) as stop:
         main(["clip-range", "--model", "test_resnet", "--data", str(pictures), "--batch-size", "4", *arguments])
     assert stop.value.code == code

@@ -18,8 +18,13 @@ _PICTURES = (".png", ".pdf", ".svg")
 )
 def clip_range(
     model: Annotated[str, typer.Option(help="Any model of timm, by name.")],
-    data: Annotated[Path, typer.Option(help="Folder with a folder of pictures for every class.", exists=True)],
-    checkpoint: Annotated[Path | None, typer.Option(help="File of weights to start from.", exists=True)] = None,
+    data: Annotated[
+        Path, typer.Option(help="Folder with a folder of pictures for every class.", exists=True, file_okay=False)
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights to start from, also with another classifier.", exists=True, dir_okay=False),
+    ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of training before; 100 by default, 0 with weights to start from.")
@@ -37,7 +42,10 @@ def clip_range(
     import torch
 
     from .clip_range import QUANTILES, SHARES, draw, load, measure
+    from .export import is_known
 
+    if not is_known(model):
+        raise typer.BadParameter(f"no network is called {model!r}; `timm-nf list` shows ours")
     if pretrained and checkpoint:
         raise typer.BadParameter("--pretrained and --checkpoint exclude each other; give one")
     _check_picture(out)

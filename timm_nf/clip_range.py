@@ -15,10 +15,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from . import agc
+from . import checkpoint as checkpoints
+from .variants import VARIANTS
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
 SHARES = (0.01, 0.05, 0.10, 0.25)
@@ -74,11 +77,11 @@ def load(
         batch_size: Of every batch; what is left over is dropped.
         img_size: Height and width in pixels, the network's own by default.
         pretrained: Start from the published weights.
-        checkpoint: Start from these weights.
+        checkpoint: Start from these weights; a classifier of another size is replaced by a new one.
         device: Where to run, as torch names it.
 
     Raises:
-        ValueError: There are fewer pictures than one batch, or labels that the network has no class for.
+        ValueError: There are fewer pictures than one batch, fewer than two classes, or weights of another network.
     """
     dataset: Any = create_dataset("", root=str(data))
     classes = len(dataset.reader.class_to_idx)
@@ -89,7 +92,13 @@ def load(
         )
     if classes < 2:
         raise ValueError(f"expected a folder of pictures for each of at least 2 classes in {data}, got {classes}")
-    model = timm.create_model(name, pretrained, checkpoint_path=checkpoint, num_classes=classes).to(device)
+    if checkpoint is None:
+        model: Any = timm.create_model(name, pretrained, num_classes=classes)
+    else:
+        model = _trained(name, checkpoint)
+        if model.num_classes != classes:
+            model.reset_classifier(classes)
+    model = model.to(device)
     config = resolve_model_data_config(model)
     channels, *size = config["input_size"]
     loader = create_loader(
@@ -105,6 +114,18 @@ def load(
         device=torch.device(device),
     )
     return model, loader
+
+
+def _trained(name: str, file: Path) -> nn.Module:
+    """The network with the classifier that the file has."""
+    if file.suffix == ".npz":  # the authors', which only our networks load
+        if name.partition(".")[0] not in VARIANTS:
+            raise ValueError(f"{file} cannot be loaded into {name}: expected a checkpoint of train.py or safetensors")
+        return timm.create_model(name, checkpoint_path=file)
+    weights = checkpoints.read(file)
+    cfg = get_pretrained_cfg(name)
+    classifier = weights.state_dict.get(f"{cfg.classifier}.weight") if cfg else None
+    return checkpoints.build(name, weights, None if classifier is None else len(classifier)).float()
 
 
 def measure(
@@ -182,9 +203,12 @@ def _stage(parameter: str) -> str:
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
     while True:
         empty = True
-        for batch in batches:
-            empty = False
-            yield batch
+        try:
+            for batch in batches:
+                empty = False
+                yield batch
+        except RuntimeError as error:  # of a loader's worker: a traceback, the reason in its last line
+            raise ValueError(f"no batch could be read, {str(error).strip().splitlines()[-1]}") from error
         if empty:
             raise ValueError("expected at least one batch, got none")
 
