@@ -81,10 +81,11 @@ def test_batches_begin_again_and_the_warmup_learns():
     assert measured.warmup_losses[-1] < measured.warmup_losses[0]
 
 
-def test_a_unit_counts_as_moving_from_a_millionth_of_its_weight():
+def test_a_unit_is_idle_without_gradient_or_below_a_millionth_of_its_weight():
     ratios = np.array([1e-9, 1e-7, 1e-5, 1e-2], dtype=np.float32)
     measured = ClipRange([Stage("stem", 5, 1, ratios), Stage("head", 1, 1, ratios[:0])], 1, [])
-    assert measured.barely_moving() == 0.5
+    assert measured.idle() == pytest.approx(4 / 6)  # two without gradient, two below
+    assert ClipRange([Stage("stem", 5, 5, ratios[:0])], 1, []).idle() == 1
     assert np.isnan(measured.stages[1].quantiles([0.5])).all()
 
 
@@ -94,6 +95,15 @@ def test_no_batches_and_a_loss_that_is_not_finite_are_refused():
         measure(model, [])
     with pytest.raises(ValueError, match="the loss was nan in step 1 of the warmup"):
         measure(model, [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))], warmup_steps=2)
+    with pytest.raises(ValueError, match="the loss was nan in batch 1: these weights have diverged"):
+        measure(timm.create_model("test_resnet"), [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))])
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name():
+    model = timm.create_model("test_resnet", num_classes=10)
+    model.fc.bias.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(ValueError, match=r"the gradient of fc.bias was not finite in batch 1"):
+        measure(model, batches())
 
 
 def test_pictures_become_batches_of_the_size_asked_for(pictures):
@@ -154,6 +164,20 @@ def test_the_command_says_where_most_gradients_are_almost_zero(pictures, tmp_pat
     options = ["--img-size", "32", "--batch-size", "2", "--warmup-steps", "1", "--batches", "1"]
     main(["clip-range", "--model", "test_nfnet", "--data", str(pictures), *options, "-o", str(tmp_path / "p.png")])
     assert "take more --warmup-steps or measure a --checkpoint" in capsys.readouterr().err
+
+
+def test_a_network_without_any_gradient_is_refused():
+    model = timm.create_model("dm_nf_regnet_b0", depths=(1,), channels=(16,), num_classes=2)  # starts at zero
+    with pytest.raises(ValueError, match=r"no unit but the classifier's has a gradient.* --warmup-steps"):
+        measure(model, [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))])
+
+
+def test_the_command_warns_where_only_the_head_has_a_gradient(pictures, tmp_path, capsys):
+    options = ["--img-size", "32", "--batch-size", "3", "--warmup-steps", "0", "--batches", "1"]
+    main(["clip-range", "--model", "dm_nf_regnet_b0", "--data", str(pictures), *options, "-o", str(tmp_path / "p.png")])
+    captured = capsys.readouterr()
+    assert "27198 of 27199 units" in captured.out
+    assert "the gradients of 100% of the units are zero or below" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def clip_range(
         ]
     )
     draw(measured, f"{model}, {batches} batches of {batch_size}, after {warmup_steps} steps of warmup", out)
-    if (still := measured.barely_moving()) > 0.25:
+    if (idle := measured.idle()) > 0.25:
         console(stderr=True).print(
-            f"warning: the gradients of {still:.0%} of the units are below a millionth of their weights. In a "
+            f"warning: the gradients of {idle:.0%} of the units are zero or below a millionth of their weights. In a "
             "normalizer-free network that is the beginning of training, where skip gains are almost 0; choose by the "
             "stages that move, take more --warmup-steps or measure a --checkpoint",
             soft_wrap=True,

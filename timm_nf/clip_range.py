@@ -56,9 +56,11 @@ class ClipRange:
         ratios = np.concatenate([stage.ratios for stage in self.stages])
         return float(np.quantile(ratios, 1 - share)) if ratios.size else float("nan")
 
-    def barely_moving(self) -> float:
-        """The share of units with a gradient that is less than a millionth of their weight; NaN if none has one."""
-        return 1 - self.share(1e-6)
+    def idle(self) -> float:
+        """The share of all units whose gradient is zero or less than a millionth of their weight."""
+        units = sum(stage.units for stage in self.stages)
+        moving = units - sum(stage.zero_units for stage in self.stages)
+        return 1 - self.share(1e-6) * moving / units if moving else 1.0
 
     def share(self, clip_factor: float) -> float:
         """The share of all units with a gradient that this clip factor would have clipped; NaN if none has one."""
@@ -146,7 +148,7 @@ def measure(
         track: Wraps an iterable to show its progress.
 
     Raises:
-        ValueError: `batches` is empty, or the warmup's loss is no longer finite.
+        ValueError: `batches` is empty, a loss or a gradient is not finite, or all gradients are zero.
     """
     device = next(model.parameters()).device
     endless = _again_and_again(batches)
@@ -173,12 +175,21 @@ def measure(
         optimizer.step()
 
     ratios: dict[int, list[Tensor]] = {}
-    for _ in track(range(count), "measuring"):
-        backward()
+    for batch in track(range(count), "measuring"):
+        loss, _ = backward()
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
         checked = agc.parameters_with_gradient(p for p in model.parameters() if id(p) not in exempt)
         for units in agc.measure(checked, 0.01, _EPS):
             for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
+                if not ratio.isfinite().all():
+                    raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")
                 ratios.setdefault(id(p), []).append(ratio.cpu())
+    if not any(ratio.any() for found in ratios.values() for ratio in found):
+        raise ValueError(
+            "no unit but the classifier's has a gradient, as at the beginning of training: take more --warmup-steps or "
+            "start from a --checkpoint"
+        )
     model.zero_grad()
     by_stage: dict[str, list[Tensor]] = {}
     for key, found in ratios.items():
