@@ -108,6 +108,8 @@ run model_ema AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --mode
 run amp_bfloat16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --amp --amp-dtype bfloat16 --experiment amp
 run grad_accum AgcSGD 2 train.py "${common[@]}" "${small[@]}" --opt agcsgd --grad-accum-steps 2 --experiment accum
 run torchcompile AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --torchcompile aot_eager --experiment compiled
+run torchrun AgcSGD 5 -m torch.distributed.run --standalone --nproc-per-node 1 -m timm_nf train.py "${common[@]}" "${small[@]}" \
+    --opt agcsgd --experiment torchrun
 run resume AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --epochs 2 --resume out/agcsgd/last.pth.tar --experiment resumed
 # validate.py has no --device-modules: the package runs it after importing itself; the two lines only add the spy
 printf 'import runpy, spy\nrunpy.run_path("validate.py", run_name="__main__")\n' > spied_validate.py
