@@ -69,8 +69,8 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         source = f"{name} with the weights of {checkpoint}" if checkpoint else f"{name} with its published weights"
         reason = f"{type(error).__name__}: {error}"
         raise RuntimeError(
-            f"could not load {source} ({reason}); `timm-nf list` shows what has weights, downloads need a network, and "
-            "--checkpoint FILE or --model local-dir:FOLDER load local ones"
+            f"could not load {source} ({reason}); `timm-nf list` shows what has weights, downloads need a network; "
+            "local weights are loaded by --checkpoint FILE, where a command has it, or as a folder (local-dir:FOLDER)"
         ) from error
 
 
