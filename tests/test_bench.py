@@ -42,6 +42,27 @@ def test_runs_take_turns_and_the_first_two_rounds_do_not_count():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_on_an_accelerator_time_is_that_between_two_events_in_its_queue(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, device, enable_timing):
+            assert (device, enable_timing) == ("cuda:1", True)
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, end):
+            order.append("read")
+            return 7.0
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: order.append("wait"))
+    times = bench.time_in_turn({"a": lambda: order.append("run")}, 3, "cuda:1")
+    assert times == {"a": [7.0, 7.0, 7.0]}
+    assert order == ["wait", "event", "run", "event", "wait", "read"] * 5
+
+
 def test_peak_memory_is_that_of_the_highest_point():
     def run():
         a = torch.ones(1 << 20)

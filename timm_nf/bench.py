@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -142,20 +143,32 @@ def time_in_turn(
     runs: Mapping[str, Run], repeats: int, device: str = "cpu", track: Track = lambda items, _: items
 ) -> dict[str, list[float]]:
     """Milliseconds of every run, `repeats` of each, one run of each after the other with a short pause before."""
-    accelerator = torch.device(device).type != "cpu"
+    once = _time_on_cpu if torch.device(device).type == "cpu" else partial(_time_on_accelerator, device=device)
     times: dict[str, list[float]] = {label: [] for label in runs}
     for repeat in track(range(repeats + 2), "timing"):
         for label, run in runs.items():
-            if accelerator:
-                torch.accelerator.synchronize()
             time.sleep(_PAUSE)
-            start = time.perf_counter()
-            run()
-            if accelerator:
-                torch.accelerator.synchronize()
+            milliseconds = once(run)
             if repeat >= 2:
-                times[label].append(1e3 * (time.perf_counter() - start))
+                times[label].append(milliseconds)
     return times
+
+
+def _time_on_cpu(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _time_on_accelerator(run: Run, device: str) -> float:
+    """By events in the queue of the device, which works on after `run` has returned."""
+    start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+    torch.accelerator.synchronize(device)
+    start.record()
+    run()
+    end.record()
+    torch.accelerator.synchronize(device)
+    return start.elapsed_time(end)
 
 
 def peak_memory(run: Run) -> int:
