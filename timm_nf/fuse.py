@@ -55,7 +55,8 @@ def fuse(model: nn.Module) -> nn.Module:
     the size of the input (SAME, a stride, a kernel larger than 1), a subclass of nn.Conv2d pads before it convolves.
 
     A fused network of ours saves and reloads as `create_model(name, fused=True)`. timm's architectures have no such
-    argument: `model_args` says fused all the same, so that a saved folder stops timm instead of loading wrong weights.
+    argument: `hub.write_folder` and `push` refuse them, and as `model_args` says fused all the same, a folder that timm
+    itself saved stops timm instead of loading wrong weights. `timm-nf export` writes both for other run times.
 
     Modes are kept, module by module: in training mode dropout and stochastic depth act as before. A fused model can be
     trained, but nothing keeps its weights standardised, so that it is another, worse behaved network than the original;
