@@ -1,6 +1,6 @@
 """Time inference and training side by side with timm's networks, in one run: ratios, and with --check their targets.
 
-    python scripts/bench_inference.py [--repeats 15] [--check] [--plots docs] [--markdown]
+    python scripts/bench_inference.py [--repeats 15] [--check] [--only training] [--plots docs] [--markdown]
 
 What is compared takes turns, so that noise meets all of it; numbers are medians. With --check the exit code is 1 where
 a target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes and draws two pictures. With
@@ -192,11 +192,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", choices=("inference", "training"), help="one half of the rows")
     parser.add_argument("--plots", type=Path, metavar="FOLDER")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
 
-    rows = inference_rows(args.repeats) + training_rows(max(5, args.repeats // 2))
+    rows = [] if args.only == "training" else inference_rows(args.repeats)
+    rows += [] if args.only == "inference" else training_rows(max(5, args.repeats // 2))
     columns = ("work", "against", "ours", "theirs", "ratio", "at least")
     ratios = [f"{row.ratio:.2f}x{' missed' if row.missed else ''}" for row in rows]
     table = [(r.work, r.against, r.ours, r.theirs, ratio, f"{r.asked}x") for r, ratio in zip(rows, ratios, strict=True)]
