@@ -170,11 +170,19 @@ def test_a_metric_that_is_no_number_is_none(tmp_path, metric):
     assert checkpoint.read(tmp_path / "net.pt").metric is None
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_tensors_that_are_not_dense_are_refused(tmp_path):
     torch.save({"a": torch.ones(2, 2).to_sparse()}, tmp_path / "net.pt")
     with pytest.raises(ValueError, match="expected dense tensors by name"):
         checkpoint.read(tmp_path / "net.pt")
+
+
+def test_the_authors_checkpoints_are_referred_to_convert(tmp_path):
+    (tmp_path / "F0.npz").write_bytes(b"\x80\x04}.")
+    with pytest.raises(ValueError, match="timm-nf convert"):
+        checkpoint.read(tmp_path / "F0.npz")
+    (tmp_path / "F0.pth").write_bytes(b"\x80\x04}.")  # torch warns of its protocol first
+    with pytest.raises(ValueError, match="F0.pth cannot be read"):
+        checkpoint.read(tmp_path / "F0.pth")
 
 
 def test_names_that_are_no_names_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The authors' checkpoints as Hub folders, through the command line, and what happens when that fails."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def test_arrays_that_are_not_found_again_leave_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(from_haiku, "load_tensors", spoil)
     with pytest.raises(RuntimeError, match=r"1 of 114 arrays .*NFNet/~/nf_block_1/~/conv1/w"):
         from_haiku.convert(T0, tmp_path / "t0")
+    assert left(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, fails):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/file")
+
+    monkeypatch.setattr("timm_nf.folder.save_config_for_hf", full)
+    assert "the disk is full (/disk/file): make room" in fails(str(T0), "-o", str(tmp_path / "t0"))[1]
     assert left(tmp_path) == []
 
 

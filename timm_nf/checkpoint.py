@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,10 +93,15 @@ def _number(value: Any) -> float | None:
 
 
 def _read(file: Path) -> Any:
+    if file.suffix == ".npz":
+        raise ValueError(
+            f"{file} is not read here: `timm-nf convert` takes the authors' checkpoints, no other .npz is one"
+        )
     try:
         if file.suffix == ".safetensors":
             return load_tensors(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
+        # train.py's arguments; and torch announces pickle protocols before it refuses what is in them
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))

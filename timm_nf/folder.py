@@ -65,7 +65,7 @@ def write_folder(
 
     Args:
         model: Any model that timm's factory made; not changed.
-        folder: Made if it is not there; it gets all files or none.
+        folder: Made if it is not there, whole or not at all; in one that is there, each file is replaced whole.
         card: Fields of the card's metadata, the license among them; None for no README.md.
         dtype: To round floating weights to, as they are by default.
         architecture: Of timm's registry, to be loaded as by others; by default the model's own.

@@ -14,6 +14,7 @@ from . import hub
 from .checkpoint import assign, load_tensors, skeleton
 from .convert import haiku_to_timm, infer_variant, load_haiku, timm_to_haiku
 from .folder import WEIGHTS, Written, write_folder
+from .hub_errors import explained
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def convert(
     Raises:
         ValueError: if the file is no such checkpoint, or the folder has something in it.
         RuntimeError: if what was written is not what was read.
-        hub.HubError: if the Hub or the network did not allow it; says what to do.
+        hub.HubError: if the Hub, the network or the disk did not allow it; says what to do.
     """
     folder = Path(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
@@ -63,7 +64,8 @@ def convert(
     network = skeleton(name, **overrides)
     assign(network, haiku_to_timm(params), str(file))
     card = {"license": license} if license is not None else None
-    written = write_folder(network, folder, card=card, dtype=dtype, repo_id=repo_id)
+    with explained(repo_id or "", None, None):
+        written = write_folder(network, folder, card=card, dtype=dtype, repo_id=repo_id)
     try:
         found = _compare_arrays(params, load_tensors(folder / WEIGHTS), dtype)
         written = replace(written, checks=[("arrays of the checkpoint in the file", found), *written.checks])
