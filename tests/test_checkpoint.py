@@ -181,7 +181,7 @@ def test_the_authors_checkpoints_are_referred_to_convert(tmp_path):
     with pytest.raises(ValueError, match="timm-nf convert"):
         checkpoint.read(tmp_path / "F0.npz")
     (tmp_path / "F0.pth").write_bytes(b"\x80\x04}.")  # torch warns of its protocol first
-    with pytest.raises(ValueError, match="F0.pth cannot be read"):
+    with pytest.raises(ValueError, match=r"F0\.pth cannot be read"):
         checkpoint.read(tmp_path / "F0.pth")
 
 

@@ -329,6 +329,28 @@ def test_mutated_files_are_read_as_arrays_or_refused(form: str, protocol: int, t
     assert 250 < refused < 500  # both happen: a mutation inside of the numbers is another tree
 
 
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_a_mutated_file_that_is_read_holds_what_pickle_finds_in_it(protocol: int, tmp_path: Path) -> None:
+    generator, read = random.Random(protocol), 0
+    data = dumps(SMALL, "plain", protocol)
+    for _ in range(1000):
+        damaged = mutated(data, generator)
+        try:
+            tree = loads(damaged, tmp_path)
+        except ValueError:
+            continue
+        try:
+            expected = pickle.loads(damaged)  # names numpy's arrays and nothing else, or it would not have been read
+        except MemoryError:  # it makes room for all places of a memo that come before one
+            continue
+        read += 1
+        assert {m: list(e) for m, e in tree.items()} == {m: list(e) for m, e in expected.items()}
+        for module, entries in tree.items():
+            for key, array in entries.items():
+                np.testing.assert_array_equal(array, expected[module][key], strict=True)
+    assert read > 20
+
+
 def test_mutated_hostile_files_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     generator = random.Random(0)

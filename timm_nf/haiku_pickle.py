@@ -130,9 +130,9 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 def _set_state(target: Any, state: Any) -> None:
     match target, state:
-        case _DType(), (int(), "<" | ">" | "=" | "|" as order, None, None, None, int(), int(), int()):
+        case _DType(), (3, "<" | ">" | "=" | "|" as order, None, None, None, -1, -1, 0):  # version, no fields, no flags
             target.dtype = target.dtype.newbyteorder(order)
-        case _Array(), (int(), shape, _DType() as dtype, bool(fortran), bytes() | bytearray() as data):
+        case _Array(), (1, shape, _DType() as dtype, bool(fortran), bytes() | bytearray() as data):
             target.value = _view(dtype, shape, data, "F" if fortran else "C").value
         case _:
             raise ValueError(f"BUILD on {_describe(target)} is refused, only the state of an array or a dtype is set")
@@ -141,7 +141,7 @@ def _set_state(target: Any, state: Any) -> None:
 def _call(function: Any, arguments: Any) -> Any:
     """What REDUCE stands for: the calls that arrays, their scalars and the three wrappers are pickled as."""
     match function, arguments:
-        case _Name.DTYPE, (str(code), *_):
+        case _Name.DTYPE, (str(code), 0, 1):
             return _DType(code)
         case _Name.RECONSTRUCT, (_Name.NDARRAY, (0,), b"b"):
             return _Array()
