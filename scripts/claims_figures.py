@@ -1,0 +1,168 @@
+"""One figure for each claim of scripts/claims.py, with a caption that can be read alone."""
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from claims_grid import BATCHES, DROPOUTS, FACTORS, LARGEST, SMALL_BATCHES, WIDTHS, Rows, depths, dropouts
+from claims_report import batches, cell, factor_of, spared, thresholds
+from claims_training import Run
+
+COLOURS = ("#1f6fb2", "#c0392b", "#7f8c8d", "#2e8b57", "#8e5ea2")
+NETWORK = (
+    "Networks: the row of NF-ResNet-50 with one block in each of four stages, 48 to 384 channels, average-pooled "
+    "shortcuts (0.29 M parameters unless noted), 32 x 32 pixels. SGD with Nesterov momentum 0.9, peak learning rate "
+    "0.1 x batch / 256 (linear warmup over a quarter of the steps, then a cosine to 0), weight decay 2e-5, label "
+    "smoothing 0.1. A clipped network clips everything but the classifier's weight unless noted."
+)
+
+
+def caption(rows: Rows, runs: Iterable[Run], text: str) -> str:
+    """What the figure shows, on what, and what its bars are."""
+    found = [run for run in rows if any(replace(run, seed=0) == other for other in runs)]
+    images, epochs, seeds = (sorted({getattr(run, name) for run in found}) for name in ("images", "epochs", "seed"))
+    data = f"Fashion-MNIST, {' or '.join(map(str, images))} training images, {' or '.join(map(str, epochs))} epochs."
+    bars = (
+        f"Accuracy on the 10 000 test images, mean and standard deviation over the seeds "
+        f"{', '.join(map(str, seeds))}; chance is 10 %, where diverged runs end."
+    )
+    return " ".join((text, data, NETWORK, bars, "; ".join(sorted({rows[run].machine for run in found})) + "."))
+
+
+def line(axes: Any, rows: Rows, runs: Sequence[Run], x: Sequence[float], **style: Any) -> None:
+    """Means with their spreads at x; runs without rows are left out."""
+    found = [(at, mean) for at, run in zip(x, runs, strict=True) if (mean := cell(rows, run))]
+    if found:
+        at, cells = zip(*found, strict=True)
+        axes.errorbar(at, [c.mean for c in cells], [c.spread for c in cells], marker="o", ms=4, capsize=3, **style)
+
+
+def bars(axes: Any, rows: Rows, runs: dict[str, Run]) -> None:
+    """Horizontal bars, the first on top, with their means written behind them."""
+    for y, run in enumerate(runs.values()):
+        if found := cell(rows, run):
+            axes.barh(y, found.mean, xerr=found.spread, color=COLOURS[0], alpha=0.8, capsize=3, height=0.6)
+            axes.text(found.mean + found.spread + 1, y, f"{found.mean:.1f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="test accuracy, %")
+
+
+def log_axis(axes: Any, ticks: Sequence[float], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set(xlabel=label, ylabel="test accuracy, %")
+
+
+def draw_batch_size(rows: Rows, figure: Any) -> list[Run]:
+    sizes, axes = batches(rows), figure.subplots()
+    kinds = {
+        "NF, adaptive clipping, best factor of each batch size": [factor_of(rows, batch) for batch in sizes],
+        "NF, not clipped": [Run(batch=batch) for batch in sizes],
+        "batch-normalised twin": [Run("bn", batch=batch) for batch in sizes],
+    }
+    for colour, (label, runs) in zip(COLOURS, kinds.items(), strict=False):
+        line(axes, rows, runs, sizes, label=label, color=colour)
+    log_axis(axes, sizes, "batch size")
+    axes.legend(frameon=False)
+    return [run for runs in kinds.values() for run in runs]
+
+
+def draw_clip_factor(rows: Rows, figure: Any) -> list[Run]:
+    axes, shown = figure.subplots(), []
+    for colour, batch in zip(COLOURS, batches(rows), strict=False):
+        runs = [Run(clip="unit", factor=factor, batch=batch) for factor in FACTORS]
+        line(axes, rows, runs, FACTORS, label=f"batch {batch}", color=colour)
+        shown += runs
+    log_axis(axes, FACTORS, "clip factor")
+    axes.legend(frameon=False)
+    return shown
+
+
+def draw_layers(rows: Rows, figure: Any) -> list[Run]:
+    runs = spared(rows)
+    axes = figure.subplots()
+    bars(axes, rows, runs)
+    axes.set_ylabel("not clipped")
+    return list(runs.values())
+
+
+def draw_norms(rows: Rows, figure: Any) -> list[Run]:
+    names = {"unit": "one unit", "layer": "one parameter", "global": "all parameters"}
+    runs = {f"{names[clip]}, {run.factor:g}": run for clip, run in thresholds(rows).items()}
+    axes = figure.subplots()
+    bars(axes, rows, runs)
+    axes.set_ylabel("norm of, threshold")
+    return list(runs.values())
+
+
+def draw_small_batches(rows: Rows, figure: Any) -> list[Run]:
+    axes, shown = figure.subplots(), []
+    for colour, net, label in ((COLOURS[0], "nf", "NF, not clipped"), (COLOURS[2], "bn", "batch-normalised twin")):
+        runs = [Run(net, batch=batch, images=6000) for batch in SMALL_BATCHES]
+        line(axes, rows, runs, SMALL_BATCHES, label=label, color=colour)
+        shown += runs
+    log_axis(axes, SMALL_BATCHES, "batch size")
+    axes.legend(frameon=False)
+    return shown
+
+
+def draw_capacity(rows: Rows, figure: Any) -> list[Run]:
+    left, right = figure.subplots(1, 2)
+    deeper = {f"stage {i}" + f" ({run.depths})": run for i, run in enumerate(depths(0), 1)}
+    bars(left, rows, deeper)
+    found = [mean for run in deeper.values() if (mean := cell(rows, run))]
+    if found:  # bars of one length show nothing
+        left.set_xlim(min(c.mean - c.spread for c in found) - 1, max(c.mean + c.spread for c in found) + 2)
+    left.set(title="two more blocks in", xlabel="test accuracy, % (axis does not begin at 0)")
+    for colour, width in zip(COLOURS, WIDTHS, strict=False):
+        runs = [run for run in dropouts(0) if run.width == width]
+        line(right, rows, runs, DROPOUTS, label=f"width x {width}", color=colour)
+    right.set(title="dropout", xlabel="rate before the classifier", ylabel="test accuracy, %", xticks=DROPOUTS)
+    right.legend(frameon=False)
+    return [*deeper.values(), *dropouts(0)]
+
+
+def draw(rows: Rows, plot: Callable[[Rows, Any], list[Run]], title: str, text: str, file: Path) -> None:
+    """Write one figure, its caption below it."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=(4.6, 1.6))
+    shown = plot(rows, above)
+    for axes in above.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    above.suptitle(title, fontsize=11)
+    below.text(0.02, 0.97, textwrap.fill(caption(rows, shown, text), 122), va="top", fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
+ABOUT = {
+    "batch_size": (draw_batch_size, "Accuracy against batch size", "As figure 2a of arXiv:2102.06171."),
+    "clip_factor": (
+        draw_clip_factor,
+        "Accuracy against clip factor and batch size",
+        "As figure 2b of arXiv:2102.06171.",
+    ),
+    "layers": (
+        draw_layers,
+        f"What has to be clipped at batch {LARGEST}",
+        "Adaptive clipping of all parameters but those named; the rows that begin with 'and' spare the classifier's "
+        "weight too. The clip factor is the best of claim 2 on seed 0.",
+    ),
+    "norms": (
+        draw_norms,
+        f"Three ways to clip at batch {LARGEST}",
+        "Gradients are scaled by the norm of a unit or of a whole parameter, relative to the weight, or by the norm of "
+        "all gradients; each at its best threshold on seed 0.",
+    ),
+    "small_batches": (draw_small_batches, "Small batches", "Same network and steps, normalised or not."),
+    "capacity": (
+        draw_capacity,
+        "Where depth helps, and how much dropout",
+        f"Left: two blocks added to one stage, all at 1.4 M multiply-adds, batch {BATCHES[0]}, 60000 images, 2 epochs. "
+        "Right: 0.2 M (width x 0.85) and 0.5 M parameters (x 1.3), batch 64, 6000 images, 10 epochs. No clipping.",
+    ),
+}

@@ -1,0 +1,103 @@
+"""Which runs scripts/claims.py makes, and in which order."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from claims_training import STAGES, Result, Run
+
+SEEDS = (0, 1, 2)
+FACTORS = (0.01, 0.02, 0.04, 0.08, 0.16)
+LARGEST = 4096
+BATCHES = (256, 1024, LARGEST)
+BETWEEN = (512, 2048)  # last of all, as the claims can be judged without them
+SMALL_BATCHES = (4, 8, 16)
+THRESHOLDS = {
+    "unit": (0.0025, 0.005, *FACTORS),
+    "layer": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+    "global": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+DEPTHS = ("3-1-1-1", "1-3-1-1", "1-1-3-1", "1-1-1-3")
+WIDTHS = (0.85, 1.3)  # 0.2 and 0.5 M parameters
+DROPOUTS = (0.0, 0.25, 0.5)
+HEAD, STEM = "head.fc.weight", "stem."
+SPARED = {
+    "nothing": "",
+    "classifier's weight": HEAD,
+    "and first convolution": f"{HEAD} {STEM}",
+    **{f"and stage {i}": f"{HEAD} {stage}" for i, stage in enumerate(STAGES, 1)},
+}
+
+Rows = dict[Run, Result]
+
+
+def batch_sizes(batches: Iterable[int], seed: int) -> list[Run]:
+    """Claim 1, without those that claim 2 has."""
+    return [Run(net, batch=batch, seed=seed) for batch in batches for net in ("nf", "bn")]
+
+
+def clip_factors(batches: Iterable[int], seed: int) -> list[Run]:
+    """Claim 2."""
+    return [Run(clip="unit", factor=factor, batch=batch, seed=seed) for batch in batches for factor in FACTORS]
+
+
+def layers(factor: float, seed: int) -> list[Run]:
+    """Claim 3."""
+    return [Run(clip="unit", factor=factor, spared=spared, batch=LARGEST, seed=seed) for spared in SPARED.values()]
+
+
+def norms(clip: str, seed: int) -> list[Run]:
+    """Claim 4: all thresholds of a kind of clipping."""
+    return [Run(clip=clip, factor=factor, batch=LARGEST, seed=seed) for factor in THRESHOLDS[clip]]
+
+
+def small_batches(seed: int) -> list[Run]:
+    """Claim 5."""
+    return [Run(net, batch=batch, images=6000, seed=seed) for batch in SMALL_BATCHES for net in ("nf", "bn")]
+
+
+def depths(seed: int) -> list[Run]:
+    """Claim 6, the first half."""
+    return [Run(depths=depths, seed=seed) for depths in DEPTHS]
+
+
+def dropouts(seed: int) -> list[Run]:
+    """Claim 6, the second half; few images many times, as dropout is against overfitting, at a batch that is stable."""
+    return [
+        Run(width=width, dropout=dropout, batch=64, images=6000, epochs=10, seed=seed)
+        for width in WIDTHS
+        for dropout in DROPOUTS
+    ]
+
+
+def quick() -> list[Run]:
+    """The first rows of claims 1 and 2 that show them: the smallest and the largest batch."""
+    return batch_sizes((BATCHES[0], LARGEST), 0) + clip_factors([LARGEST], 0)
+
+
+def best(rows: Rows, candidates: Iterable[Run]) -> Run | None:
+    """The most accurate of the candidates, None while one of them is missing."""
+    candidates = list(candidates)
+    if any(run not in rows for run in candidates):
+        return None
+    return max(candidates, key=lambda run: rows[run].accuracy)
+
+
+def plan(rows: Rows, seeds: Iterable[int] = SEEDS) -> list[Run]:
+    """All runs in their order, as far as the rows there are decide them; a claim's runs of one seed are together.
+
+    The clip factor of claim 3 and the thresholds that claim 4 gives to all seeds are the best ones of seed 0.
+    """
+    runs: list[Run] = []
+    for seed in seeds:
+        runs += batch_sizes(BATCHES, seed) + clip_factors(BATCHES, seed)
+        unit = best(rows, clip_factors([LARGEST], 0))
+        if unit:
+            runs += layers(unit.factor, seed)
+        runs += small_batches(seed)
+        for clip in THRESHOLDS:
+            chosen = best(rows, norms(clip, 0))
+            runs += norms(clip, 0) if seed == 0 else [replace(chosen, seed=seed)] if chosen else []
+        runs += depths(seed) + dropouts(seed)
+    for seed in seeds:
+        runs += batch_sizes(BETWEEN, seed) + clip_factors(BETWEEN, seed)
+    return list(dict.fromkeys(runs))

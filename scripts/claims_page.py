@@ -1,0 +1,129 @@
+"""docs/claims.md: what the paper says, what was measured, and the verdicts."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import claims_report as report
+from claims_grid import SEEDS, Rows, plan
+from claims_report import FLOOR, LITTLE, SPREADS, VERDICTS, Part
+
+INTRODUCTION = """\
+# The paper's claims, re-run
+
+Written by `python scripts/claims.py --report` from [claims/runs.csv](claims/runs.csv), which
+`python scripts/claims.py` fills. Do not edit.
+
+The networks of arXiv:2102.06171 were trained on ImageNet for 90 to 360 epochs. These are small ones on Fashion-MNIST
+for two: what holds here supports a claim, what does not may be due to the scale.
+
+- Data: Fashion-MNIST padded to 32 x 32, no augmentation; Debian's package `dataset-fashion-mnist`, or a download.
+- Network: the row of `dm_nf_resnet50` with one block a stage and 48, 96, 192, 384 channels; 0.29 M parameters,
+  1.1 M multiply-adds. Its shortcuts average-pool: three strided ones in a row see one of 64 positions, and as skip
+  gains start at 0 and clipping holds them back, there is little else at first.
+- The batch-normalised twin: the same row with bias-free convolutions followed by BatchNorm2d; alpha, beta and the skip
+  gains are 1. It is never clipped.
+- Training: SGD, Nesterov momentum 0.9, peak learning rate 0.1 * batch / 256, warmup over a quarter of the steps, then
+  a cosine to 0; weight decay 2e-5 but not on gains and biases; label smoothing 0.1; float32. 2 epochs of all 60 000
+  images where nothing else is said: 468 steps at batch 256, 28 at batch 4096.
+- Accuracy: of the 10 000 test images after the last step, mean ± standard deviation over the seeds. A run ends where
+  its loss leaves the finite numbers, mostly at the chance level of 10 %."""
+
+RULE = f"""\
+**Rule.** One mean is above another if it is so by more than {SPREADS} standard errors of their difference. A standard
+deviation below {FLOOR} points counts as {FLOOR}: the test images alone give 0.3, and a few seeds may agree by chance.
+*As good* and *little* allow {LITTLE:g} point. A part holds if it is so by this rule, does not hold if the opposite is, and
+is not decided here otherwise, or with fewer than two seeds.
+
+`make claims-quick` re-runs the first rows with one seed and compares them with these, in minutes: each has to be within
+{SPREADS} standard deviations (at least {FLOOR} points each) of the mean.
+"""
+
+
+class Claim(NamedTuple):
+    name: str  # key of claims_figures.ABOUT
+    title: str
+    paper: str
+    measured: str
+    parts: Callable[[Rows], list[Part]]
+    table: Callable[[Rows], str]
+
+
+CLAIMS = (
+    Claim(
+        "batch_size",
+        "Clipping keeps networks without normalisation training at large batch sizes",
+        "Section 4.1 and figure 2a: NF-ResNets without clipping fail at large batch sizes; with adaptive clipping they "
+        "train up to batch 4096, as well as batch-normalised ones or better. At small batch sizes it changes little.",
+        "Clipped means at the clip factor with the highest mean at that batch size; the table is that of claim 2.",
+        report.batch_size_parts,
+        report.clip_factor_table,
+    ),
+    Claim(
+        "clip_factor",
+        "The larger the batch, the smaller the best clip factor",
+        "Section 4.1 and figure 2b: of 0.01 to 0.16, larger batch sizes need smaller clip factors.",
+        "The table is that of claim 1.",
+        report.clip_factor_parts,
+        lambda rows: "",
+    ),
+    Claim(
+        "layers",
+        "What has to be clipped",
+        "Section 4.1: not clipping the classifier's weight is always better; the first convolution may often be left "
+        "out too; all four stages have to be clipped for stability at batch 4096.",
+        "Batch 4096, the best clip factor of claim 2 on seed 0. From the third line on the classifier's weight is "
+        "spared as well.",
+        report.layer_parts,
+        report.layer_table,
+    ),
+    Claim(
+        "norms",
+        "Unit-wise norms do better than layer-wise ones",
+        "Section 4: unit-wise clipping does better than layer-wise, and clipping by one norm of all gradients needs a "
+        "threshold tuned with care.",
+        "Batch 4096. Every threshold is tried on seed 0, the best one of each kind is compared over all seeds.",
+        report.norm_parts,
+        report.norm_table,
+    ),
+    Claim(
+        "small_batches",
+        "Batch-normalised networks lose accuracy at small batch sizes",
+        "Section 2, after arXiv:2101.08692: batch normalisation does badly when batches are small; networks without it "
+        "do not depend on the batch.",
+        "The first 6000 images of a fixed order, nothing is clipped.",
+        report.small_batch_parts,
+        report.small_batch_table,
+    ),
+    Claim(
+        "capacity",
+        "Depth belongs into the third stage, and dropout grows with the model",
+        "Section 5: capacity is best added in the third of the four stages; larger networks are given more dropout.",
+        "Depth: two blocks are added to one stage at batch 256; as every stage has half the resolution and twice the "
+        "channels of the one before, they cost the same in all. Dropout: 6000 images, 10 epochs, batch 64, two widths. "
+        "Nothing is clipped.",
+        report.capacity_parts,
+        report.capacity_table,
+    ),
+)
+
+
+def page(rows: Rows) -> str:
+    """The Markdown text; rows decide every number and verdict in it."""
+    planned = plan(rows)
+    machines = "; ".join(sorted({result.machine for result in rows.values()}))
+    hours = sum(result.seconds for result in rows.values()) / 3600
+    done = sum(run in rows for run in planned)
+    seeds = [seed for seed in SEEDS if all(run in rows for run in planned if run.seed == seed)]
+    state = (
+        f"Runs: {done} of {len(planned)}; seeds that are complete: {', '.join(map(str, seeds)) or 'none'}. Machine: "
+        f"{machines} a run, two runs at a time, {hours:.1f} hours of processor time."
+    )
+    lines = [INTRODUCTION, f"- {state}\n", RULE]
+    parts = [(index, part) for index, claim in enumerate(CLAIMS, 1) for part in claim.parts(rows)]
+    summary = ((index, part.statement, part.numbers, VERDICTS[part.verdict]) for index, part in parts)
+    lines.append(report.table(["claim", "part", "measured, %", "verdict"], summary))
+    for index, claim in enumerate(CLAIMS, 1):
+        lines += ["", f"## {index}. {claim.title}", "", f"The paper: {claim.paper}", "", f"Here: {claim.measured}", ""]
+        lines += [f"![{claim.title}](claims/{index}_{claim.name}.png)"]
+        lines += ["", found] if (found := claim.table(rows)) else []
+    return "\n".join(lines) + "\n"
