@@ -10,10 +10,10 @@ OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench claims-quick clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 demo: $(READY)  ## train, save, reload and plot on real images; minutes, no download
 	$(PYTHON) -c "from timm_nf.cli import main; main(['demo'])"
@@ -35,6 +35,9 @@ lint: $(READY)  ## ruff and pyright
 
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for script in scripts/differences.py scripts/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
+	$(PYTHON) scripts/claims.py --quick
 
 clean:  ## remove everything that can be made again
 	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -58,14 +58,14 @@ def log_axis(axes: Any, ticks: Sequence[float], label: str) -> None:
 def draw_batch_size(rows: Rows, figure: Any) -> list[Run]:
     sizes, axes = batches(rows), figure.subplots()
     kinds = {
-        "NF, adaptive clipping, best factor of each batch size": [factor_of(rows, batch) for batch in sizes],
+        "NF, clipped by its best factor": [factor_of(rows, batch) for batch in sizes],
         "NF, not clipped": [Run(batch=batch) for batch in sizes],
         "batch-normalised twin": [Run("bn", batch=batch) for batch in sizes],
     }
     for colour, (label, runs) in zip(COLOURS, kinds.items(), strict=False):
         line(axes, rows, runs, sizes, label=label, color=colour)
     log_axis(axes, sizes, "batch size")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return [run for runs in kinds.values() for run in runs]
 
 

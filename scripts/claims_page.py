@@ -31,8 +31,8 @@ for two: what holds here supports a claim, what does not may be due to the scale
 RULE = f"""\
 **Rule.** One mean is above another if it is so by more than {SPREADS} standard errors of their difference. A standard
 deviation below {FLOOR} points counts as {FLOOR}: the test images alone give 0.3, and a few seeds may agree by chance.
-*As good* and *little* allow {LITTLE:g} point. A part holds if it is so by this rule, does not hold if the opposite is, and
-is not decided here otherwise, or with fewer than two seeds.
+*As good* and *little* allow {LITTLE:g} point. A part holds if it is so by this rule, does not hold if the opposite is,
+and is not decided here otherwise, or with fewer than two seeds.
 
 `make claims-quick` re-runs the first rows with one seed and compares them with these, in minutes: each has to be within
 {SPREADS} standard deviations (at least {FLOOR} points each) of the mean.
@@ -112,12 +112,14 @@ def page(rows: Rows) -> str:
     planned = plan(rows)
     machines = "; ".join(sorted({result.machine for result in rows.values()}))
     hours = sum(result.seconds for result in rows.values()) / 3600
-    done = sum(run in rows for run in planned)
-    seeds = [seed for seed in SEEDS if all(run in rows for run in planned if run.seed == seed)]
+    missing = [run for run in planned if run not in rows]
+    left = sorted({run.batch for run in missing})
     state = (
-        f"Runs: {done} of {len(planned)}; seeds that are complete: {', '.join(map(str, seeds)) or 'none'}. Machine: "
-        f"{machines} a run, two runs at a time, {hours:.1f} hours of processor time."
+        f"Runs: {len(planned) - len(missing)} of {len(planned)}, {len(SEEDS)} seeds. Machine: {machines} a run, two runs "
+        f"at a time, {hours:.1f} hours of processor time."
     )
+    if missing:
+        state += f" The missing runs are at batch {', '.join(map(str, left))}; `python scripts/claims.py` makes them."
     lines = [INTRODUCTION, f"- {state}\n", RULE]
     parts = [(index, part) for index, claim in enumerate(CLAIMS, 1) for part in claim.parts(rows)]
     summary = ((index, part.statement, part.numbers, VERDICTS[part.verdict]) for index, part in parts)

@@ -13,11 +13,13 @@ from claims_grid import (
     DROPOUTS,
     FACTORS,
     LARGEST,
+    SEEDS,
     SMALL_BATCHES,
     SPARED,
     THRESHOLDS,
     WIDTHS,
     Rows,
+    batch_sizes,
     best,
     clip_factors,
     depths,
@@ -92,8 +94,12 @@ def part(statement: str, a: Cell | None, b: Cell | None, verdict: int) -> Part:
 
 
 def batches(rows: Rows) -> list[int]:
-    """The batch sizes of claims 1 and 2 that have rows."""
-    return [batch for batch in sorted({*BATCHES, *BETWEEN}) if cell(rows, Run(batch=batch))]
+    """The batch sizes of claims 1 and 2; those in between only once all of their runs are there."""
+    return sorted([*BATCHES, *(batch for batch in BETWEEN if complete(rows, batch))])
+
+
+def complete(rows: Rows, batch: int) -> bool:
+    return all(run in rows for seed in SEEDS for run in batch_sizes([batch], seed) + clip_factors([batch], seed))
 
 
 def factor_of(rows: Rows, batch: int) -> Run:

@@ -11,7 +11,9 @@ import claims
 import claims_report
 import pytest
 import torch
+from claims_figures import ABOUT
 from claims_grid import LARGEST, best, clip_factors, layers, plan, quick
+from claims_page import CLAIMS, page
 from claims_report import FLOOR, Cell, as_good, better
 from claims_training import Result, Run, batch_normalised, build, clip, clip_layerwise_, learning_rate
 from torch import nn
@@ -160,6 +162,12 @@ def test_a_missing_data_set_is_one_line_and_exit_code_1(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["claims.py", "--csv", str(tmp_path / "runs.csv")])
     assert claims.main() == 1
     assert capsys.readouterr().err == "Fashion-MNIST is not there\n"
+
+
+def test_the_committed_page_is_that_of_the_committed_rows():
+    assert (claims.FOLDER.parent / "claims.md").read_text() == page(ROWS)
+    assert all((claims.FOLDER / f"{index}_{name}.png").exists() for index, name in enumerate(ABOUT, 1))
+    assert [claim.name for claim in CLAIMS] == list(ABOUT)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
