@@ -115,8 +115,8 @@ def page(rows: Rows) -> str:
     missing = [run for run in planned if run not in rows]
     left = sorted({run.batch for run in missing})
     state = (
-        f"Runs: {len(planned) - len(missing)} of {len(planned)}, {len(SEEDS)} seeds. Machine: {machines} a run, two runs "
-        f"at a time, {hours:.1f} hours of processor time."
+        f"Runs: {len(planned) - len(missing)} of {len(planned)}, {len(SEEDS)} seeds. Machine: {machines} a run, two "
+        f"runs at a time, {hours:.1f} hours of processor time."
     )
     if missing:
         state += f" The missing runs are at batch {', '.join(map(str, left))}; `python scripts/claims.py` makes them."
