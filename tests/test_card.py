@@ -111,6 +111,7 @@ def test_it_needs_neither_torch_nor_a_network(name):
         "dataclasses",
         "functools",
         "itertools",
+        "math",
         "typing",
         "collections.abc",
         "huggingface_hub",
