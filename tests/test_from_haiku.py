@@ -145,6 +145,11 @@ def test_arrays_that_are_not_found_again_leave_no_folder(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"1 of 114 arrays .*NFNet/~/nf_block_1/~/conv1/w"):
         from_haiku.convert(T0, tmp_path / "t0")
     assert left(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RuntimeError, match="1 of 114 arrays"):
+        from_haiku.convert(T0, tmp_path / "mine")
+    assert left(tmp_path) == ["mine"]  # an empty one stays
+    assert left(tmp_path / "mine") == []
 
 
 def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, fails):

@@ -59,6 +59,7 @@ def convert(
     folder = Path(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, {folder} is there: remove it or name another")
+    was_there = folder.is_dir()
     params = load_haiku(file)
     name, overrides = infer_variant(params)
     network = skeleton(name, **overrides)
@@ -73,6 +74,8 @@ def convert(
             written = hub.upload(folder, written, repo_id)
     except BaseException:
         shutil.rmtree(folder)
+        if was_there:
+            folder.mkdir()
         raise
     return Converted(name, overrides, sum(p.numel() for p in network.parameters()), written)
 
