@@ -207,6 +207,13 @@ def test_squeeze_excite_as_a_matrix_product_equals_its_convolutions(channels_las
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
 
 
+def test_squeeze_excite_calls_convolutions_that_only_have_a_hook_before_their_backward_pass() -> None:
+    se, calls = SqueezeExcite(6, 0.5), []
+    se.fc1.register_full_backward_pre_hook(lambda module, grads: calls.append(grads[0].shape))
+    se(torch.randn(3, 6, 4, 5)).sum().backward()
+    assert calls == [(3, 3, 1, 1)]
+
+
 def test_squeeze_excite_calls_what_its_convolutions_were_replaced_by() -> None:
     class Adapter(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:
