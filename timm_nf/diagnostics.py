@@ -13,7 +13,6 @@ import torch
 from timm.models.nfnet import NormFreeBlock as StockNormFreeBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import PreActBasic, PreActBottleneck
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from . import agc
@@ -117,7 +116,7 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     Raises:
         TypeError: if the model has no blocks, or blocks that return something else than images or tokens.
     """
-    net: Any = unwrap_model(model)
+    net: Any = agc.innermost(model)
     blocks = list(_blocks(net))
     if not blocks:
         raise TypeError(
