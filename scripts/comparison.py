@@ -3,8 +3,8 @@
     python scripts/comparison.py
 
 Other packages are installed into environments under a temporary folder and run as processes over the same arrays;
-nothing of them stays. What does not install or run says so on the page. About ten minutes on two cores, 1 GB of disk,
-14 GB of memory (six processes hold F0's parameters and gradients at once, for times measured in turn).
+nothing of them stays. What does not install or run says so on the page.
+Six processes hold F0's parameters and gradients at once, for times measured in turn: minutes, and much memory.
 """
 
 import functools
