@@ -65,7 +65,7 @@ def draw_batch_size(rows: Rows, figure: Any) -> list[Run]:
     for colour, (label, runs) in zip(COLOURS, kinds.items(), strict=False):
         line(axes, rows, runs, sizes, label=label, color=colour)
     log_axis(axes, sizes, "batch size")
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.42, 0.45))
     return [run for runs in kinds.values() for run in runs]
 
 
@@ -162,7 +162,8 @@ ABOUT = {
     "capacity": (
         draw_capacity,
         "Where depth helps, and how much dropout",
-        f"Left: two blocks added to one stage, all at 1.4 M multiply-adds, batch {BATCHES[0]}, 60000 images, 2 epochs. "
-        "Right: 0.2 M (width x 0.85) and 0.5 M parameters (x 1.3), batch 64, 6000 images, 10 epochs. No clipping.",
+        f"Left: two blocks added to one stage, width x 5/6, all at 1.0 M multiply-adds, batch {BATCHES[0]}, 60000 "
+        f"images, 2 epochs, clip factor {max(FACTORS)}. Right: 0.2 M (width x 0.85) and 0.5 M parameters (x 1.3), "
+        "batch 64, 6000 images, 10 epochs, no clipping.",
     ),
 }

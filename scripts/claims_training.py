@@ -102,8 +102,7 @@ def build(run: Run) -> Any:
     """The network of a run: the row of NF-ResNet-50 with other depths and widths, or its twin.
 
     Shortcuts average-pool instead of striding: at 32 pixels three strided 1x1 shortcuts see one of 64 positions, and as
-    skip gains start at 0 and clipping holds them back, there is little but shortcuts at first. With strides two epochs
-    at batch 256 and clip factor 0.01 ended at 33 %.
+    skip gains start at 0 and clipping holds them back, there is little but shortcuts at first (tried, in LOG.md).
     """
     normalised = run.net == "bn"
     model = timm.create_model(
