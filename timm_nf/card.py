@@ -206,7 +206,7 @@ Multiply-adds at the training size. `timm-nf list` prints these numbers, compute
 
 The code is google-deepmind/deepmind-research at f5de0ede. Where it differs from the papers it is followed, because the
 weights came from it: squeeze-excite has a relu where the paper writes gelu, and F4+ has {f4_plus} parameters where the
-paper's table 3 has 527 M.
+paper's table 5 has 527 M.
 
 `dm_in1k` are the authors' ImageNet-1k weights in timm's conversion, pulled from the Hub repositories
 `{first_repo}` to `{last_repo}` when asked for. Nothing is bundled here.

@@ -82,7 +82,7 @@ def activation_name(name: str) -> str:
 
 
 def activation_gain(name: str) -> float:
-    """Gamma, the factor that gives the activation of a unit normal variance 1 (arXiv:2101.08692, section 4.1)."""
+    """Gamma, the factor that gives the activation of a unit normal variance 1 (arXiv:2101.08692, section 4.3)."""
     return ACTIVATIONS[activation_name(name)][1]
 
 

@@ -71,11 +71,11 @@ def _epochs(total: int, warmup: int) -> dict[str, Any]:
 
 _NFNET = Recipe(
     "from scratch on ImageNet",
-    "arXiv:2102.06171, section 4 and appendix A; deepmind-research nfnets/experiment_nfnets.py",
+    "arXiv:2102.06171, A.1 and A.3; deepmind-research nfnets/experiment_nfnets.py",
     4096, 1.6, _EVERYWHERE | _epochs(360, 5) | _AGC | {"weight_decay": 2e-5, "drop_path": 0.25} | _RAND_AUGMENT
     | _MIX | _ema(0.99999) | _BFLOAT16,
 )  # fmt: skip
-_AFTER_PRETRAINING = "arXiv:2102.06171, section 6 and appendix A: ImageNet after pre-training on 300 million images"
+_AFTER_PRETRAINING = "arXiv:2102.06171, section 6.2 and A.5: ImageNet after pre-training on 300 million images"
 # 15 000 steps of which 5000 warm up: at this batch size, an epoch of ImageNet has 625
 _FINETUNE: dict[str, Any] = _EVERYWHERE | _epochs(24, 8) | {"pretrained": True}
 
@@ -105,7 +105,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "small-batch": {
         "nfnet": replace(
             _NFNET, title="small batches from scratch, no clipping", batch_size=256, lr=0.1,
-            source="arXiv:2102.06171, section 4: at small batches clipping changes little. Otherwise as for large ones",
+            source="arXiv:2102.06171, section 4.1: at small batches clipping helps less. Otherwise as for large ones",
             settings={k: v for k, v in _NFNET.settings.items() if k != "opt_kwargs"} | _SGD,
         ),
         "dm_nf_resnet": Recipe(

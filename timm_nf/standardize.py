@@ -3,7 +3,7 @@
 timm's layers add an epsilon to the variance where the authors take a maximum, and go through batch_norm, which takes
 longer: `python scripts/bench_weights.py` compares.
 
-Shapes: O output channels, I input channels per group, K kernel size. Sources: arXiv:2101.08692, section 4.3;
+Shapes: O output channels, I input channels per group, K kernel size. Sources: arXiv:2101.08692, section 4.2;
 deepmind-research nfnets/base.py at f5de0ede.
 """
 
@@ -127,7 +127,7 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS) -> T
     Raises:
         ValueError: if there is not exactly one gain for every output channel.
 
-    Source: arXiv:2101.08692, section 4.3; nfnets/base.py, WSConv2D.standardize_weight.
+    Source: arXiv:2101.08692, section 4.2; nfnets/base.py, WSConv2D.standardize_weight.
     """
     if gain.numel() != weight.shape[0]:
         raise ValueError(

@@ -213,7 +213,7 @@ _regnet = partial(
 
 # fmt: off
 VARIANTS: dict[str, Variant] = {
-    # N x depths (1, 2, 6, 3); train and test size, dropout, RandAugment, timm's crop_pct: arXiv:2102.06171, table 1
+    # N x depths (1, 2, 6, 3); sizes and dropout: arXiv:2102.06171, table 1; RandAugment: A.3; crop_pct: timm
     "nfnet_f0": _nfnet(1, _F, 192, 256, 0.2, 5, 0.9, hub=True),
     "nfnet_f1": _nfnet(2, _F, 224, 320, 0.3, 10, 0.91, hub=True),
     "nfnet_f2": _nfnet(3, _F, 256, 352, 0.4, 10, 0.92, hub=True),
