@@ -36,6 +36,17 @@ def of_another_shape():
     return p
 
 
+def parameter_on_meta():
+    p = nn.Parameter(torch.ones(3, 2, device="meta"))
+    p.grad = torch.ones(3, 2, device="meta")
+    return p
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return torch.ones(3, 2)
+
+
 GOOD = parameter(torch.ones(3, 2))
 BAD = {
     "a sparse gradient": lambda: parameter(torch.eye(3, 2).to_sparse()),
@@ -46,6 +57,8 @@ BAD = {
         grad=torch.ones(3, 2), device=torch.device("meta"), shape=torch.Size((3, 2))
     ),
     "a gradient of shape (3, 2)": of_another_shape,
+    "its gradient on meta, others on cpu": parameter_on_meta,
+    "a gradient made in inference mode": lambda: parameter(in_inference_mode()),
     # what autograd.grad gives of a sum
     "entries that share memory": lambda: parameter(torch.ones(1, 1).expand(3, 2)),
     "the gradient tensor of another parameter": lambda: parameter(GOOD.grad),
@@ -59,3 +72,10 @@ def test_a_bad_gradient_is_refused_by_index_and_shape_before_anything_is_written
     with pytest.raises(ValueError, match=f"^{opening}.*{re.escape(problem)}"):
         adaptive_clip_grad_([GOOD, bad])
     assert torch.equal(GOOD.grad, torch.ones(3, 2))
+
+
+def test_gradients_made_in_inference_mode_are_clipped_inside_it():
+    p = parameter(in_inference_mode())
+    with torch.inference_mode():
+        adaptive_clip_grad_(p)
+    torch.testing.assert_close(torch.linalg.vector_norm(p.grad, dim=1), torch.full((3,), 0.01 * 2**0.5))

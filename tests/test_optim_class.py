@@ -279,3 +279,48 @@ def test_timms_clip_mode_uses_our_function():
     # one unit of weight norm 2 and gradient norm 5; timm's own function clips every entry to 0.01
     torch.testing.assert_close(gain.grad.flatten(), torch.tensor([0.012, 0.0, 0.016, 0.0]))
     timm.utils.dispatch_clip_grad([gain], 1.0, mode="value")
+
+
+@pytest.mark.parametrize("module", [timm.utils, timm.utils.clip_grad, timm.utils.cuda])
+def test_an_unknown_clip_mode_is_a_value_error_that_names_it(module):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="unknown clip mode 'acg'; timm's --clip-mode is one of 'norm', 'value'"):
+        module.dispatch_clip_grad([p], 0.01, mode="acg")
+    assert torch.equal(p.grad, torch.ones(2))
+
+
+def test_other_failed_assertions_of_timms_clip_modes_stay_what_they_are(monkeypatch):
+    def fails(*args, **kwargs):
+        raise AssertionError("of another kind")
+
+    monkeypatch.setattr(timm.utils.clip_grad, "adaptive_clip_grad", fails)
+    with pytest.raises(AssertionError, match="of another kind"):
+        timm.utils.dispatch_clip_grad([], 0.01, mode="agc")
+
+
+class OneBadGradient(nn.Module):
+    """Its second parameter has a sparse gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.first.weight.grad = torch.ones(2, 2)
+        self.second.weight.grad = torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize(
+    "create_it",
+    [
+        lambda model: timm.optim.create_optimizer_v2(model, "agcsgd", lr=0.1),
+        lambda model: optim.AgcSGD(model.named_parameters(), lr=0.1),
+    ],
+    ids=["timm's factory", "named parameters"],
+)
+def test_a_bad_gradient_is_refused_by_the_parameters_name_before_anything_is_written(create_it):
+    model = OneBadGradient()
+    with pytest.raises(
+        ValueError, match=r"^parameter group 0, parameter 1 second\.weight of shape \(2, 2\) has a sparse"
+    ):
+        create_it(model).step()
+    assert torch.equal(model.first.weight.grad, torch.ones(2, 2))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .shards import Shard, local_shard, placement_problem, reduce_norms
+from .shards import Shard, gradient_problem, local_shard, reduce_norms
 
 # Never acts on its own: a unit is only clipped above clip_factor * eps, 1e-5 by default. It bounds the division for
 # callers who set both far lower, exactly as the authors' code does.
@@ -26,7 +26,6 @@ _DIV_EPS = 1e-6
 
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _GAINS = ("gain", "skipinit_gain")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -98,12 +97,16 @@ def check_setting(name: str, value: float) -> None:
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
 
 
-def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str = "") -> list[Tensor]:
-    """The distinct parameters that have something to clip, in the order given; `where` opens the error messages.
+def parameters_with_gradient(
+    parameters: Tensor | Iterable[Tensor], where: str = "", name_of: Callable[[Tensor], str] = lambda p: ""
+) -> list[Tensor]:
+    """The distinct parameters that have something to clip, in the order given.
+
+    Error messages open with `where` and give a parameter's index and, if it has one, its name.
 
     Raises:
-        ValueError: A gradient is sparse, shared, not of real floating point numbers, or of another shape, device or
-            sharding than its parameter.
+        ValueError: A gradient is sparse, shared, made in inference mode, not of real floating point numbers, on the
+            meta device while others are not, or of another shape, device or sharding than its parameter.
     """
     distinct: dict[int, Tensor] = {}
     gradients: set[int] = set()
@@ -111,32 +114,20 @@ def parameters_with_gradient(parameters: Tensor | Iterable[Tensor], where: str =
         g = p.grad
         if g is None or id(p) in distinct:
             continue
-        problem = _gradient_problem(p, g)
+        problem, first = gradient_problem(p, g), next(iter(distinct.values()), p)
+        if g.is_meta != first.is_meta:
+            problem = (
+                f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
+            )
         if id(g) in gradients:
             problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
         if problem:
-            raise ValueError(f"{where}parameter {index} of shape {tuple(p.shape)} has {problem}")
+            name = " ".join(filter(None, (str(index), name_of(p))))
+            raise ValueError(f"{where}parameter {name} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
             gradients.add(id(g))
     return list(distinct.values())
-
-
-def _gradient_problem(p: Tensor, g: Tensor) -> str | None:
-    """What keeps a gradient from being clipped in place; None if nothing does."""
-    if g.layout != torch.strided:
-        return f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
-    if g.device != p.device:
-        return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
-    if g.shape != p.shape:
-        return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
-        return (
-            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
-        )
-    if g.numel() and any(stride == 0 and n > 1 for stride, n in zip(g.stride(), g.shape, strict=True)):
-        return f"a gradient with entries that share memory (strides {g.stride()}); expanded ones need a clone()"
-    return placement_problem(p, g)
 
 
 class Units(NamedTuple):

@@ -22,7 +22,7 @@ from timm_nf import agc
 
 _PREFIX = "agc"
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
-_CLIP_DEFAULTS = {"clip_factor": 0.01, "clip_eps": 1e-3}  # arXiv:2102.06171, section 4.1
+_CLIP_DEFAULTS = {"clip_factor": 0.01, "clip_eps": 1e-3}  # arXiv:2102.06171, A.1
 
 
 class AdaptiveClipping(torch.optim.Optimizer):
@@ -63,16 +63,25 @@ class AdaptiveClipping(torch.optim.Optimizer):
             if clip_factor is None:
                 continue
             _check_settings(group, known=self.defaults)
-            parameters = agc.parameters_with_gradient(group["params"], where=f"parameter group {index}, ")
+            parameters = agc.parameters_with_gradient(group["params"], f"parameter group {index}, ", self._name_of)
             by_settings.setdefault((clip_factor, eps), []).extend(parameters)
         self._measured = agc.clip_checked_([(ps, *settings) for settings, ps in by_settings.items()])
+
+    def _name_of(self, parameter: Tensor) -> str:
+        """Its name in the model that timm's factory was given or, if the groups have names, there; '' without."""
+        for group in self.param_groups:
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
+                if p is parameter:
+                    return name
+        return next((name for p, name in getattr(self, "_named", ()) if p is parameter), "")
 
     @contextmanager
     def _fused_where_equal(self) -> Iterator[None]:
         """For this step, let torch's SGD take its fused implementation on the CPU, which it never chooses by itself.
 
-        Where nobody asked for one, and only for parameters where the result is the same to the bit. The groups
-        themselves keep their `fused=None`, so state dicts stay those of the bare optimizer.
+        Where nobody asked for one, and only for parameters where the result is the same to the bit. Where one is asked
+        for, sharded parameters take the default instead: torch's fused SGD cannot be sharded. The groups themselves
+        keep their `fused`, so state dicts stay those of the bare optimizer.
         """
         groups = self.param_groups
         if type(self).__mro__[2] is torch.optim.SGD and not torch.compiler.is_compiling():
@@ -162,6 +171,10 @@ def _fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dic
     with dampening and when maximizing. It reads all tensors of a parameter in the order they lie in memory, wrongly
     where that differs (torch 2.14.1 and 2.15), and knows neither tensor subclasses nor momentum that only some have.
     """
+    if group["fused"]:
+        sharded = [p for p in group["params"] if hasattr(p, "placements")]
+        whole = [p for p in group["params"] if not hasattr(p, "placements")]
+        return [{**group, "params": sharded, "fused": None}, {**group, "params": whole}] if sharded else [group]
     if any(group[flag] is not None for flag in ("fused", "foreach")):
         return [group]
     if any(group[option] for option in ("dampening", "maximize", "differentiable")) or isinstance(group["lr"], Tensor):
@@ -241,11 +254,13 @@ def register() -> None:
             registry._optimizers[_PREFIX + name] = registry.get_optimizer_info(_PREFIX + name)
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
         vars(module)["adaptive_clip_grad"] = agc.adaptive_clip_grad_
+    for module in (timm.utils, timm.utils.clip_grad, timm.utils.cuda):
+        _wrap(module, "dispatch_clip_grad", _dispatch_clip_grad)
 
 
-def _wrap(registry: factory.OptimizerRegistry, method: str, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(original, ...)` in front of one registry's method, in place of an earlier one of ours."""
-    current = getattr(registry, method)
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put `wrapper(original, ...)` in front of an owner's function, in place of an earlier one of ours."""
+    current = getattr(owner, name)
     original = getattr(current, "_timm_nf_original", current)
 
     @functools.wraps(original)
@@ -253,7 +268,19 @@ def _wrap(registry: factory.OptimizerRegistry, method: str, wrapper: Callable[..
         return wrapper(original, *args, **kwargs)
 
     wrapped._timm_nf_original = original  # type: ignore[attr-defined]
-    setattr(registry, method, wrapped)
+    setattr(owner, name, wrapped)
+
+
+def _dispatch_clip_grad(
+    original: Callable[..., None], parameters: Any, value: float, mode: str = "norm", norm_type: float = 2.0
+) -> None:
+    """Do what timm's function behind `--clip-mode` does, with a ValueError where it asserts that it knows the mode."""
+    try:
+        original(parameters, value, mode=mode, norm_type=norm_type)
+    except AssertionError as error:
+        if "clip mode" not in str(error):
+            raise
+        raise ValueError(f"unknown clip mode {mode!r}; timm's --clip-mode is one of 'norm', 'value', 'agc'") from error
 
 
 def _bare_name(name: str) -> str | None:
@@ -302,6 +329,7 @@ def _create_optimizer(
     call.arguments["model_or_params"] = _split_classifier(groups, agc.classifier_weights(model_or_params))
     optimizer = original(*call.args, **call.kwargs)
     clipping: Any = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
+    clipping._named = [(p, name) for name, p in model_or_params.named_parameters()]
     clipping._bare_layout = [[_tensor(p) for p in group["params"]] for group in bare]
     return _with_stats(optimizer)
 

@@ -1,6 +1,7 @@
-"""What one process holds of a parameter, whole or sharded over several processes (`fully_shard`, tensor parallelism).
+"""What one process holds of a parameter, whole or sharded, and what keeps its gradient from being clipped.
 
-Sharded tensors are told by their `placements`, so that nothing of torch.distributed is imported without them.
+Parameters are sharded over several processes by `fully_shard` and tensor parallelism. Sharded tensors are told by their
+`placements`, so that nothing of torch.distributed is imported without them.
 """
 
 import math
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Shard(NamedTuple):
@@ -21,20 +24,27 @@ class Shard(NamedTuple):
     spread_over: tuple[Any, ...]  # the process groups that hold other parts of the same units
 
 
-def placement_problem(p: Tensor, g: Tensor) -> str | None:
-    """What keeps a parameter and its gradient from being clipped shard by shard; None if nothing does."""
-    ours, theirs = _placements(p), _placements(g)
-    if getattr(p, "_fsdp_flattened", False):
-        return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
-    if ours != theirs or (ours and cast(Any, p).device_mesh != cast(Any, g).device_mesh):
-        return f"placements {ours} but its gradient has {theirs}; redistribute the gradient to those of the parameter"
-    if not all(placement.is_replicate() or hasattr(placement, "dim") for placement in ours):
-        return f"placements {ours}; adaptive clipping needs Shard or Replicate, redistribute it first"
-    return None
+def gradient_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a gradient from being clipped in place; None if nothing does."""
+    if g.layout != torch.strided:
+        return f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
+    if g.device != p.device:
+        return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
+    if g.shape != p.shape:
+        return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
+    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
+        return (
+            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
+        )
+    if g.numel() and any(stride == 0 and n > 1 for stride, n in zip(g.stride(), g.shape, strict=True)):
+        return f"a gradient with entries that share memory (strides {g.stride()}); expanded ones need a clone()"
+    if not torch.compiler.is_compiling() and g.is_inference() and not torch.is_inference_mode_enabled():
+        return "a gradient made in inference mode, which torch lets nobody write to; give it a clone()"
+    return _placement_problem(p, g)
 
 
 def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
-    """The shard of a parameter that has no `placement_problem`; to be called without gradient tracking."""
+    """The shard of a parameter that has no `gradient_problem`; to be called without gradient tracking."""
     placements = _placements(p)
     if not placements:
         return Shard(p, p, g, single, ())
@@ -78,6 +88,18 @@ def reduce_norms(
         pieces = iter(total.split_with_sizes([len(part) for part in parts]))
         reduced |= {i: (next(pieces).to(norms[i][0].dtype), next(pieces).to(norms[i][1].dtype)) for i in members}
     return reduced
+
+
+def _placement_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a parameter and its gradient from being clipped shard by shard; None if nothing does."""
+    ours, theirs = _placements(p), _placements(g)
+    if getattr(p, "_fsdp_flattened", False):
+        return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
+    if ours != theirs or (ours and cast(Any, p).device_mesh != cast(Any, g).device_mesh):
+        return f"placements {ours} but its gradient has {theirs}; redistribute the gradient to those of the parameter"
+    if not all(placement.is_replicate() or hasattr(placement, "dim") for placement in ours):
+        return f"placements {ours}; adaptive clipping needs Shard or Replicate, redistribute it first"
+    return None
 
 
 def _placements(x: Tensor) -> tuple[Any, ...]:
