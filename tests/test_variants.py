@@ -82,7 +82,7 @@ def test_row_yields_an_entrypoint_and_a_default_config(name: str) -> None:
     assert cfg.input_size == (3, variant.train_size, variant.train_size)
     assert cfg.test_input_size == (3, variant.test_size, variant.test_size)
     assert cfg.pool_size == (-(-variant.train_size // 32),) * 2
-    assert cfg.crop_mode == "squash"
+    assert cfg.crop_mode == ("squash" if variant.cfg.stem_type == "deep_quad" else "center")
     assert cfg.first_conv == ("stem.conv1" if variant.cfg.stem_type == "deep_quad" else "stem.conv")
     assert cfg.classifier == "head.fc"
     assert bool(cfg.has_weights) == (variant.hf_hub_id is not None)

@@ -352,7 +352,7 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
         "test_input_size": (3, variant.test_size, variant.test_size),
         "pool_size": (side, side),
         "crop_pct": variant.crop_pct or round(variant.test_size / (variant.test_size + 32), 3),
-        "crop_mode": "squash",
+        "crop_mode": "squash" if nfnet else "center",  # as the authors evaluate them, each in its experiment file
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
