@@ -1,7 +1,6 @@
 """Clipping in several processes: equal to one process with the whole batch, at most one small all-reduce a step.
 
-Two and three gloo processes each run all of `CHECKS` once, four run `CHECKS_OF_A_GRID`; the tests read what came of
-it.
+Two and three gloo processes each run all of `CHECKS` once, four run `CHECKS_OF_A_GRID`; the tests read what came.
 """
 
 import os
@@ -19,8 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-import torch.nn.functional as F
-from small_nets import create
+from sharded_nets import OPTIONS, STEPS, alone, assert_equal_to_one_process, network, policy, sharded_network, train
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -35,63 +33,7 @@ from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
 # With --dist loadgroup one worker starts the processes, once. A machine that stalls for half a minute is no failure.
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
 
-OPTIONS = {"lr": 0.1, "weight_decay": 2e-3, "momentum": 0.9, "clip_factor": 0.01}
-STEPS = 5
 SHAPES = [(7, 3, 3, 3), (5, 4), (2, 3), (1, 5), (7,), (7, 1, 1, 1), (1,)]  # few of them divide by 2 or 3
-
-
-def network():
-    torch.manual_seed(0)
-    model = create("NFNet")  # ten classes, channels from 32
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("skipinit_gain"):
-                p.fill_(0.5)  # at 0 most gradients would be zero
-    return model
-
-
-def train(model, optimizer, steps=range(STEPS), rank=0, world_size=1, seen=None):
-    """Steps on this process's share of a batch of twelve; appends the collectives of every optimizer step to `seen`."""
-    share = slice(12 * rank // world_size, 12 * (rank + 1) // world_size)
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        images = torch.randn(12, 3, 32, 32, generator=generator)
-        labels = torch.randint(0, 10, (12,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[share]), labels[share]).backward()
-        with CommDebugMode() as communication:
-            optimizer.step()
-        if seen is not None:
-            seen.append({str(op): n for op, n in communication.get_comm_counts().items()})
-
-
-@cache
-def alone():
-    """Parameters and momentum by name, and the policy of the groups, after all steps in a single process."""
-    model = network()
-    optimizer = create_optimizer_v2(model, "agcsgd", **OPTIONS)
-    train(model, optimizer)
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    momentum = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
-    return params, momentum, policy(optimizer)
-
-
-def policy(optimizer):
-    return [(g["clip_factor"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
-
-
-def sharded_network(**options):
-    model = network()
-    for stage in model.stages:
-        fully_shard(stage, **options)
-    fully_shard(model, **options)
-    return model, create_optimizer_v2(model, "agcsgd", **OPTIONS)
-
-
-def assert_equal_to_one_process(named):
-    for name, p in named:
-        whole = p.full_tensor() if isinstance(p, DTensor) else p
-        torch.testing.assert_close(whole.detach(), alone()[0][name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: n + m)
 
 
 # Checks, run by every process
@@ -137,7 +79,8 @@ def fully_shard_equals_one_process_and_needs_one_all_reduce_a_step(rank, world_s
 def a_fused_step_that_was_asked_for_falls_back_for_shards(rank, world_size, _):
     model, _ = sharded_network()
     optimizer = create_optimizer_v2(model, "agcsgd", **OPTIONS, fused=True)
-    train(model, optimizer, rank=rank, world_size=world_size)
+    for step in range(STEPS):
+        train(model, optimizer, [step], rank, world_size, with_closure=step % 2 == 0)
     assert all(group["fused"] is True for group in optimizer.param_groups)
     assert_equal_to_one_process(model.named_parameters())
 
@@ -226,11 +169,23 @@ def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, w
     ((mismatched, _),) = sharded([(4, 2)], [Shard(0)])
     mismatched.grad = mismatched.grad.redistribute(mesh, [Replicate()])
     ((spread, _),) = sharded([(4, 2)], [Shard(1)])
+    ((expanded, _), (inference, _), (uneven, _)) = sharded([(2 * world_size, 2)] * 3, [Shard(0)])
+    shape = expanded.shape
+    expanded.grad = DTensor.from_local(torch.ones(1, 1).expand(2, 2), mesh, [Shard(0)])
+    with torch.inference_mode():
+        made = torch.ones(2, 2)
+    inference.grad = DTensor.from_local(made, mesh, [Shard(0)])
+    rows = 3 if rank == 0 else 1 if rank == 1 else 2
+    uneven.grad = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], shape=shape, stride=(2, 1))
     cases = [
+        (expanded, 2.0, "has a gradient with entries that share memory"),
+        (inference, 2.0, "has a gradient made in inference mode"),
         (partial, 2.0, r"parameter 1 of shape \(4, 2\) has placements \(Partial.*\); adaptive clipping needs Shard"),
         (mismatched, 2.0, r"parameter 1 of shape \(4, 2\) has placements \(Shard.*\) but its gradient has \(Repl"),
         (spread, 0.0, r"norm_type must be above 0, got 0.0"),
     ]
+    if rank < 2:  # where the shards differ
+        cases.append((uneven, 2.0, rf"has a shard of shape \(2, 2\) here, its gradient \({rows}, 2\)"))
     for p, norm_type, message in cases:
         good = nn.Parameter(torch.ones(3))
         good.grad = torch.ones(3)

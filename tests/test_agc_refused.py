@@ -61,7 +61,10 @@ BAD = {
     "a gradient made in inference mode": lambda: parameter(in_inference_mode()),
     # what autograd.grad gives of a sum
     "entries that share memory": lambda: parameter(torch.ones(1, 1).expand(3, 2)),
+    # as_strided rows that lie half in each other
+    "share memory (strides (1, 1))": lambda: parameter(torch.ones(4).as_strided((3, 2), (1, 1))),
     "the gradient tensor of another parameter": lambda: parameter(GOOD.grad),
+    "the gradient tensor of another parameter;": lambda: parameter(GOOD.grad.view(3, 2)),
 }
 
 

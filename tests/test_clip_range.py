@@ -73,6 +73,27 @@ def test_units_without_gradient_are_counted_and_warmup_moves_them():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_parameter_that_some_batches_leave_out_has_no_gradient_there():
+    class EverySecond(nn.Module):
+        """Takes one of its layers in every second batch only."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.seen = nn.Linear(12, 10), nn.Linear(12, 10), 0
+
+        def forward(self, x):
+            self.seen += 1
+            x = x.flatten(1)
+            return self.first(x) + self.second(x) if self.seen % 2 else self.first(x)
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 2, 2), torch.arange(8)
+    measured = measure(EverySecond(), [(images, labels)], 4)
+    found = {stage.name: stage for stage in measured.stages}
+    assert found["second"].units == found["first"].units == 11  # ten rows and the bias
+    assert len(found["second"].ratios) == len(found["first"].ratios) / 2
+
+
 def test_batches_begin_again_and_the_warmup_learns():
     torch.manual_seed(0)
     measured = measure(create("NFNet"), batches(1), count=3, warmup_steps=8)

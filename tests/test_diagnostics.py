@@ -56,7 +56,14 @@ def test_parameters_without_gradients_have_no_row_and_those_without_elements_no_
     model.empty = nn.Parameter(torch.ones(0, 2))
     model.empty.grad = torch.ones(0, 2)
     assert agc_stats(model) == [
-        {"name": "empty", "units": 0, "zero_grad_units": 0, "clipped_fraction": 0.0, "ratio_quantiles": {}}
+        {
+            "name": "empty",
+            "units": 0,
+            "zero_grad_units": 0,
+            "non_finite_units": 0,
+            "clipped_fraction": 0.0,
+            "ratio_quantiles": {},
+        }
     ]
 
 

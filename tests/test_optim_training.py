@@ -257,9 +257,8 @@ def test_a_compiled_training_step_breaks_only_in_the_optimizer(base):
     torch.testing.assert_close(compiled, eager)
     _, bare_breaks = compiled_training(base, compiled=True)
     ours = {reason: count for reason, count in breaks.items() if reason not in bare_breaks}
-    assert len(breaks) <= len(bare_breaks) + 1
     assert sum(breaks.values()) <= sum(bare_breaks.values()) + 2  # one in each of two compilations
-    assert all("step) hooked" in reason or "_fused_sgd" in reason for reason in ours), ours
+    assert all("AdaptiveClipping.step" in reason or "_fused_sgd" in reason for reason in ours), ours
 
 
 def test_lookahead_scheduler_and_layer_decay_together_with_statistics():
@@ -303,8 +302,24 @@ def test_statistics_are_those_of_the_last_step_by_group():
     assert rows["ratio_quantiles"] == pytest.approx(expected)
     assert (single["units"], single["clipped_fraction"]) == (1, 1.0)
     assert single["ratio_quantiles"][0.5] == pytest.approx(2 / 4)  # gradient norm 2, weight norm 2, eps 4
-    assert none == {"units": 0, "zero_grad_units": 0, "clipped_fraction": 0.0, "ratio_quantiles": {}}
+    nothing = {"units": 0, "zero_grad_units": 0, "non_finite_units": 0}
+    assert none == {**nothing, "clipped_fraction": 0.0, "ratio_quantiles": {}}
     assert copy.deepcopy(optimizer).clip_stats() is None
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_units_that_are_not_finite_are_counted_and_left_out_of_the_quantiles(bad):
+    weight = nn.Parameter(torch.ones(5, 4))
+    optimizer = create_optimizer_v2([weight], "agcsgd", lr=0.0)
+    weight.grad = 0.5 * torch.ones(5, 4)
+    weight.grad[2, 1] = bad
+    optimizer.step()
+    (row,) = optimizer.clip_stats()
+    assert (row["units"], row["non_finite_units"], row["clipped_fraction"]) == (5, 1, pytest.approx(0.8))
+    assert set(row["ratio_quantiles"].values()) == {0.5}
+    weight.grad.fill_(bad)
+    optimizer.step()
+    assert optimizer.clip_stats()[0]["ratio_quantiles"] == {}
 
 
 def test_only_a_few_numbers_per_unit_are_kept_for_the_statistics():

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A module may import those before it, never one after it.
 ORDER = [
-    *("variants", "standardize", "layers", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "optim"),
+    *("variants", "standardize", "layers", "blocks", "haiku_pickle", "convert", "nfnets", "shards", "agc", "fused_sgd"),
+    "optim",
     *("fuse", "card", "recipes", "env", "checkpoint", "folder", "hub_errors"),
     *("diagnostics", "clip_range", "hub", "from_haiku", "classify", "propagation", "export", "bench", "demo", "twins"),
     "verify",

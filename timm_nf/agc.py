@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .shards import Shard, gradient_problem, local_shard, reduce_norms
+from .shards import Shard, gradient_problem, local_shard, memory, reduce_norms
 
 # Never acts on its own: a unit is only clipped above clip_factor * eps, 1e-5 by default. It bounds the division for
 # callers who set both far lower, exactly as the authors' code does.
@@ -55,9 +55,9 @@ def adaptive_clip_grad_(
     """Scale down, in place, the gradient of every unit whose norm exceeds `clip_factor * max(weight norm, eps)`.
 
     Every other gradient stays bit-identical, and so does every unit with an entry that is not finite: a loss scaler
-    has to see it. On accelerators, where nothing waits for the device, and for units spread over processes, this holds
-    for units whose norm overflows float32 as well. Parameters without a gradient are skipped, one given twice is
-    clipped once.
+    has to see it. On accelerators, where nothing waits for the device, in a compiled function and for units spread over
+    processes, this holds for units whose norm overflows float32 as well, and everywhere if it overflows float64.
+    Parameters without a gradient are skipped, one given twice is clipped once.
 
     Parameters sharded over several processes (`fully_shard`, tensor parallelism) are clipped as if they were whole,
     and no parameter is gathered: where a unit is spread over processes, its norm costs one all-reduce of one number.
@@ -86,7 +86,8 @@ def adaptive_clip_grad_(
     checked = parameters_with_gradient(parameters)
     clipped = [units.clipped for units in clip_checked_([(checked, clip_factor, eps)], norm_type)]
     device = _grad(checked[0]).device if checked else None
-    hits = sum((mask.sum().to(device, non_blocking=True) for mask in clipped), torch.zeros((), device=device))
+    waits = device is None or device.type == "cpu"  # for what comes from an accelerator
+    hits = sum((mask.sum().to(device, non_blocking=not waits) for mask in clipped), torch.zeros((), device=device))
     return hits / max(1, sum(mask.numel() for mask in clipped))
 
 
@@ -97,19 +98,25 @@ def check_setting(name: str, value: float) -> None:
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
 
 
+@torch.no_grad()
 def parameters_with_gradient(
-    parameters: Tensor | Iterable[Tensor], where: str = "", name_of: Callable[[Tensor], str] = lambda p: ""
+    parameters: Tensor | Iterable[Tensor],
+    label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}",
+    spared: Iterable[Tensor] = (),
 ) -> list[Tensor]:
     """The distinct parameters that have something to clip, in the order given.
 
-    Error messages open with `where` and give a parameter's index and, if it has one, its name.
+    Args:
+        parameters: One parameter or any number of them.
+        label: What error messages call a parameter, from its index and itself.
+        spared: Parameters whose gradients will not be clipped, and so must not be those of `parameters` as well.
 
     Raises:
         ValueError: A gradient is sparse, shared, made in inference mode, not of real floating point numbers, on the
             meta device while others are not, or of another shape, device or sharding than its parameter.
     """
     distinct: dict[int, Tensor] = {}
-    gradients: set[int] = set()
+    taken = {memory(p.grad) for p in spared if p.grad is not None}
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         g = p.grad
         if g is None or id(p) in distinct:
@@ -119,14 +126,13 @@ def parameters_with_gradient(
             problem = (
                 f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
             )
-        if id(g) in gradients:
+        elif not problem and memory(g) in taken:
             problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
         if problem:
-            name = " ".join(filter(None, (str(index), name_of(p))))
-            raise ValueError(f"{where}parameter {name} of shape {tuple(p.shape)} has {problem}")
+            raise ValueError(f"{label(index, p)} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
-            gradients.add(id(g))
+            taken.add(memory(g))
     return list(distinct.values())
 
 
@@ -176,9 +182,9 @@ def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> 
     """Statistics of the units of each group of parameters; the only place here that waits for an accelerator.
 
     Returns:
-        One dict a group: `units`; `zero_grad_units`, those with a gradient of exactly zero; `clipped_fraction`;
-        `ratio_quantiles` of gradient norm over weight norm (at least eps), {0.05: ..., 0.99: ...}. Without units in
-        `measured` these are 0, 0, 0.0 and {}.
+        One dict a group: `units`; `zero_grad_units`, those with a gradient of exactly zero; `non_finite_units`, those
+        where it is infinite or NaN; `clipped_fraction`; `ratio_quantiles` of gradient norm over weight norm (at least
+        eps) of the others, {0.05: ..., 0.99: ...}. Without units in `measured` these are 0, 0, 0, 0.0 and {}.
     """
     of_parameter: dict[int, tuple[Tensor, Tensor]] = {}
     for units in measured:
@@ -187,13 +193,17 @@ def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> 
     rows: list[dict[str, Any]] = []
     for parameters in groups:
         found = [of_parameter[id(p)] for p in parameters if id(p) in of_parameter]
-        row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "clipped_fraction": 0.0, "ratio_quantiles": {}}
+        row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "non_finite_units": 0}
+        row |= {"clipped_fraction": 0.0, "ratio_quantiles": {}}
         if found:
             ratio, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
-            at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
+            finite = ratio[ratio.isfinite()]
             row["units"], row["zero_grad_units"] = ratio.numel(), int((ratio == 0).sum())
+            row["non_finite_units"] = ratio.numel() - finite.numel()
             row["clipped_fraction"] = clipped.float().mean().item()
-            row["ratio_quantiles"] = {q: value.item() for q, value in zip(_QUANTILES, ratio.quantile(at), strict=True)}
+            at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
+            values = finite.quantile(at) if finite.numel() else at[:0]
+            row["ratio_quantiles"] = {q: value.item() for q, value in zip(_QUANTILES, values, strict=False)}
         rows.append(row)
     return rows
 

@@ -179,7 +179,8 @@ def measure(
         loss, _ = backward()
         if not np.isfinite(loss):
             raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
-        checked = agc.parameters_with_gradient(p for p in model.parameters() if id(p) not in exempt)
+        clipped = (p for p in model.parameters() if id(p) not in exempt)
+        checked = agc.parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
         for units in agc.measure(checked, 0.01, _EPS):
             for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
                 if not ratio.isfinite().all():
@@ -193,7 +194,8 @@ def measure(
     model.zero_grad()
     by_stage: dict[str, list[Tensor]] = {}
     for key, found in ratios.items():
-        by_stage.setdefault(_stage(names[key]), []).append(torch.stack(found))
+        missing = [torch.zeros_like(found[0])] * (count - len(found))  # batches that left the parameter out
+        by_stage.setdefault(_stage(names[key]), []).append(torch.stack(found + missing))
     order = list(dict.fromkeys(_stage(name) for name in names.values()))
     stages = [_summary(name, by_stage[name]) for name in order if name in by_stage]
     return ClipRange(stages, count, losses)

@@ -185,6 +185,7 @@ def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
     Returns:
         One row for every parameter with a gradient: `name`; `units`; `zero_grad_units`, those with a gradient of
         exactly zero (at initialisation, with skip gains of 0, most of a normalizer-free network's);
+        `non_finite_units`, those where it is infinite or NaN;
         `clipped_fraction`, 0 for the classifier's weight, which is exempt; `ratio_quantiles` of gradient norm over
         weight norm.
 
@@ -194,7 +195,7 @@ def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
     agc.check_setting("clip_factor", clip_factor)
     agc.check_setting("eps", eps)
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    checked = agc.parameters_with_gradient(p for _, p in named)
+    checked = agc.parameters_with_gradient((p for _, p in named), lambda index, _: f"parameter {named[index][0]}")
     rows = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
     exempt = {id(p) for p in agc.classifier_weights(model)}
     for (_, p), row in zip(named, rows, strict=True):

@@ -7,7 +7,8 @@ meets it. `agc` plus any name in timm's registry is a real subclass of that opti
 
 import functools
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,10 @@ from timm.optim import _optim_factory as factory
 from torch import Tensor, nn
 
 from timm_nf import agc
+from timm_nf.fused_sgd import fused_parts
 
 _PREFIX = "agc"
-_MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+_CLIP_MODES = ("norm", "value", "agc")  # of timm 1.0.31; a test compares them with its source
 _CLIP_DEFAULTS = {"clip_factor": 0.01, "clip_eps": 1e-3}  # arXiv:2102.06171, A.1
 
 
@@ -36,6 +38,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
     _measured: list[agc.Units]
     _bare_layout: list[list[Tensor]]
 
+    @torch._disable_dynamo(recursive=False)  # the base optimizer's step may be compiled, this one breaks the graph
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Clip, then do the base optimizer's step; with a closure, clip each time it has computed gradients."""
         base_step = super().step
@@ -45,35 +48,46 @@ class AdaptiveClipping(torch.optim.Optimizer):
         if closure is None:
             self._clip_gradients()
             with self._fused_where_equal():
-                return base_step(None, *args, **kwargs)
+                return base_step(*args, **kwargs)
 
         def closure_then_clip() -> Any:
             loss = closure()
             self._clip_gradients()
             return loss
 
-        return base_step(closure_then_clip, *args, **kwargs)
+        if not self._is_sgd:
+            return base_step(closure_then_clip, *args, **kwargs)
+        with torch.enable_grad():  # once, as torch's SGD itself would
+            loss = closure_then_clip()
+        with self._fused_where_equal():
+            base_step(*args, **kwargs)
+        return loss
+
+    @property
+    def _is_sgd(self) -> bool:
+        return type(self).__mro__[2] is torch.optim.SGD
 
     @torch._disable_dynamo
     def _clip_gradients(self) -> None:
         """Clip all groups, those with equal settings in one go; nothing is written if any group has bad input."""
-        by_settings: dict[tuple[float, float], list[Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            clip_factor, eps = group["clip_factor"], group["clip_eps"]
-            if clip_factor is None:
-                continue
-            _check_settings(group, known=self.defaults)
-            parameters = agc.parameters_with_gradient(group["params"], f"parameter group {index}, ", self._name_of)
-            by_settings.setdefault((clip_factor, eps), []).extend(parameters)
-        self._measured = agc.clip_checked_([(ps, *settings) for settings, ps in by_settings.items()])
-
-    def _name_of(self, parameter: Tensor) -> str:
-        """Its name in the model that timm's factory was given or, if the groups have names, there; '' without."""
+        settings: dict[Tensor, tuple[float, float]] = {}
         for group in self.param_groups:
-            for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
-                if p is parameter:
-                    return name
-        return next((name for p, name in getattr(self, "_named", ()) if p is parameter), "")
+            if group["clip_factor"] is not None:
+                _check_settings(group, known=self.defaults)
+                settings |= dict.fromkeys(group["params"], (group["clip_factor"], group["clip_eps"]))
+        spared = [p for group in self.param_groups for p in group["params"] if p not in settings]
+        by_settings: dict[tuple[float, float], list[Tensor]] = {}
+        for p in agc.parameters_with_gradient(settings, self._label, spared):
+            by_settings.setdefault(settings[p], []).append(p)
+        self._measured = agc.clip_checked_([(ps, *shared) for shared, ps in by_settings.items()])
+
+    def _label(self, _: int, parameter: Tensor) -> str:
+        """What to call it: its place and, if the groups or the model that timm's factory had name it, its name."""
+        places = ((i, j, group) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
+        i, j, group = next((i, j, group) for i, j, group in places if group["params"][j] is parameter)
+        named = [*zip(group["params"], group.get("param_names", ()), strict=False), *getattr(self, "_named", ())]
+        name = next((f" {name}" for p, name in named if p is parameter), "")
+        return f"parameter group {i}, parameter {j}{name}"
 
     @contextmanager
     def _fused_where_equal(self) -> Iterator[None]:
@@ -84,8 +98,8 @@ class AdaptiveClipping(torch.optim.Optimizer):
         keep their `fused`, so state dicts stay those of the bare optimizer.
         """
         groups = self.param_groups
-        if type(self).__mro__[2] is torch.optim.SGD and not torch.compiler.is_compiling():
-            self.param_groups = [part for group in groups for part in _fused_parts(group, self.state)]
+        if self._is_sgd and not torch.compiler.is_compiling():
+            self.param_groups = [part for group in groups for part in fused_parts(group, self.state)]
         try:
             yield
         finally:
@@ -94,9 +108,10 @@ class AdaptiveClipping(torch.optim.Optimizer):
     def clip_stats(self) -> list[dict[str, Any]] | None:
         """What the last step clipped, one dict for every parameter group; None before the first step.
 
-        `units`, `zero_grad_units`, `clipped_fraction` and `ratio_quantiles` (gradient norm over weight norm, before
-        the clipping). A group that is exempt, has an infinite clip factor or had no gradients has no units. Of sharded
-        parameters these are the units that this process holds or has a part of. Waits for the device; a step does not.
+        `units`, `zero_grad_units`, `non_finite_units`, `clipped_fraction` and `ratio_quantiles` (gradient norm over
+        weight norm, before the clipping, where it is finite). A group that is exempt, has an infinite clip factor or
+        had no gradients has no units. Of sharded parameters these are the units that this process holds or has a part
+        of. Waits for the device; a step does not.
         """
         measured: list[agc.Units] | None = getattr(self, "_measured", None)
         return None if measured is None else agc.summaries(measured, [group["params"] for group in self.param_groups])
@@ -148,11 +163,9 @@ class AdaptiveClipping(torch.optim.Optimizer):
         return regrouped
 
     def __getstate__(self) -> dict[str, Any]:
-        """The base optimizer's state for pickle and deepcopy, and the bare grouping beside it."""
-        state = super().__getstate__()
-        if hasattr(self, "_bare_layout"):
-            state["_bare_layout"] = self._bare_layout
-        return state
+        """The base optimizer's state for pickle and deepcopy, the bare grouping and the names beside it."""
+        ours = {name: vars(self)[name] for name in ("_bare_layout", "_named") if name in vars(self)}
+        return super().__getstate__() | ours
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -162,38 +175,6 @@ class AdaptiveClipping(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignored; the base constructors set it."""
-
-
-def _fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[str, Any]]:
-    """The group in parts, `fused` where torch's fused SGD does to the bit what the default one does.
-
-    With momentum it rounds differently behind the last whole cache line of a tensor, and everywhere in half precision,
-    with dampening and when maximizing. It reads all tensors of a parameter in the order they lie in memory, wrongly
-    where that differs (torch 2.14.1 and 2.15), and knows neither tensor subclasses nor momentum that only some have.
-    """
-    if group["fused"]:
-        sharded = [p for p in group["params"] if hasattr(p, "placements")]
-        whole = [p for p in group["params"] if not hasattr(p, "placements")]
-        return [{**group, "params": sharded, "fused": None}, {**group, "params": whole}] if sharded else [group]
-    if any(group[flag] is not None for flag in ("fused", "foreach")):
-        return [group]
-    if any(group[option] for option in ("dampening", "maximize", "differentiable")) or isinstance(group["lr"], Tensor):
-        return [group]
-    rest, fused, fused_first = [], [], []  # the last without momentum yet
-    for p in group["params"]:
-        buffer = state[p].get("momentum_buffer") if p in state else None
-        tensors = [t for t in (p, p.grad, buffer) if t is not None]
-        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout == torch.strided for t in tensors)
-        equal = (
-            plain
-            and p.dtype in (torch.float32, torch.float64)
-            and all(t.dtype == p.dtype for t in tensors)
-            and not (group["momentum"] and p.nbytes % 64)
-            and any(all(t.is_contiguous(memory_format=f) for t in tensors) for f in _MEMORY_FORMATS)
-        )
-        (rest if not equal else fused if buffer is not None else fused_first).append(p)
-    parts = ((rest, None), (fused, True), (fused_first, True))
-    return [{**group, "params": parameters, "fused": choice} for parameters, choice in parts if parameters]
 
 
 def _check_settings(settings: dict[str, Any], known: Container[str]) -> None:
@@ -254,33 +235,37 @@ def register() -> None:
             registry._optimizers[_PREFIX + name] = registry.get_optimizer_info(_PREFIX + name)
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
         vars(module)["adaptive_clip_grad"] = agc.adaptive_clip_grad_
-    for module in (timm.utils, timm.utils.clip_grad, timm.utils.cuda):
-        _wrap(module, "dispatch_clip_grad", _dispatch_clip_grad)
+    _wrap(timm.utils.clip_grad, "dispatch_clip_grad", _dispatch_clip_grad)
+    for module in (timm.utils, timm.utils.cuda):
+        vars(module)["dispatch_clip_grad"] = timm.utils.clip_grad.dispatch_clip_grad
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(original, ...)` in front of an owner's function, in place of an earlier one of ours."""
+    """Put `wrapper(original, ...)` in front of an owner's function, in place of an earlier one of ours.
+
+    Where somebody else has wrapped ours since, it stays inside, and nothing is done.
+    """
     current = getattr(owner, name)
     original = getattr(current, "_timm_nf_original", current)
+    if original is not current and current._timm_nf_wrapped() is not current:  # copied by functools.wraps
+        return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
     wrapped._timm_nf_original = original  # type: ignore[attr-defined]
+    wrapped._timm_nf_wrapped = weakref.ref(wrapped)  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
 
 
 def _dispatch_clip_grad(
-    original: Callable[..., None], parameters: Any, value: float, mode: str = "norm", norm_type: float = 2.0
+    original: Callable[..., None], parameters: Any, value: float, mode: str = "norm", *args: Any, **kwargs: Any
 ) -> None:
-    """Do what timm's function behind `--clip-mode` does, with a ValueError where it asserts that it knows the mode."""
-    try:
-        original(parameters, value, mode=mode, norm_type=norm_type)
-    except AssertionError as error:
-        if "clip mode" not in str(error):
-            raise
-        raise ValueError(f"unknown clip mode {mode!r}; timm's --clip-mode is one of 'norm', 'value', 'agc'") from error
+    """Do what timm's function behind `--clip-mode` does; it only asserts, so not under -O, that it knows the mode."""
+    if mode not in _CLIP_MODES:
+        raise ValueError(f"unknown clip mode {mode!r}; timm's --clip-mode is one of {', '.join(_CLIP_MODES)}")
+    original(parameters, value, mode, *args, **kwargs)
 
 
 def _bare_name(name: str) -> str | None:
@@ -329,7 +314,8 @@ def _create_optimizer(
     call.arguments["model_or_params"] = _split_classifier(groups, agc.classifier_weights(model_or_params))
     optimizer = original(*call.args, **call.kwargs)
     clipping: Any = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
-    clipping._named = [(p, name) for name, p in model_or_params.named_parameters()]
+    stepped = {p for group in clipping.param_groups for p in group["params"]}
+    clipping._named = [(p, name) for name, p in model_or_params.named_parameters() if p in stepped]
     clipping._bare_layout = [[_tensor(p) for p in group["params"]] for group in bare]
     return _with_stats(optimizer)
 

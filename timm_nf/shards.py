@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,7 +25,7 @@ class Shard(NamedTuple):
 
 
 def gradient_problem(p: Tensor, g: Tensor) -> str | None:
-    """What keeps a gradient from being clipped in place; None if nothing does."""
+    """What keeps a gradient from being clipped in place, None if nothing does; called without gradient tracking."""
     if g.layout != torch.strided:
         return f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
     if g.device != p.device:
@@ -36,11 +36,33 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
         return (
             f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
         )
-    if g.numel() and any(stride == 0 and n > 1 for stride, n in zip(g.stride(), g.shape, strict=True)):
-        return f"a gradient with entries that share memory (strides {g.stride()}); expanded ones need a clone()"
-    if not torch.compiler.is_compiling() and g.is_inference() and not torch.is_inference_mode_enabled():
+    if problem := _placement_problem(p, g):
+        return problem
+    weight, grad = _local(p), _local(g)
+    if grad.shape != weight.shape:
+        return f"a shard of shape {tuple(weight.shape)} here, its gradient {tuple(grad.shape)}; distribute both alike"
+    if not grad.is_contiguous() and _shares_memory(grad):
+        return f"a gradient with entries that share memory (strides {grad.stride()}); expanded ones need a clone()"
+    if not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled():
         return "a gradient made in inference mode, which torch lets nobody write to; give it a clone()"
-    return _placement_problem(p, g)
+    return None
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether entries may lie in the same place: from the innermost out, an axis leaves the ones before it no room."""
+    room = 1
+    for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride < room:
+            return x.numel() > 0
+        room = stride * n
+    return False
+
+
+def memory(g: Tensor) -> object:
+    """The same for gradients that begin in the same place of this process."""
+    local = _local(g)
+    has_address = type(local) in (Tensor, nn.Parameter) and local.numel() and not local.is_meta
+    return (local.device, local.data_ptr()) if has_address and not torch.compiler.is_compiling() else id(g)
 
 
 def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
@@ -52,7 +74,7 @@ def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
     # Sharded by rows, a process holds whole units; sharded otherwise, or if all of it is one unit, parts of them.
     dims = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     spread_over = tuple(mesh.get_group(i) for i in dims if single or placements[i].dim != 0)
-    weight, grad = cast(Any, p).to_local(), cast(Any, g).to_local()
+    weight, grad = _local(p), _local(g)
     if spread_over and not grad.numel():  # takes part in the collective all the same, and zeros change no norm
         weight, grad = (t.new_zeros(1 if single else (len(t), *[1] * (t.ndim - 1))) for t in (weight, grad))
     return Shard(p, weight, grad, single, spread_over)
@@ -104,3 +126,7 @@ def _placement_problem(p: Tensor, g: Tensor) -> str | None:
 
 def _placements(x: Tensor) -> tuple[Any, ...]:
     return tuple(getattr(x, "placements", ()))
+
+
+def _local(x: Tensor) -> Tensor:
+    return cast(Any, x).to_local() if _placements(x) else x
