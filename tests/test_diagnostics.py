@@ -202,6 +202,8 @@ def test_a_wrapped_model_has_the_rows_of_the_model():
     [
         ("rexnet_100", "residual blocks in stages, blocks, .*got RexNet"),
         ("efficientvim_m1", "at stages.0.blocks.0, got tuple"),
+        ("hrnet_w18_small", "all blocks of HighResolutionNet in parts named as timm does, got 'stage2' too"),
+        ("cait_xxs24_224", "all blocks of Cait in parts named as timm does, got 'blocks_token_only' too"),
         ("tiny_vit_5m_224", r"128 channels on axis 1 at stages.1.blocks.0, got shape \(1, 28, 28, 128\)"),
     ],
 )

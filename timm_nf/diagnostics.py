@@ -27,6 +27,9 @@ _BRANCH_ENDS: dict[type[nn.Module], str] = {
     Bottleneck: "bn3",
 }
 _CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # what timm calls the parts that hold blocks
+_ALIKE = re.compile(
+    r"stage|block|layer(?!0)"
+)  # HRNet's stage2 and CaiT's blocks_token_only hold blocks too, of other kinds
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -45,6 +48,10 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_children():
         if _CONTAINER.fullmatch(name):
             yield from walk(name, module)
+        elif _ALIKE.match(name) and isinstance(module, nn.Sequential | nn.ModuleList):
+            raise TypeError(
+                f"expected all blocks of {type(model).__name__} in parts named as timm does, got {name!r} too"
+            )
 
 
 def _channels_first(model: Any, name: str, out: Any) -> Tensor:
@@ -114,7 +121,8 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
         gains are 1 and as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
 
     Raises:
-        TypeError: if the model has no blocks, or blocks that return something else than images or tokens.
+        TypeError: if the model has no blocks, some in parts with other names, or blocks that return something else
+            than images or tokens.
     """
     net: Any = agc.innermost(model)
     blocks = list(_blocks(net))
