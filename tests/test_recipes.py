@@ -108,7 +108,10 @@ def test_nfnets_from_scratch_have_the_papers_settings():
         assert (got["batch_size"], got["lr"], got["weight_decay"]) == (4096, 1.6, 2e-5)
         assert (got["opt"], got["opt_kwargs"]) == ("agcsgd", {"clip_factor": 0.01, "clip_eps": 1e-3})
         assert (got["drop_path"], got["smoothing"], got["momentum"]) == (0.25, 0.1, 0.9)
-        assert (got["mixup"], got["cutmix"], got["model_ema_decay"]) == (0.2, 1.0, 0.99999)
+        assert (got["mixup"], got["cutmix"]) == (0.2, 1.0)
+        assert (got["mixup_prob"], got["mixup_switch_prob"], got["mixup_mode"]) == (1.0, 0.5, "elem")
+        assert [got[f"model_ema{key}"] for key in ("", "_decay", "_warmup")] == [True, 0.99999, True]
+        assert got["train_interpolation"] == "bicubic"
         assert (got["amp"], got["amp_dtype"]) == (True, "bfloat16")
         assert got["epochs"] + got["warmup_epochs"] == 360
 
@@ -132,6 +135,9 @@ def test_fine_tuning_has_the_papers_settings():
         steps = 1_281_167 // 2048  # of an epoch; train.py drops what is left over
         assert steps * (got["epochs"] + got["warmup_epochs"]) == 15_000
         assert steps * got["warmup_epochs"] == 5_000
+    assert [[got[f"model_ema{key}"] for key in ("", "_decay", "_warmup")] for got in (f0, resnet)] == [
+        [True, 0.9999, True]
+    ] * 2
     assert [f0[key] for key in ("weight_decay", "drop", "drop_path")] == [1e-5, 0.25, 0.1]
     assert [resnet[key] for key in ("weight_decay", "drop", "drop_path", "model_ema_decay")] == [0, 0, 0, 0.9999]
     assert "--pretrained-path" in recipes.as_yaml("dm_nf_resnet50", "finetune")

@@ -107,6 +107,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             _NFNET, title="small batches from scratch, no clipping", batch_size=256, lr=0.1,
             source="arXiv:2102.06171, section 4.1: at small batches clipping helps less. Otherwise as for large ones",
             settings={k: v for k, v in _NFNET.settings.items() if k != "opt_kwargs"} | _SGD,
+            chosen="no clipping at all, batch size",
         ),
         "dm_nf_resnet": Recipe(
             "small batches from scratch, no clipping",
