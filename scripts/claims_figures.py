@@ -6,8 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from claims_grid import BATCHES, DROPOUTS, FACTORS, LARGEST, SMALL_BATCHES, WIDTHS, Rows, depths, dropouts
-from claims_report import batches, cell, factor_of, spared, thresholds
+from claims_grid import (
+    BATCHES,
+    DROPOUTS,
+    FACTORS,
+    LARGEST,
+    PAPER,
+    SMALL_BATCHES,
+    WIDTHS,
+    Rows,
+    depths,
+    dropouts,
+)
+from claims_report import cell, factor_of, spared, thresholds
 from claims_training import Run
 
 COLOURS = ("#1f6fb2", "#c0392b", "#7f8c8d", "#2e8b57", "#8e5ea2")
@@ -26,7 +37,7 @@ def caption(rows: Rows, runs: Iterable[Run], text: str) -> str:
     data = f"Fashion-MNIST, {' or '.join(map(str, images))} training images, {' or '.join(map(str, epochs))} epochs."
     bars = (
         f"Accuracy on the 10 000 test images, mean and standard deviation over the seeds "
-        f"{', '.join(map(str, seeds))}; chance is 10 %, where diverged runs end."
+        f"{', '.join(map(str, seeds))}; chance is 10 %, where most diverged runs end."
     )
     return " ".join((text, data, NETWORK, bars, "; ".join(sorted({rows[run].machine for run in found})) + "."))
 
@@ -44,8 +55,10 @@ def bars(axes: Any, rows: Rows, runs: dict[str, Run]) -> None:
     for y, run in enumerate(runs.values()):
         if found := cell(rows, run):
             axes.barh(y, found.mean, xerr=found.spread, color=COLOURS[0], alpha=0.8, capsize=3, height=0.6)
-            axes.text(found.mean + found.spread + 1, y, f"{found.mean:.1f}", va="center", fontsize=9)
+            end = (found.mean + found.spread, y)
+            axes.annotate(f"{found.mean:.1f}", end, (6, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(runs)), list(runs))
+    axes.margins(x=0.08)  # room for the numbers
     axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="test accuracy, %")
 
 
@@ -56,7 +69,7 @@ def log_axis(axes: Any, ticks: Sequence[float], label: str) -> None:
 
 
 def draw_batch_size(rows: Rows, figure: Any) -> list[Run]:
-    sizes, axes = batches(rows), figure.subplots()
+    sizes, axes = BATCHES, figure.subplots()
     kinds = {
         "NF, clipped by its best factor": [factor_of(rows, batch) for batch in sizes],
         "NF, not clipped": [Run(batch=batch) for batch in sizes],
@@ -71,7 +84,7 @@ def draw_batch_size(rows: Rows, figure: Any) -> list[Run]:
 
 def draw_clip_factor(rows: Rows, figure: Any) -> list[Run]:
     axes, shown = figure.subplots(), []
-    for colour, batch in zip(COLOURS, batches(rows), strict=False):
+    for colour, batch in zip(COLOURS, BATCHES, strict=True):
         runs = [Run(clip="unit", factor=factor, batch=batch) for factor in FACTORS]
         line(axes, rows, runs, FACTORS, label=f"batch {batch}", color=colour)
         shown += runs
@@ -81,8 +94,7 @@ def draw_clip_factor(rows: Rows, figure: Any) -> list[Run]:
 
 
 def draw_layers(rows: Rows, figure: Any) -> list[Run]:
-    runs = spared(rows)
-    axes = figure.subplots()
+    runs, axes = spared(), figure.subplots()
     bars(axes, rows, runs)
     axes.set_ylabel("not clipped")
     return list(runs.values())
@@ -110,7 +122,8 @@ def draw_small_batches(rows: Rows, figure: Any) -> list[Run]:
 
 def draw_capacity(rows: Rows, figure: Any) -> list[Run]:
     left, right = figure.subplots(1, 2)
-    deeper = {f"stage {i}" + f" ({run.depths})": run for i, run in enumerate(depths(0), 1)}
+    sizes = [f"\n{rows[run].params / 1e6:.2f} M parameters" if run in rows else "" for run in depths(0)]
+    deeper = {f"stage {i}: {run.depths}{sizes[i - 1]}": run for i, run in enumerate(depths(0), 1)}
     bars(left, rows, deeper)
     found = [mean for run in deeper.values() if (mean := cell(rows, run))]
     if found:  # bars of one length show nothing
@@ -139,31 +152,46 @@ def draw(rows: Rows, plot: Callable[[Rows, Any], list[Run]], title: str, text: s
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
+TWIN = "The twin has batch normalisation behind every convolution instead, and is not clipped."
 ABOUT = {
-    "batch_size": (draw_batch_size, "Accuracy against batch size", "As figure 2a of arXiv:2102.06171."),
+    "batch_size": (
+        draw_batch_size,
+        "Accuracy against batch size",
+        "The paper (arXiv:2102.06171, figure 2a): clipping lets networks without normalisation train at large batch "
+        f"sizes. Each clipped point has the best of the clip factors {FACTORS[0]} to {FACTORS[-1]} there. {TWIN}",
+    ),
     "clip_factor": (
         draw_clip_factor,
         "Accuracy against clip factor and batch size",
-        "As figure 2b of arXiv:2102.06171.",
+        "The paper (arXiv:2102.06171, figure 2b, with factors from 0.01): the larger the batch, the smaller the factor "
+        "that it needs.",
     ),
     "layers": (
         draw_layers,
         f"What has to be clipped at batch {LARGEST}",
-        "Adaptive clipping of all parameters but those named; the rows that begin with 'and' spare the classifier's "
-        "weight too. The clip factor is the best of claim 2 on seed 0.",
+        "The paper (arXiv:2102.06171, section 4.1): best without clipping the classifier's weight; the first "
+        "convolution can often be spared too, no stage can. Clip factor "
+        f"{PAPER}, of all parameters but those named; rows that begin with 'and' spare the classifier's weight too.",
     ),
     "norms": (
         draw_norms,
         f"Three ways to clip at batch {LARGEST}",
-        "Gradients are scaled by the norm of a unit or of a whole parameter, relative to the weight, or by the norm of "
-        "all gradients; each at its best threshold on seed 0.",
+        "The paper (arXiv:2102.06171, section 4): norms of units do better than those of layers. Gradients are scaled "
+        "by the norm of a unit or of a whole parameter, relative to the weight, or by the norm of all of them; each at "
+        "the best threshold tried. The classifier's weight is spared in all three.",
     ),
-    "small_batches": (draw_small_batches, "Small batches", "Same network and steps, normalised or not."),
+    "small_batches": (
+        draw_small_batches,
+        "Small batches",
+        "The paper (arXiv:2102.06171, sections 1 and 3): networks without normalisation do better than normalised "
+        f"ones at very small batches. {TWIN}",
+    ),
     "capacity": (
         draw_capacity,
         "Where depth helps, and how much dropout",
-        f"Left: two blocks added to one stage, width x 5/6, all at 1.0 M multiply-adds, batch {BATCHES[0]}, 60000 "
-        f"images, 2 epochs, clip factor {max(FACTORS)}. Right: 0.2 M (width x 0.85) and 0.5 M parameters (x 1.3), "
-        "batch 64, 6000 images, 10 epochs, no clipping.",
+        "The paper (arXiv:2102.06171, section 5): depth helps most in the third stage; larger networks need more "
+        "dropout. Left: two blocks added to one stage, width x 5/6, all at 1.0 M multiply-adds, batch "
+        f"{BATCHES[0]}, 60000 images, 2 epochs, clip factor {max(FACTORS)}. Right: 0.2 M (width x 0.85) and 0.5 M "
+        "parameters (x 1.3), batch 64, 6000 images, 10 epochs, no clipping.",
     ),
 }
