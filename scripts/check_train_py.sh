@@ -108,6 +108,8 @@ run agcsgd AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --opt-kwa
 run lookahead AgcAdamW 5 train.py "${common[@]}" "${small[@]}" --opt lookahead_agcadamw --experiment lookahead
 run model_ema AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --model-ema --experiment model_ema
 run amp_bfloat16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --amp --amp-dtype bfloat16 --experiment amp
+run amp_float16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --amp --amp-dtype float16 --experiment amp16
+run layer_decay AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --layer-decay 0.9 --experiment layer_decay
 run grad_accum AgcSGD 2 train.py "${common[@]}" "${small[@]}" --opt agcsgd --grad-accum-steps 2 --experiment accum
 run torchcompile AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --torchcompile --experiment compiled
 run torchrun AgcSGD 5 -m torch.distributed.run --standalone --nproc-per-node 1 -m timm_nf train.py "${common[@]}" "${small[@]}" \
