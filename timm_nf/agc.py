@@ -117,22 +117,24 @@ def parameters_with_gradient(
     """
     distinct: dict[int, Tensor] = {}
     taken = {memory(p.grad) for p in spared if p.grad is not None}
+    first: Tensor | None = None
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         g = p.grad
         if g is None or id(p) in distinct:
             continue
-        problem, first = gradient_problem(p, g), next(iter(distinct.values()), p)
+        problem, first = gradient_problem(p, g), g if first is None else first
+        place = None if problem else memory(g)
         if g.is_meta != first.is_meta:
             problem = (
                 f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
             )
-        elif not problem and memory(g) in taken:
+        elif place in taken:
             problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
         if problem:
             raise ValueError(f"{label(index, p)} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
-            taken.add(memory(g))
+            taken.add(place)
     return list(distinct.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,11 +37,15 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
         return (
             f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
         )
-    if problem := _placement_problem(p, g):
-        return problem
-    weight, grad = _local(p), _local(g)
-    if grad.shape != weight.shape:
-        return f"a shard of shape {tuple(weight.shape)} here, its gradient {tuple(grad.shape)}; distribute both alike"
+    grad = g
+    if not (type(p) in _PLAIN and type(g) in _PLAIN and not hasattr(p, "_fsdp_flattened")):
+        if problem := _placement_problem(p, g):
+            return problem
+        weight, grad = _local(p), _local(g)
+        if grad.shape != weight.shape:
+            return (
+                f"a shard of shape {tuple(weight.shape)} here, its gradient {tuple(grad.shape)}; distribute both alike"
+            )
     if not grad.is_contiguous() and _shares_memory(grad):
         return f"a gradient with entries that share memory (strides {grad.stride()}); expanded ones need a clone()"
     if not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled():
@@ -60,8 +65,8 @@ def _shares_memory(x: Tensor) -> bool:
 
 def memory(g: Tensor) -> object:
     """The same for gradients that begin in the same place of this process."""
-    local = _local(g)
-    has_address = type(local) in (Tensor, nn.Parameter) and local.numel() and not local.is_meta
+    local = g if type(g) in _PLAIN else _local(g)
+    has_address = type(local) in _PLAIN and local.numel() and not local.is_meta
     return (local.device, local.data_ptr()) if has_address and not torch.compiler.is_compiling() else id(g)
 
 
