@@ -85,6 +85,23 @@ def a_fused_step_that_was_asked_for_falls_back_for_shards(rank, world_size, _):
     assert_equal_to_one_process(model.named_parameters())
 
 
+def other_optimizers_and_frozen_parameters_equal_one_process(rank, world_size, _):
+    for name, options in (("agcadamw", {"eps": 1e-3}), ("lookahead_agcsgd", {"momentum": 0.9})):
+        results = []
+        for parallel in (False, True):
+            model = network()
+            model.stages[0].requires_grad_(False)
+            if parallel:
+                fully_shard(model)
+            optimizer = create_optimizer_v2(model, name, lr=0.05, weight_decay=2e-3, clip_factor=0.01, **options)
+            train(model, optimizer, range(6))  # the same batch in all processes; the sixth step is one of Lookahead's
+            results.append([p.full_tensor() if parallel else p for p in model.parameters()])
+            clipped = [row["clipped_fraction"] for row in optimizer.clip_stats() if row["units"]]
+            assert clipped
+            assert all(0 < fraction <= 1 for fraction in clipped)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)  # of steps of 0.05
+
+
 def groups_with_settings_of_their_own_share_the_all_reduce(rank, world_size, _):
     params = [p for p, _ in sharded([(5,), (7,), (4, 3)], [Shard(0)])]
     groups = [{"params": [p], "clip_factor": 0.01 * (i + 1)} for i, p in enumerate(params)]
@@ -279,6 +296,7 @@ CHECKS = {
         ddp_equals_one_process_with_the_whole_batch,
         fully_shard_equals_one_process_and_needs_one_all_reduce_a_step,
         a_fused_step_that_was_asked_for_falls_back_for_shards,
+        other_optimizers_and_frozen_parameters_equal_one_process,
         groups_with_settings_of_their_own_share_the_all_reduce,
         a_checkpoint_of_two_processes_resumes_in_any_number,
         every_sharding_equals_the_whole_for_every_norm,
