@@ -99,7 +99,7 @@ CLAIMS = (
         "Section 4: unit-wise clipping does better than layer-wise. Clipping by one norm of all gradients allows "
         "larger batches than none, but its threshold has to be tuned finely for depth, batch and learning rate.",
         "Batch 4096, each kind at the threshold with the highest mean, in bold. All spare the classifier's weight, the "
-        "one norm too. That a unit's norm does better than that one, each at its best, is asked here only.",
+        "one norm too. The paper does not compare that one with unit-wise norms at the best of each; this page does.",
         report.norm_parts,
         report.norm_table,
     ),
@@ -114,7 +114,7 @@ CLAIMS = (
     ),
     Claim(
         "capacity",
-        "Depth belongs into the third stage, and dropout grows with the model",
+        "Depth belongs in the third stage, and dropout grows with the model",
         "Section 5: the third of the four stages tends to be the best place to add capacity; larger networks are given "
         "more dropout, as they overfit otherwise.",
         "Depth: two blocks are added to one stage at batch 256; as every stage has half the resolution and twice the "

@@ -49,7 +49,7 @@ def in_inference_mode():
 
 GOOD = parameter(torch.ones(3, 2))
 BAD = {
-    "a sparse gradient": lambda: parameter(torch.eye(3, 2).to_sparse()),
+    "a gradient of layout torch.sparse_coo": lambda: parameter(torch.eye(3, 2).to_sparse()),
     "torch.complex64": lambda: parameter(torch.ones(3, 2).cfloat(), torch.complex64),
     "torch.float8_e4m3fn": lambda: parameter(torch.ones(3, 2).to(torch.float8_e4m3fn), torch.float8_e4m3fn),
     # torch refuses to assign such a gradient, but it can come about by moving a parameter's data
@@ -82,3 +82,30 @@ def test_gradients_made_in_inference_mode_are_clipped_inside_it():
     with torch.inference_mode():
         adaptive_clip_grad_(p)
     torch.testing.assert_close(torch.linalg.vector_norm(p.grad, dim=1), torch.full((3,), 0.01 * 2**0.5))
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        torch.ones(3, 5)[:, ::2],
+        torch.ones(3, 3, 3, 3)[..., ::2, ::2],
+        torch.ones(2, 3).t(),
+        torch.ones(3, 2, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.ones(3, 1).expand(3, 1),
+        torch.ones(20)[4:10].view(3, 2),
+    ],
+    ids=["odd rows", "odd pixels", "transposed", "channels_last", "one column", "part of a buffer"],
+)
+def test_gradients_whose_entries_lie_apart_are_clipped(grad):
+    p = nn.Parameter(torch.ones(grad.shape))
+    p.grad = grad
+    assert adaptive_clip_grad_(p) == 1
+    torch.testing.assert_close(p.grad, torch.full_like(p, 0.01))
+
+
+def test_parts_of_one_buffer_are_gradients_of_their_own():
+    buffer, params = torch.ones(12), [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    for p, part in zip(params, buffer.split(6), strict=True):
+        p.grad = part.view(3, 2)
+    adaptive_clip_grad_(params)
+    torch.testing.assert_close(buffer, torch.full_like(buffer, 0.01))

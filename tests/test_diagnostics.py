@@ -201,9 +201,10 @@ def test_a_wrapped_model_has_the_rows_of_the_model():
     ("name", "message"),
     [
         ("rexnet_100", "residual blocks in stages, blocks, .*got RexNet"),
+        ("visformer_tiny", "residual blocks in stages, blocks, .*got Visformer"),
         ("efficientvim_m1", "at stages.0.blocks.0, got tuple"),
-        ("hrnet_w18_small", "all blocks of HighResolutionNet in parts named as timm does, got 'stage2' too"),
-        ("cait_xxs24_224", "all blocks of Cait in parts named as timm does, got 'blocks_token_only' too"),
+        ("hrnet_w18_small", "HighResolutionNet has blocks in 'stage2' as well"),
+        ("cait_xxs24_224", "Cait has blocks in 'blocks_token_only' as well"),
         ("tiny_vit_5m_224", r"128 channels on axis 1 at stages.1.blocks.0, got shape \(1, 28, 28, 128\)"),
     ],
 )

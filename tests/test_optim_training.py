@@ -33,9 +33,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations_of(optimizer):
+def operations_of(optimizer, *closure):
     with Operations() as seen:
-        optimizer.step()
+        optimizer.step(*closure)
     return seen.names
 
 
@@ -85,6 +85,8 @@ def test_the_step_is_fused_and_equals_the_default_one_to_the_bit(options, dtype)
     ((bare, bare_state), (ours, state)), seen = steps_of_both(lambda: random_problem(dtype), options)
     assert "_fused_sgd_" in seen
     assert_identical(ours, bare)
+    params, new_gradients = random_problem(dtype)
+    assert "_fused_sgd_" in operations_of(optim.AgcSGD(params, lr=0.1, **options), new_gradients)  # as a closure
     for group in state["param_groups"]:
         del group["clip_factor"], group["clip_eps"]
     assert state["param_groups"] == bare_state["param_groups"]  # fused=None among them
@@ -320,6 +322,16 @@ def test_units_that_are_not_finite_are_counted_and_left_out_of_the_quantiles(bad
     weight.grad.fill_(bad)
     optimizer.step()
     assert optimizer.clip_stats()[0]["ratio_quantiles"] == {}
+
+
+@pytest.mark.parametrize(("value", "zero"), [(0.0, 5), (1.0, 0)])
+def test_statistics_of_units_without_weight_are_of_their_gradients(value, zero):
+    weight = nn.Parameter(torch.zeros(5, 4))
+    optimizer = create_optimizer_v2([weight], "agcsgd", lr=0.0, clip_eps=0.0)
+    weight.grad = torch.full((5, 4), value)
+    optimizer.step()
+    (row,) = optimizer.clip_stats()
+    assert (row["zero_grad_units"], row["non_finite_units"], row["ratio_quantiles"]) == (zero, 0, {})
 
 
 def test_only_a_few_numbers_per_unit_are_kept_for_the_statistics():

@@ -188,9 +188,9 @@ def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> 
         where it is infinite or NaN; `clipped_fraction`; `ratio_quantiles` of gradient norm over weight norm (at least
         eps) of the others, {0.05: ..., 0.99: ...}. Without units in `measured` these are 0, 0, 0, 0.0 and {}.
     """
-    of_parameter: dict[int, tuple[Tensor, Tensor]] = {}
+    of_parameter: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for units in measured:
-        pieces = (values.split_with_sizes(units.counts) for values in (units.ratio, units.clipped))
+        pieces = (values.split_with_sizes(units.counts) for values in (units.ratio, units.grad_norm, units.clipped))
         of_parameter |= {id(p): found for p, *found in zip(units.parameters, *pieces, strict=True)}  # pyright: ignore
     rows: list[dict[str, Any]] = []
     for parameters in groups:
@@ -198,10 +198,10 @@ def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> 
         row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "non_finite_units": 0}
         row |= {"clipped_fraction": 0.0, "ratio_quantiles": {}}
         if found:
-            ratio, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
+            ratio, norm, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
             finite = ratio[ratio.isfinite()]
-            row["units"], row["zero_grad_units"] = ratio.numel(), int((ratio == 0).sum())
-            row["non_finite_units"] = ratio.numel() - finite.numel()
+            row["units"], row["zero_grad_units"] = norm.numel(), int((norm == 0).sum())
+            row["non_finite_units"] = int((~norm.isfinite()).sum())
             row["clipped_fraction"] = clipped.float().mean().item()
             at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
             values = finite.quantile(at) if finite.numel() else at[:0]

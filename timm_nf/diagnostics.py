@@ -27,9 +27,8 @@ _BRANCH_ENDS: dict[type[nn.Module], str] = {
     Bottleneck: "bn3",
 }
 _CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # what timm calls the parts that hold blocks
-_ALIKE = re.compile(
-    r"stage|block|layer(?!0)"
-)  # HRNet's stage2 and CaiT's blocks_token_only hold blocks too, of other kinds
+# Holding blocks too, of other kinds, beside those: HRNet's stage2, CaiT's blocks_token_only.
+_ALIKE = re.compile(r"stage|block|layer(?!0)")
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -45,13 +44,13 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         else:
             yield name, module
 
-    for name, module in model.named_children():
-        if _CONTAINER.fullmatch(name):
+    parts = dict(model.named_children())
+    held = [name for name in parts if _CONTAINER.fullmatch(name)]
+    for name, module in parts.items():
+        if name in held:
             yield from walk(name, module)
-        elif _ALIKE.match(name) and isinstance(module, nn.Sequential | nn.ModuleList):
-            raise TypeError(
-                f"expected all blocks of {type(model).__name__} in parts named as timm does, got {name!r} too"
-            )
+        elif held and _ALIKE.match(name) and isinstance(module, nn.Sequential | nn.ModuleList):
+            raise TypeError(f"{type(model).__name__} has blocks in {name!r} as well, which signal_stats does not know")
 
 
 def _channels_first(model: Any, name: str, out: Any) -> Tensor:

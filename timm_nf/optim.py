@@ -235,9 +235,11 @@ def register() -> None:
             registry._optimizers[_PREFIX + name] = registry.get_optimizer_info(_PREFIX + name)
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
         vars(module)["adaptive_clip_grad"] = agc.adaptive_clip_grad_
+    before = timm.utils.clip_grad.dispatch_clip_grad
     _wrap(timm.utils.clip_grad, "dispatch_clip_grad", _dispatch_clip_grad)
     for module in (timm.utils, timm.utils.cuda):
-        vars(module)["dispatch_clip_grad"] = timm.utils.clip_grad.dispatch_clip_grad
+        if module.dispatch_clip_grad is before:  # and not somebody else's by now
+            vars(module)["dispatch_clip_grad"] = timm.utils.clip_grad.dispatch_clip_grad
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -28,7 +28,7 @@ class Shard(NamedTuple):
 def gradient_problem(p: Tensor, g: Tensor) -> str | None:
     """What keeps a gradient from being clipped in place, None if nothing does; called without gradient tracking."""
     if g.layout != torch.strided:
-        return f"a sparse gradient ({g.layout}); adaptive clipping needs dense ones, use sparse=False"
+        return f"a gradient of layout {g.layout}; adaptive clipping needs dense ones, so no sparse=True"
     if g.device != p.device:
         return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
     if g.shape != p.shape:
@@ -54,20 +54,22 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether entries may lie in the same place: from the innermost out, an axis leaves the ones before it no room."""
-    room = 1
+    """Whether entries may lie in the same place: from the innermost out, an axis does not step over those before it."""
+    last = 0  # the farthest entry so far
     for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride < room:
+        if stride <= last:
             return x.numel() > 0
-        room = stride * n
+        last += stride * (n - 1)
     return False
 
 
 def memory(g: Tensor) -> object:
     """The same for gradients that begin in the same place of this process."""
     local = g if type(g) in _PLAIN else _local(g)
-    has_address = type(local) in _PLAIN and local.numel() and not local.is_meta
-    return (local.device, local.data_ptr()) if has_address and not torch.compiler.is_compiling() else id(g)
+    if type(local) not in _PLAIN or local.layout != torch.strided or torch.compiler.is_compiling():
+        return id(g)
+    address = local.data_ptr()  # 0 without storage: empty, on the meta device, lazy
+    return (local.device, address) if address else id(g)
 
 
 def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
