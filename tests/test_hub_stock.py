@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,24 @@ def test_in_a_process_of_its_own_with_nothing_patched(hub, client):
 
 
 MEMORY = """
-import os, sys, timm, timm_nf
+import resource, sys, timm, timm_nf
 
 def peak():
+    if sys.platform != "linux":  # where it cannot start again, so that this may say too little
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
 
 timm_nf.hub.pull(sys.argv[1])  # what the first one imports and allocates is not the file's
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak starts again from what is used now
+if sys.platform == "linux":
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again from what is used now
 before = peak()
 model = timm_nf.hub.pull("alice/net")
 print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux resets the peak of memory")
 @pytest.mark.parametrize(
     ("name", "first"),
     [
@@ -86,6 +89,8 @@ def test_a_pull_needs_the_files_memory_and_a_fifth(hub, client, tmp_path, name, 
     used, size = map(int, out.split()[-2:])
     assert size > 1e8
     assert used < 1.2 * size
+    # something was measured; the weights themselves, less what the first pull had and the allocator kept
+    assert used > 0.5 * size or sys.platform != "linux"
 
 
 @pytest.mark.slow
