@@ -87,5 +87,5 @@ def client(hub, tmp_path):
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        with process:  # closes its pipe, which may be closed already, and waits
+            process.kill()

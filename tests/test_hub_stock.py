@@ -61,7 +61,7 @@ def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
 
-timm_nf.hub.pull(sys.argv[1])  # what the first one imports and allocates is not the file's
+timm_nf.hub.pull("alice/small")  # what the first one imports and allocates is not the file's
 if sys.platform == "linux":
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts again from what is used now
@@ -71,26 +71,32 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("name", "first"),
+    ("name", "cached"),
     [
-        ("dm_nf_resnet50", "alice/net"),  # from the cache: the client's download takes 50 MB, whatever the size
-        pytest.param("nfnet_f6", "alice/small", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        ("dm_nf_resnet50", True),  # the client's download takes 50 MB, whatever the size: half of this file
+        pytest.param("nfnet_f6", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_pull_needs_the_files_memory_and_a_fifth(hub, client, tmp_path, name, first):
+def test_a_pull_needs_the_files_memory_and_a_fifth(hub, client, tmp_path, name, cached):
     for repo_id, network in (("alice/small", create()), ("alice/net", timm.create_model(name))):
         save_for_hf(network, str(tmp_path / repo_id), safe_serialization=True)
         hub.publish(repo_id, {f.name: f.read_bytes() for f in (tmp_path / repo_id).iterdir()})
         del network
-    process = client(MEMORY, first)
-    out, _ = process.communicate(timeout=500)
+        if cached:
+            timm_nf.hub.pull(repo_id)
+    # A process that has pulled a large file before may use that memory again: of 102 MB, 2 MB were seen. This one has
+    # not, and with the threshold glibc keeps no block above 64 kB that was freed.
+    environment = {"HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    process = client(MEMORY, **environment)
+    out, _ = process.communicate()
     assert process.returncode == 0, out
     used, size = map(int, out.split()[-2:])
     assert size > 1e8
     assert used < 1.2 * size
-    # something was measured; the weights themselves, less what the first pull had and the allocator kept
-    assert used > 0.5 * size or sys.platform != "linux"
+    # something was measured: the weights themselves
+    assert used > 0.9 * size or sys.platform != "linux"
 
 
 @pytest.mark.slow
