@@ -55,6 +55,8 @@ def hub(monkeypatch, tmp_path):
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 600,  # after 10 s it would ask again, and a busy machine may take them
+            "HF_HUB_ETAG_TIMEOUT": 600,
             "HF_HUB_CACHE": str(tmp_path / "cache"),
             "HF_TOKEN_PATH": str(tmp_path / "token"),
             "HF_STORED_TOKENS_PATH": str(tmp_path / "tokens"),
@@ -77,6 +79,7 @@ def client(hub, tmp_path):
         environment = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_aliceSecretToken",
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_HUB_ETAG_TIMEOUT": "600",
             "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", **environment,
         }  # fmt: skip
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,7 +26,7 @@ class Blob:
     data: bytes
     lfs: bool
 
-    @property
+    @cached_property  # of 1.7 GB it takes seconds, and every answer about the file has it twice
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 

@@ -65,7 +65,6 @@ def test_every_forward_file_is_tested() -> None:
     assert len(files) == 10
 
 
-@pytest.mark.timeout(600)  # the first file of a network builds it, and float64 convolutions are slow
 @pytest.mark.parametrize(("net", "size"), [(net, size) for net, sizes in SIZES.items() for size in sizes])
 def test_golden_logits_pool_and_signal_metrics(net: str, size: str) -> None:
     model, single = networks(net)

@@ -105,7 +105,7 @@ def test_somebody_else_commits_in_between(published):
 
 def test_of_two_pushes_at_once_one_wins_whole(published):
     hub, _ = published
-    gate = threading.Barrier(2, timeout=20)
+    gate = threading.Barrier(2, timeout=600)
     hub.fault("POST .*/preupload", lambda handler: gate.wait() and None, times=2)  # both know the same parent by now
 
     def push(license: str) -> timm_nf.hub.Written | HubError:
@@ -133,14 +133,14 @@ def test_a_killed_push_leaves_the_repository_as_it_was(published, client, tmp_pa
 
     def hold(handler: Any) -> None:
         arrived.set()
-        over.wait(30)
+        over.wait(600)
 
     hub.fault("PUT", hold)
     process = client(
         "import torch; from test_hub import *; "
         "timm_nf.hub.push(create(), 'alice/net', card=CARD, dtype=torch.float16, revision='new')"
     )
-    assert arrived.wait(60), process.communicate()
+    assert arrived.wait(600), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.wait()
     over.set()

@@ -37,6 +37,5 @@ def without_versions(page: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_walkthrough_prints_what_the_page_has():
     assert without_versions(walkthrough()["page"]()) == without_versions((ROOT / "docs" / "hub.md").read_text())
