@@ -1,6 +1,7 @@
 """What the tests of the optimizers and of the Hub need around them."""
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -8,9 +9,23 @@ import warnings
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import stand_in_hub
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, however slow the machine is: one that fails once fails always.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Before any fixture: what is drawn without a seed does not depend on the tests that this process ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
