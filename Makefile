@@ -19,6 +19,7 @@ demo: $(READY)  ## train, save, reload and plot on real images; minutes, no down
 	$(PYTHON) -c "from timm_nf.cli import main; main(['demo'])"
 
 test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
+	$(PYTHON) tests/conformance/run.py --fetch  # the one thing that needs the network, before minutes of tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 

@@ -11,14 +11,17 @@ of our optimizers are all errors.
 
 import fnmatch
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Generator
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
+import torch
 from timm.optim._optim_factory import list_optimizers
 
 import timm_nf  # noqa: F401  (registers our models and optimizers)
@@ -229,6 +232,19 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: object) -> list[py
     if suite not in _adapted:
         _prepare(module, suite, collector.config)
     return [] if name in _adapted[suite] else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # timm's limits of 120 s to 360 s are reached beside other work, which slows a test down tenfold
+        item.add_marker(pytest.mark.timeout(1800), append=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed does not depend on those that this process ran before, which is luck."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(wrapper=True)

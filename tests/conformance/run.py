@@ -1,6 +1,6 @@
 """Runs timm's own published tests on our models and optimizers.
 
-    python tests/conformance/run.py [--large] [-- pytest arguments]
+    python tests/conformance/run.py [--fetch | --large] [-- pytest arguments]
 
 timm ships its tests in its source distribution. This fetches the one of the installed version (once; kept in
 .cache/), and runs test_models.py and test_optim.py of it under plugin.py, which puts our names in place of theirs.
@@ -42,6 +42,7 @@ def fetch_tests(timm_version: str, cache: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fetch", action="store_true", help="only make sure that timm's tests are here")
     parser.add_argument("--large", action="store_true", help="the larger variants instead of the small ones")
     parser.add_argument("pytest_args", nargs="*", help="passed on to pytest, after --")
     args = parser.parse_args()
@@ -50,6 +51,8 @@ def main() -> int:
     selection = [f"--our-models={','.join(names)}", *(["--every-config"] if args.large else [])]
     suites = ["tests/test_models.py"] if args.large else ["tests/test_models.py", "tests/test_optim.py"]
     folder = fetch_tests(version("timm"), ROOT / ".cache")
+    if args.fetch:
+        return 0
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "TORCH_DEVICE": "cpu",  # timm's optimizer tests default to CUDA
