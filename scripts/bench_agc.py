@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
-from timm_nf.bench import peak_memory  # noqa: E402
+from timm_nf.inference.bench import peak_memory  # noqa: E402
 
 SETTINGS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
 ASKED = {"clip": 2.0, "step": 2.2}

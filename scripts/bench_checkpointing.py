@@ -17,8 +17,8 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 import timm_nf  # noqa: F401  registers networks and optimizers
-from timm_nf.bench import Run, peak_memory, time_in_turn
 from timm_nf.env import machine
+from timm_nf.inference.bench import Run, peak_memory, time_in_turn
 from timm_nf.variants import VARIANTS
 
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from timm_nf.bench import Run, bfloat16_is_fast, contenders, peak_memory, time_in_turn, time_inference
 from timm_nf.env import machine
-from timm_nf.export import onnx_is_installed
+from timm_nf.inference.bench import Run, bfloat16_is_fast, contenders, peak_memory, time_in_turn, time_inference
+from timm_nf.inference.export import onnx_is_installed
 from timm_nf.variants import VARIANTS
 
 PIXELS = 192

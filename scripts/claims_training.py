@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
 import timm_nf
-from timm_nf.blocks import NormFreeBlock
 from timm_nf.env import machine
 from timm_nf.layers import SameConv2d, ScaledStdConv2d
+from timm_nf.models.blocks import NormFreeBlock
 
 CACHE = Path(__file__).parent.parent / ".cache" / "fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

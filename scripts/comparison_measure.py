@@ -19,7 +19,7 @@ from rich.progress import track
 
 import timm_nf
 from timm_nf.convert import timm_to_haiku
-from timm_nf.verify import golden_model, image, relative_error
+from timm_nf.verify.golden import golden_model, image, relative_error
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 FACTOR, EPS = 0.01, 1e-3

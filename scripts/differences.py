@@ -28,7 +28,7 @@ timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
 from timm_nf.env import machine  # noqa: E402
-from timm_nf.verify import golden_params, image  # noqa: E402
+from timm_nf.verify.golden import golden_params, image  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 

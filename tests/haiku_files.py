@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-from timm_nf.haiku_pickle import load_haiku
+from timm_nf.convert.haiku_pickle import load_haiku
 
 FORMS = ("plain", "flatmap", "jaxarrays", "dill")
 SMALL = {

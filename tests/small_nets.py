@@ -11,7 +11,7 @@ from reference_nfnet import Net
 from torch import Tensor
 
 import timm_nf
-from timm_nf.verify import fill, image
+from timm_nf.verify.golden import fill, image
 
 NAMES = {"NFNet": "nfnet_f0", "NF_ResNet": "dm_nf_resnet50", "NF_RegNet": "dm_nf_regnet_b0"}
 NETS = {

@@ -1,4 +1,4 @@
-"""`timm_nf.agc`: the formula against a plain float64 one, its invariants, and who is clipped and who decays."""
+"""`timm_nf.optim.agc`: the formula against a plain float64 one, its invariants, and who is clipped and who decays."""
 
 import math
 from itertools import accumulate
@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf.agc import adaptive_clip_grad_, clip_checked_, unitwise_norm
+from timm_nf.optim.agc import adaptive_clip_grad_, clip_checked_, unitwise_norm
 
 SHAPES = [
     (8, 4, 3, 3),

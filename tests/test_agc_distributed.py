@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
+from timm_nf.optim.agc import adaptive_clip_grad_, unitwise_norm
 
 pytestmark = pytest.mark.xdist_group("processes")  # with --dist loadgroup one worker starts the processes, once
 

@@ -1,4 +1,4 @@
-"""What `timm_nf.agc` refuses: by name, before the first write."""
+"""What `timm_nf.optim.agc` refuses: by name, before the first write."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_nf.agc import adaptive_clip_grad_
+from timm_nf.optim.agc import adaptive_clip_grad_
 
 
 def parameter(grad, dtype=torch.float32):

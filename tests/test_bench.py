@@ -1,4 +1,4 @@
-"""`timm_nf.bench` and `timm-nf bench`: who is compared with whom, in turn, and what is printed."""
+"""`timm_nf.inference.bench` and `timm-nf bench`: who is compared with whom, in turn, and what is printed."""
 
 import json
 
@@ -7,8 +7,8 @@ import timm
 import torch
 from timm.models import is_model
 
-from timm_nf import bench
 from timm_nf.cli import main
+from timm_nf.inference import bench
 from timm_nf.variants import VARIANTS
 
 

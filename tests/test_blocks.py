@@ -10,7 +10,7 @@ from small_nets import FAMILIES, NETS, batch, build, create, nchw, relative_erro
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf.blocks import NormFreeBlock
+from timm_nf.models.blocks import NormFreeBlock
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

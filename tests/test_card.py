@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_nf import card
 from timm_nf.cli import main
+from timm_nf.hub import card
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {
@@ -23,7 +23,7 @@ def network(given: Any = None, **facts: Any) -> ModelCard:
 
 
 def test_the_repositorys_card_comes_from_the_renderer():
-    command = """python -c "from timm_nf import card; print(card.zoo(), end='')" > MODEL_CARD.md"""
+    command = """python -c "from timm_nf.hub import card; print(card.zoo(), end='')" > MODEL_CARD.md"""
     assert (ROOT / "MODEL_CARD.md").read_text() == card.zoo(), command
     assert command in (card.__doc__ or "")
 
@@ -101,7 +101,7 @@ def test_only_our_networks_ask_for_our_import():
     assert "import timm_nf" not in network(architecture="resnet18").text
 
 
-@pytest.mark.parametrize("name", ["card", "variants"])
+@pytest.mark.parametrize("name", ["hub/card", "variants"])
 def test_it_needs_neither_torch_nor_a_network(name):
     source = ast.parse((ROOT / "timm_nf" / f"{name}.py").read_text())
     imported = {node.module or "" for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}

@@ -11,11 +11,11 @@ from timm.models import save_for_hf
 from torch import nn
 from typer.main import get_command
 
-import timm_nf.classify
-import timm_nf.verify
+import timm_nf.inference.classify
+import timm_nf.verify.checks
 from timm_nf.cli import app, main
 from timm_nf.variants import VARIANTS
-from timm_nf.verify import Check
+from timm_nf.verify.checks import Check
 
 COMMANDS = [
     *("list", "info", "recipe", "classify", "demo", "env", "verify"),
@@ -194,7 +194,7 @@ def test_classify_without_a_network_says_so(local_model, monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise ConnectionError("[Errno -2] Name or service not known\nwith more lines")
 
-    monkeypatch.setattr(timm_nf.classify.timm, "create_model", offline)
+    monkeypatch.setattr(timm_nf.inference.classify.timm, "create_model", offline)
     code, line = fails("classify", str(local_model / "pictures"), capsys=capsys)
     assert code == 1
     assert "Name or service not known" in line
@@ -205,15 +205,15 @@ def test_checkpoint_loads_a_file_of_weights(local_model, tmp_path):
     model: Any = timm.create_model("dm_nf_regnet_b0")
     nn.init.constant_(model.head.fc.bias, 0.5)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
-    loaded: Any = timm_nf.classify.load_model("dm_nf_regnet_b0", tmp_path / "model.safetensors")
+    loaded: Any = timm_nf.inference.classify.load_model("dm_nf_regnet_b0", tmp_path / "model.safetensors")
     assert not loaded.training
     assert (loaded.head.fc.bias == 0.5).all()
-    assert timm_nf.classify.labels(loaded)[1].startswith("goldfish")
+    assert timm_nf.inference.classify.labels(loaded)[1].startswith("goldfish")
 
 
 def test_verify_exits_with_1_only_if_a_check_fails(monkeypatch, capsys):
     rows = [Check("good", "0", "1", True), Check("elsewhere", "no device", "", None)]
-    monkeypatch.setattr(timm_nf.verify, "run", lambda *args, **kwargs: iter(rows))
+    monkeypatch.setattr(timm_nf.verify.checks, "run", lambda *args, **kwargs: iter(rows))
     main(["verify"])
     out = capsys.readouterr().out
     assert "1 passed, 0 failed, 1 not checked here" in out

@@ -1,4 +1,4 @@
-"""`timm_nf.clip_range` and `timm-nf clip-range`: ratios by hand, shares that clipping confirms, what it refuses."""
+"""`diagnostics.clipping` and `timm-nf clip-range`: ratios by hand, shares that clipping confirms, what it refuses."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,11 @@ from PIL import Image
 from small_nets import create
 from torch import nn
 
-from timm_nf import agc, convert
+from timm_nf import convert
 from timm_nf.cli import main
-from timm_nf.clip_range import ClipRange, Stage, draw, load, measure
+from timm_nf.diagnostics.clipping import ClipRange, Stage, load, measure
+from timm_nf.diagnostics.plots import draw_clip_range
+from timm_nf.optim import agc
 
 
 def batches(count=2, size=32):
@@ -165,7 +167,7 @@ def test_the_picture_shows_every_stage(tmp_path):
     generator = np.random.default_rng(0)
     stages = [Stage(f"stages.{i}", 50, 0, 10 ** generator.normal(-i, 1, 500)) for i in range(3)]
     stages.append(Stage("head", 1, 1, np.empty(0)))
-    draw(ClipRange(stages, 1, []), "three stages", tmp_path / "clip.png")
+    draw_clip_range(ClipRange(stages, 1, []), "three stages", tmp_path / "clip.png")
     pixels = np.asarray(Image.open(tmp_path / "clip.png").convert("RGB")).reshape(-1, 3).astype(int)
     blue = (pixels[:, 2] - pixels[:, 0] > 60).mean()
     red = (pixels[:, 0] - pixels[:, 2] > 60).mean()

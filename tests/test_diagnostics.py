@@ -10,9 +10,9 @@ from small_nets import create
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from timm_nf.agc import adaptive_clip_grad_, unitwise_norm
 from timm_nf.diagnostics import agc_stats, signal_stats
-from timm_nf.propagation import open_branches
+from timm_nf.diagnostics.inputs import open_branches
+from timm_nf.optim.agc import adaptive_clip_grad_, unitwise_norm
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

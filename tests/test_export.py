@@ -1,4 +1,4 @@
-"""`timm_nf.export` and `timm-nf export`: what is written is what was measured, and nothing is left after a failure."""
+"""`inference.export` and `timm-nf export`: what is written was measured, nothing is left after a failure."""
 
 import json
 
@@ -12,8 +12,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 import timm_nf
-from timm_nf import export
 from timm_nf.cli import main
+from timm_nf.inference import export
 
 OVERLAY = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64), "label_names": [f"label {i}" for i in range(10)]}}
 

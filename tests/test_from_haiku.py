@@ -15,10 +15,9 @@ from small_nets import batch
 from stand_in_hub import answer
 
 import timm_nf
-from timm_nf import from_haiku
 from timm_nf.cli import main
 from timm_nf.convert import haiku_to_timm, load_haiku
-from timm_nf.hub import HubError
+from timm_nf.hub import HubError, from_haiku
 
 GOLDEN = Path(__file__).parent / "golden"
 T0 = GOLDEN / "T0_haiku_flatmap.npz"
@@ -60,7 +59,7 @@ def test_a_checkpoint_becomes_a_folder_that_timm_loads_to_the_golden_logits(tmp_
         "features and logits of the network read back equal to the bit",
         'timm.create_model("nfnet_f0", depths=(1, 2, 1, 1), channels=(32, 64, 96, 96), group_size=8, num_classes=10)',
         "152,303 parameters",
-        f"sha256 {timm_nf.folder.digest(tmp_path / 't0' / 'model.safetensors', 'sha256')}",
+        f"sha256 {timm_nf.hub.folder.digest(tmp_path / 't0' / 'model.safetensors', 'sha256')}",
     ):
         assert fact in out
     model: Any = timm.create_model("local-dir:t0", pretrained=True)
@@ -156,7 +155,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, fails):
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/disk/file")
 
-    monkeypatch.setattr("timm_nf.folder.save_config_for_hf", full)
+    monkeypatch.setattr("timm_nf.hub.folder.save_config_for_hf", full)
     assert "the disk is full (/disk/file): make room" in fails(str(T0), "-o", str(tmp_path / "t0"))[1]
     assert left(tmp_path) == []
 

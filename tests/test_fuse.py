@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import timm_nf
 from timm_nf.layers import SameConv2d, ScaledStdConv2d
-from timm_nf.standardize import standardize_weight
+from timm_nf.layers.standardize import standardize_weight
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

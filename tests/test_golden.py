@@ -16,7 +16,7 @@ from torch import Tensor
 
 import timm_nf
 from timm_nf.diagnostics import signal_stats
-from timm_nf.verify import fill, image
+from timm_nf.verify.golden import fill, image
 
 GOLDEN = Path(__file__).parent / "golden"
 TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()))
@@ -89,7 +89,7 @@ def test_golden_logits_pool_and_signal_metrics(net: str, size: str) -> None:
 
 def test_reference_network_reproduces_the_golden_numbers() -> None:
     for family, net, size in (("NF_RegNet", "nf_regnet_B0", "2x97x75"), ("NF_ResNet", "nf_resnet_ResNet50", "1x64x64")):
-        cfg, expected = timm_nf.nfnets.VARIANTS[NETS[net][0]].cfg, load(net, size)
+        cfg, expected = timm_nf.models.nfnets.VARIANTS[NETS[net][0]].cfg, load(net, size)
         got = Net(family, cfg.depths, cfg.channels).forward(
             parameters(net), image(*map(int, size.split("x"))).permute(0, 2, 3, 1).numpy()
         )

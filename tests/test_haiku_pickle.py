@@ -14,8 +14,8 @@ from haiku_files import FORMS, SMALL, Call, dumps, loads
 from haiku_files import name as named
 from safetensors.torch import save_file
 
-from timm_nf import haiku_pickle
-from timm_nf.haiku_pickle import load_haiku
+from timm_nf.convert import haiku_pickle
+from timm_nf.convert.haiku_pickle import load_haiku
 
 GOLDEN = Path(__file__).parent / "golden"
 T0 = [GOLDEN / f"T0_haiku_{form}.npz" for form in ("plain", "flatmap", "jaxarrays")]

@@ -18,7 +18,7 @@ from haiku_files import FORMS, SMALL, Call, dumps, loads, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_nf.haiku_pickle import _MAX_OPCODES, load_haiku
+from timm_nf.convert.haiku_pickle import _MAX_OPCODES, load_haiku
 
 EVENTS: list[str] = []
 WATCHING = False
@@ -157,7 +157,7 @@ ABUSES: dict[str, bytes] = {
     "a name that is not text": program(ZERO, ZERO, pickle.STACK_GLOBAL),
     "a name in two halves": program(global_("numpy ndarray", "")),
     "a name with a newline": program(global_("numpy\nndarray", "x\r\n\x1b[31m")),
-    "a module of our own": program(global_("timm_nf.haiku_pickle", "_NAMES")),
+    "a module of our own": program(global_("timm_nf.convert.haiku_pickle", "_NAMES")),
     "persistent id": b"Psecret\n.",
     "binary persistent id": program(text("secret"), b"Q"),
     **{f"extension {n}": program(b"%c" % op + (240).to_bytes(n, "little")) for n, op in ((1, 130), (2, 131), (4, 132))},

@@ -139,7 +139,7 @@ def test_a_token_that_is_not_valid(hub, checkpoint, tmp_path, monkeypatch, fails
 @pytest.mark.parametrize("token", ["hf_with space", "hf_with\nline", "hf_höher"])
 @pytest.mark.parametrize("by", ["argument", "login"])
 def test_a_token_that_no_header_can_carry_is_not_quoted(hub, token, by, monkeypatch):
-    monkeypatch.setattr("timm_nf.hub.get_token", lambda: token if by == "login" else None)
+    monkeypatch.setattr("timm_nf.hub.client.get_token", lambda: token if by == "login" else None)
     given = token if by == "argument" else None
     for call in (lambda: timm_nf.hub.pull("alice/net", token=given), lambda: push_with(given)):
         with pytest.raises(ValueError, match="printable") as caught:
@@ -255,7 +255,7 @@ def test_the_disk_is_full(hub, checkpoint, tmp_path, monkeypatch, fails):
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     assert "the disk is full (/cache/file)" in fails("pull", "alice/net")
-    monkeypatch.setattr("timm_nf.folder.save_config_for_hf", full)
+    monkeypatch.setattr("timm_nf.hub.folder.save_config_for_hf", full)
     assert "the disk is full (/cache/file)" in fails(*push(checkpoint))
 
 
@@ -263,7 +263,7 @@ def test_the_disk_is_full_for_safetensors_too(hub, checkpoint, monkeypatch, fail
     def full(*args: Any, **kwargs: Any) -> None:  # in its words, seen under a limit of file sizes
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("timm_nf.folder.save_file", full)
+    monkeypatch.setattr("timm_nf.hub.folder.save_file", full)
     assert "could not be written" in fails(*push(checkpoint, "alice/net", "--dry-run"))
 
 

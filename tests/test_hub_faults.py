@@ -199,7 +199,7 @@ def test_a_damaged_file_in_the_cache_is_named_and_fetched_once(published, name, 
     before = hub.count(f"^GET .*{name}")
     assert torch.equal(logits(timm_nf.hub.pull("alice/net")), expected)
     assert hub.count(f"^GET .*{name}") == before + 1
-    (record,) = [r for r in caplog.records if r.name == "timm_nf.hub"]
+    (record,) = [r for r in caplog.records if r.name == "timm_nf.hub.client"]
     assert record.levelno == logging.WARNING
     assert f"{name} is damaged" in record.message
 

@@ -154,7 +154,7 @@ def test_what_is_no_repository_is_asked_of_nobody(hub, tmp_path, repo_id, work):
         "pull": lambda: timm_nf.hub.pull(repo_id),
         "push": lambda: timm_nf.hub.push(create(), repo_id, card=CARD),
         "dry run": lambda: timm_nf.hub.push(create(), repo_id, card=CARD, dry_run=True),
-        "upload": lambda: timm_nf.hub.upload(tmp_path, None, repo_id),
+        "upload": lambda: timm_nf.hub.client.upload(tmp_path, None, repo_id),
     }
     with pytest.raises(HubError, match="expected a repository as user/name, got"):
         works[work]()

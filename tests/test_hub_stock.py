@@ -16,7 +16,7 @@ from test_hub import CARD, create, logits
 from timm.models import save_for_hf
 
 import timm_nf
-from timm_nf.verify import golden_params
+from timm_nf.verify.golden import golden_params
 
 
 def synthetic(name: str) -> Any:

@@ -21,7 +21,7 @@ from timm_nf.layers import (
     activation_gain,
     activation_name,
 )
-from timm_nf.standardize import standardize_weight
+from timm_nf.layers.standardize import standardize_weight
 
 # --- activations ---
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from small_nets import FAMILIES, SHORT, batch, build, create, relative_error
-from torch import Tensor, nn
-
 from timm_nf.nfnets import NormFreeNet
+from torch import Tensor, nn
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

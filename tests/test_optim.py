@@ -12,7 +12,7 @@ from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler
 
 from timm_nf import optim
-from timm_nf.agc import adaptive_clip_grad_
+from timm_nf.optim.agc import adaptive_clip_grad_
 
 pytestmark = pytest.mark.usefixtures("no_compiler", "known_optimizer_warnings")
 

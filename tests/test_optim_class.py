@@ -18,7 +18,8 @@ from timm.optim._optim_factory import default_registry
 from torch import nn
 
 from timm_nf import optim
-from timm_nf.agc import adaptive_clip_grad_
+from timm_nf.optim.agc import adaptive_clip_grad_
+from timm_nf.optim.optimizer import AdaptiveClipping, agc_class
 
 pytestmark = pytest.mark.usefixtures("no_compiler", "known_optimizer_warnings")
 
@@ -58,7 +59,7 @@ def test_hooks_fire_exactly_once(bare_first):
         Base([nn.Parameter(torch.ones(1))])
     assert getattr(Base.step, "hooked", False) is bare_first
     params, loss = target_problem()
-    optimizer = optim.agc_class(Base)(params, lr=0.1)
+    optimizer = agc_class(Base)(params, lr=0.1)
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -82,7 +83,7 @@ def test_torch_schedulers_may_patch_the_step():
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_infinite_factor_equals_the_bare_class_for_every_implementation(base, flags):
     results = []
-    for cls, kwargs in ((base, {}), (optim.agc_class(base), {"clip_factor": math.inf})):
+    for cls, kwargs in ((base, {}), (agc_class(base), {"clip_factor": math.inf})):
         params, loss = target_problem()
         train(cls(params, lr=0.1, weight_decay=0.1, **flags, **kwargs), loss, 5)
         results.append(values(params))
@@ -140,9 +141,7 @@ def test_every_evaluation_of_a_closure_is_clipped_also_by_lbfgs(clip_factor, sea
     results = []
     for base in (True, False):
         params, _ = target_problem()
-        cls, clip = (
-            (torch.optim.LBFGS, {}) if base else (optim.agc_class(torch.optim.LBFGS), {"clip_factor": clip_factor})
-        )
+        cls, clip = (torch.optim.LBFGS, {}) if base else (agc_class(torch.optim.LBFGS), {"clip_factor": clip_factor})
         optimizer = cls(params, lr=0.5, line_search_fn=search, **clip)
         evaluations = 0
 
@@ -167,7 +166,7 @@ def test_lookahead_takes_an_agc_form(name):
     params, loss = target_problem()
     optimizer = create(name, params, lr=0.1)
     assert isinstance(optimizer, timm.optim.Lookahead)
-    assert isinstance(optimizer._base_optimizer, optim.AdaptiveClipping)
+    assert isinstance(optimizer._base_optimizer, AdaptiveClipping)
     before = loss().item()
     assert train(optimizer, loss, 8) < before
     state = optimizer.state_dict()
@@ -226,7 +225,7 @@ def test_optimizers_registered_later_have_an_agc_form(monkeypatch):
     optimizer = create("agchomemade", params)
     assert isinstance(optimizer, SGD)
     assert optim.AgcSGD.__mro__[2] is torch.optim.SGD
-    assert optim.agc_class(SGD) is not optim.AgcSGD
+    assert agc_class(SGD) is not optim.AgcSGD
     train(optimizer, loss, 1)
     assert type(pickle.loads(pickle.dumps(optimizer))) is type(optimizer)
 
@@ -278,7 +277,7 @@ def test_a_base_whose_step_takes_no_closure_steps():
 
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
-    optim.agc_class(Plain)([p], lr=1.0).step()
+    agc_class(Plain)([p], lr=1.0).step()
     torch.testing.assert_close(p.detach(), torch.full((2,), 0.99))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_nf
-from timm_nf.verify import fill, image
+from timm_nf.verify.golden import fill, image
 
 GOLDEN = Path(__file__).parent / "golden"
 TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()))

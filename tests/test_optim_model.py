@@ -10,7 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from timm_nf import agc
+from timm_nf.optim.groups import param_groups_agc
 
 
 def values(params):
@@ -145,7 +145,7 @@ def test_every_form_of_parameters_from_the_callers_function_works(form):
 
 def test_the_groups_of_param_groups_agc_pass_through():
     model = model_of("dm_nfnet_f0")
-    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, param_group_fn=agc.param_groups_agc)
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, param_group_fn=param_groups_agc)
     assert [g["clip_factor"] for g in optimizer.param_groups] == [0.01, 0.01, None]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 2e-5, 2e-5]
 

@@ -8,7 +8,8 @@ from small_problems import assert_identical, create, target_problem, train, valu
 from torch import nn
 
 from timm_nf import optim
-from timm_nf.agc import adaptive_clip_grad_
+from timm_nf.optim.agc import adaptive_clip_grad_
+from timm_nf.optim.optimizer import agc_class
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -40,7 +41,7 @@ def scaler(request, monkeypatch):
 def test_no_loss_scaler_may_leave_the_unscaling_to_a_fused_step(base, fused):
     p = nn.Parameter(torch.ones(2))
     assert getattr(base([p], fused=True), "_step_supports_amp_scaling", False) is True  # what is to be overruled
-    assert optim.agc_class(base)([p], fused=fused)._step_supports_amp_scaling is False
+    assert agc_class(base)([p], fused=fused)._step_supports_amp_scaling is False
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -49,7 +50,7 @@ def test_a_loss_scaler_unscales_before_the_clipping_and_skips_infinities(base, f
     results = []
     for scaling in (False, True):
         params, loss = target_problem()
-        optimizer = optim.agc_class(base)(params, lr=0.1, fused=fused)
+        optimizer = agc_class(base)(params, lr=0.1, fused=fused)
         scale = scaler(enabled=scaling)
         for _ in range(3):
             optimizer.zero_grad()

@@ -18,7 +18,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf import agc, optim
+from timm_nf import optim
+from timm_nf.optim import agc
 
 
 class Operations(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""`timm_nf.propagation` and `timm-nf diagnose`: what goes in, what is said of what comes out, what is refused."""
+"""`timm_nf.diagnostics.plots` and `timm-nf diagnose`: what goes in, what is said of what comes out, what is refused."""
 
 import json
 import math
@@ -14,7 +14,9 @@ from torch import nn
 
 from timm_nf.cli import main
 from timm_nf.diagnostics import signal_stats
-from timm_nf.propagation import DEAD, EXPLODED, INPUTS, draw, inputs, load, open_branches, pick, troubles
+from timm_nf.diagnostics.inputs import INPUTS, inputs, load, open_branches, pick
+from timm_nf.diagnostics.plots import draw_signals
+from timm_nf.diagnostics.signals import DEAD, EXPLODED, troubles
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_pictures_come_from_all_of_the_folder_with_the_preprocessing_of_the_netw
 def test_the_picture_has_a_line_for_every_network_and_the_expected_variance(tmp_path):
     row = {"name": "a", "avg_sq_mean": 0.0, "avg_var": 1.0, "res_avg_var": None, "expected_var": None}
     grown = [row | {"avg_var": 10.0**i, "res_avg_var": math.nan, "expected_var": 1.0} for i in range(4)]
-    draw({"one": [row, row | {"avg_var": math.inf}], "two": grown}, "two networks", tmp_path / "p.png")
+    draw_signals({"one": [row, row | {"avg_var": math.inf}], "two": grown}, "two networks", tmp_path / "p.png")
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (pixels[:, 2] - pixels[:, 0] > 100).any()  # blue
     assert ((pixels[:, 0] - pixels[:, 2] > 200) & (pixels[:, 1] > 100)).any()  # orange
@@ -148,7 +150,7 @@ def test_the_command_prints_a_table_of_every_network_and_writes_the_picture(loca
 
 
 def test_the_command_takes_pictures_and_warns_on_stderr(local, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_nf.propagation.EXPLODED", 1e-6)
+    monkeypatch.setattr("timm_nf.diagnostics.signals.EXPLODED", 1e-6)
     main(["diagnose", str(local / "model"), "--images", str(local / "pictures"), "-o", str(tmp_path / "p.png")])
     captured = capsys.readouterr()
     assert "14 pictures of" in captured.out

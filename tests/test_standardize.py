@@ -14,10 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf.layers import (
-    ScaledStdConv2d,
-)
-from timm_nf.standardize import destandardize_weight, standardize_weight
+from timm_nf.layers import ScaledStdConv2d
+from timm_nf.layers.standardize import destandardize_weight, standardize_weight
 
 
 class OtherTensor(Tensor):

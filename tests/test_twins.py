@@ -13,8 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from timm_nf import checkpoint, convert, twins, verify
+from timm_nf import checkpoint, convert
 from timm_nf.cli import main
+from timm_nf.verify import checks
+from timm_nf.verify import stock as twins
+from timm_nf.verify.golden import golden_params, image, relative_error
 
 CPU = torch.device("cpu")
 DIGITS = [str(i) for i in range(10)]
@@ -29,7 +32,7 @@ def stock(**kwargs: Any) -> Any:
     """A small network of stock timm's with the synthetic parameters, and widths that follow no stage."""
     model: Any = timm.create_model("dm_nfnet_f0", **FIELDS, num_classes=10, **kwargs).eval()
     shapes = {n: p.shape for n, p in model.state_dict().items()}  # timm's skip gain is a scalar
-    params = verify.golden_params(model.state_dict())
+    params = golden_params(model.state_dict())
     model.load_state_dict({n: p.reshape(shapes[n]) for n, p in params.items()})
     return model
 
@@ -64,7 +67,7 @@ def test_a_checkpoint_of_timms_network_is_loaded_into_both(trained):
     file, model = trained
     pair = twins.load(file)
     assert (pair.name, pair.origin) == ("nfnet_f0", f"{file}, state_dict")
-    x = verify.image(2, 48, 48).float()
+    x = image(2, 48, 48).float()
     with torch.no_grad():
         assert torch.equal(pair.stock(x), model(x))
         ours: Any = timm.create_model("nfnet_f0", **FIELDS, num_classes=10, stem_chs=128, num_features=3072).eval()
@@ -80,9 +83,9 @@ def test_weights_alone_are_recognised_by_their_shapes(kind, tmp_path):
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_file(tensors, file) if kind == "safetensors" else torch.save(tensors, file)
     pair = twins.load(file)
-    x = verify.image(1, 48, 48).float()[:, :1]
+    x = image(1, 48, 48).float()[:, :1]
     with torch.no_grad():
-        assert verify.relative_error(pair.stock(x), model(x)) < 1e-2  # float16 in the file
+        assert relative_error(pair.stock(x), model(x)) < 1e-2  # float16 in the file
     assert pair.stock(x).dtype == torch.float32
 
 
@@ -90,7 +93,7 @@ def test_the_authors_file_is_loaded_too(trained, tmp_path):
     model = trained[1]
     (tmp_path / "F_haiku.npz").write_bytes(haiku_files.dumps(convert.timm_to_haiku(model.state_dict())))
     pair = twins.load(tmp_path / "F_haiku.npz")
-    x = verify.image(1, 48, 48).float()
+    x = image(1, 48, 48).float()
     with torch.no_grad():
         torch.testing.assert_close(pair.stock(x), model(x), rtol=1e-4, atol=1e-5)  # other strides, other kernels
 
@@ -106,7 +109,7 @@ def test_accuracies_and_the_error_are_those_of_the_networks(trained, pictures):
     with torch.no_grad():
         ours, theirs = pair.ours(x), pair.stock(x)
     assert seen.images == 20
-    assert seen.error == pytest.approx(verify.relative_error(ours, theirs), rel=1e-4)
+    assert seen.error == pytest.approx(relative_error(ours, theirs), rel=1e-4)
     assert 1e-3 < seen.error < 3e-2
     assert seen.top1 == tuple(100 * (y.argmax(1) == labels).sum().item() / 20 for y in (ours, theirs))
 
@@ -142,10 +145,10 @@ def test_a_network_that_has_no_twin_in_timm_is_refused(name, tmp_path):
 @pytest.fixture
 def only_checkpoint(monkeypatch):
     """Leaves out the golden checks, and shows a call of those of the published weights."""
-    monkeypatch.setattr(verify, "FORWARD", {})
-    monkeypatch.setattr(verify, "_step_checks", lambda device: iter(()))
-    monkeypatch.setattr(verify, "_waiting_checks", lambda device: iter(()))
-    monkeypatch.setattr(verify, "_pretrained_checks", lambda *args: iter([verify.Check("hub", "0", "1", True)]))
+    monkeypatch.setattr(checks, "FORWARD", {})
+    monkeypatch.setattr(checks, "_step_checks", lambda device: iter(()))
+    monkeypatch.setattr(checks, "_waiting_checks", lambda device: iter(()))
+    monkeypatch.setattr(checks, "_pretrained_checks", lambda *args: iter([checks.Check("hub", "0", "1", True)]))
 
 
 def lines(capsys) -> list[str]:
@@ -186,7 +189,7 @@ def test_networks_too_far_apart_fail(trained, pictures, only_checkpoint, monkeyp
 
 def test_weights_without_pictures_are_refused(trained):
     with pytest.raises(ValueError, match="imagenet_val"):
-        next(verify.run(weights=trained[0]))
+        next(checks.run(weights=trained[0]))
 
 
 @pytest.mark.parametrize(

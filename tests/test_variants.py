@@ -10,7 +10,8 @@ import timm
 import torch
 from reference_nfnet import Net
 
-from timm_nf import convert, nfnets
+from timm_nf import convert
+from timm_nf.models import nfnets
 from timm_nf.variants import VARIANTS, NfCfg
 
 GOLDEN = Path(__file__).parent / "golden"

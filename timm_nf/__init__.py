@@ -5,9 +5,10 @@ Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping 
 """
 
 from . import convert, diagnostics, hub, nfnets, optim, recipes
-from .agc import adaptive_clip_grad_, param_groups_agc, unitwise_norm
-from .fuse import fuse
-from .standardize import standardize_weight
+from .inference.fuse import fuse
+from .layers.standardize import standardize_weight
+from .optim.agc import adaptive_clip_grad_, unitwise_norm
+from .optim.groups import param_groups_agc
 
 __version__ = "0.1.0"
 __all__ = [

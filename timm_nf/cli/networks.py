@@ -1,0 +1,86 @@
+"""The commands of `timm-nf` that print what there is: list, info, recipe."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Annotated
+
+from .terminal import examples, print_facts, print_table, typer
+
+commands = typer.Typer()
+
+
+@commands.command("list", epilog=examples("list", "list 'nfnet_f?'"))
+def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*") -> None:
+    """List the networks: parameters, multiply-adds at the training size, image sizes, weights."""
+    from fnmatch import fnmatch
+
+    from ..variants import VARIANTS
+
+    names = [name for name in VARIANTS if fnmatch(name, pattern)]
+    if not names:
+        raise typer.BadParameter(f"no network is called {pattern!r}; `timm-nf list` shows all {len(VARIANTS)}")
+    rows: list[Sequence[str]] = []
+    for name in names:
+        row = VARIANTS[name]
+        params, macs = row.cfg.count(row.train_size)
+        sizes = f"{row.train_size} / {row.test_size}"
+        rows.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
+    columns = ("name", "params (M)", "GMACs", "train / test px", "weights")
+    print_table(columns, rows, right=columns[1:4])
+
+
+@commands.command(epilog=examples("info nfnet_f0", "info dm_nf_regnet_b4"))
+def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")]) -> None:
+    """Show everything about one network: its row, sizes, weights, preprocessing, how to create it."""
+    from ..inference.classify import preprocessing
+    from ..variants import VARIANTS
+
+    bare = name.partition(".")[0]
+    if bare not in VARIANTS or name not in (bare, f"{bare}.dm_in1k" if VARIANTS[bare].hf_hub_id else bare):
+        raise typer.BadParameter(f"no network is called {name!r}; `timm-nf list` shows all {len(VARIANTS)}")
+    row = VARIANTS[bare]
+    params, macs = row.cfg.count(row.train_size)
+    full_name = f"{bare}.dm_in1k" if row.hf_hub_id else bare
+    weights = f"https://huggingface.co/{row.hf_hub_id}" if row.hf_hub_id else "none published"
+    pretrained = ", pretrained=True" if row.hf_hub_id else ""
+    print_facts(
+        [
+            ("name", full_name),
+            ("parameters", f"{params:,}"),
+            ("multiply-adds", f"{macs / 1e9:.3f} G at {row.train_size} px"),
+            ("train / test size", f"{row.train_size} / {row.test_size} px"),
+            ("dropout", f"{row.drop_rate} in the paper's recipe, 0 unless asked for"),
+            ("RandAugment", "not given" if row.rand_augment is None else f"4 layers of magnitude {row.rand_augment}"),
+            ("weights", weights),
+            *((f"config {field.name}", str(getattr(row.cfg, field.name))) for field in fields(row.cfg)),
+            *((f"data {key}", str(value)) for key, value in preprocessing(full_name).items()),
+            ("create it", f'import timm, timm_nf; timm.create_model("{full_name}"{pretrained})'),
+        ]
+    )
+
+
+@commands.command(
+    epilog=examples(
+        "recipe nfnet_f0 --world-size 32 > f0.yaml", "recipe nfnet_f0 --kind finetune --batch-size 256 > f0.yaml"
+    )
+)
+def recipe(
+    name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")],
+    kind: Annotated[str, typer.Option(help="scratch, finetune or small-batch.")] = "scratch",
+    world_size: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of all processes together; the learning rate follows, from scratch 0.1 * B / 256."),
+    ] = None,
+) -> None:
+    """Print a paper's training settings as a file for timm's train.py --config.
+
+    Its first lines say what train.py cannot express, and how to test the result as the authors do.
+    """
+    from ..recipes import as_yaml
+
+    try:
+        text = as_yaml(name, kind, world_size, batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(text, end="")

@@ -1,0 +1,63 @@
+"""How the `timm-nf` command prints: tables, facts, progress, and errors in one line."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Every command imports typer from here, so that this is the message where it is missing.
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import track as rich_track
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"timm-nf: error: {missing.name} is not installed; pip install timm-nf[cli]") from None
+
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this one of its usage errors
+
+
+def examples(first: str, second: str) -> str:
+    """The end of a command's help."""
+    return f"Examples:\n\ntimm-nf {first}\n\ntimm-nf {second}"  # typer joins single line breaks
+
+
+def console(stderr: bool = False) -> Console:
+    """Where to print; markup is not read, as file names may look like it."""
+    # Into a pipe or a file, no line is cut at some terminal's width.
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not made.is_terminal:
+        made.width = 240
+    return made
+
+
+def track(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """The items, with a progress bar on stderr."""
+    return rich_track(items, description, console=console(stderr=True))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print rows under column names, those in `right` aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def print_facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Print pairs of a name and a value."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console().print(table)
+
+
+def complain(message: str) -> None:
+    """Print an error as one line on stderr; what a file says in it cannot steer the terminal."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"timm-nf: error: {line}", file=sys.stderr)

@@ -1,0 +1,196 @@
+"""The commands of `timm-nf` that move weights."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from .terminal import console, examples, print_facts, print_table, typer
+
+commands = typer.Typer()
+
+# Of train.py's arguments those that make the result, and no paths, names or accounts.
+_RECIPE = (
+    "opt", "lr", "lr_base", "momentum", "weight_decay", "opt_kwargs", "sched", "epochs", "warmup_epochs", "warmup_lr",
+    "cooldown_epochs", "batch_size", "grad_accum_steps", "clip_mode", "clip_grad", "drop", "drop_path", "smoothing",
+    "aa", "reprob", "mixup", "cutmix", "img_size", "amp", "amp_dtype", "model_ema_decay", "seed",
+)  # fmt: skip
+
+
+_FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # train.py's short names, torch's
+
+
+@commands.command(
+    epilog=examples(
+        "convert F0_haiku.npz -o f0/ --license apache-2.0",
+        "convert F0_haiku.npz -o f0/ --license apache-2.0 --push me/f0",
+    )
+)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="One of the authors', a pickle for all its name's .npz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, a new or an empty one.")],
+    license: Annotated[
+        str | None, typer.Option(help="As the Hub spells it, apache-2.0 say. Without one, no card is written.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish it there too.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Round to {', '.join(_FLOATS)}.")] = None,
+) -> None:
+    """Write one of the authors' checkpoints as a folder for the Hub and timm, read back and compared.
+
+    Nothing in the checkpoint is run. The network is recognised from its names and shapes.
+    """
+    from ..hub.from_haiku import convert
+
+    if push is not None and license is None:
+        raise typer.BadParameter("--push needs --license, which is never guessed: it is yours to choose")
+    rounded = _dtype_of(dtype)
+    _quiet_progress()
+    with console(stderr=True).status("converting, reading back" + (", uploading" if push else "")):
+        made = convert(checkpoint, out, license=license, dtype=rounded, repo_id=push)
+    arguments = ", ".join([f'"{made.name}"', *(f"{key}={value!r}" for key, value in made.overrides.items())])
+    print_table(("check", "result"), made.written.checks)
+    print_facts(
+        [
+            ("network", f"timm.create_model({arguments}), {made.parameters:,} parameters"),
+            *(("file", f"{name}, {size:,} bytes") for name, size in made.written.files.items()),
+            ("sha256", made.written.sha256),
+            *([] if license else [("card", "none: give --license to have one, it is never guessed")]),
+            *([("published", str(made.written.url))] if push else []),
+            ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True), after import timm_nf'),
+        ]
+    )
+
+
+@commands.command(
+    epilog=examples(
+        "push best.pth.tar me/net --model nfnet_f0 --license mit --dry-run",
+        "push net.safetensors me/net --model nfnet_f0 --license mit --private",
+    )
+)
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Of train.py, or safetensors, or a state dict.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository, made if it is not there.")],
+    model: Annotated[str, typer.Option(help="Any model of timm, by name.")],
+    license: Annotated[str, typer.Option(help="As the Hub spells it, apache-2.0 say. It is yours to choose.")],
+    num_classes: Annotated[int | None, typer.Option(min=0, help="By default train.py's, or else the model's.")] = None,
+    use_ema: Annotated[bool, typer.Option("--use-ema", help="The averaged weights of --model-ema.")] = False,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="It was trained on, as the Hub names it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dtype: Annotated[str | None, typer.Option(help=f"Round to {', '.join(_FLOATS)}.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Load as this model: with dm_nfnet_f0, stock timm loads an nfnet_f0.")
+    ] = None,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="Replace a README that is there.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but upload, and print the card.")] = False,
+) -> None:
+    """Publish trained weights on the Hugging Face Hub, read back and compared before."""
+    from .. import hub
+    from ..checkpoint import build, read
+
+    rounded = _dtype_of(dtype)
+    _quiet_progress()
+    content = read(checkpoint, use_ema)
+    network = build(model, content, num_classes, _lines(labels) if labels else None)
+    fields, sources = _fields(content, license, dataset)
+    recipe = {key: content.args[key] for key in _RECIPE if content.args.get(key) not in (None, "", {}, [])}
+    if content.epoch is not None:
+        recipe["epoch of these weights"] = content.epoch
+    with console(stderr=True).status("writing, reading back" + ("" if dry_run else ", uploading")):
+        written = hub.push(
+            network, repo_id, card=fields, revision=revision, private=private, create_pr=create_pr,
+            commit_message=message, dtype=rounded, overwrite_card=overwrite_card,
+            architecture=architecture, dry_run=dry_run, recipe=recipe,
+        )  # fmt: skip
+    rows = [("weights", content.origin), *sources, *written.checks]
+    if recipe:
+        rows.append(("recipe", f"{len(recipe)} of train.py's arguments, from the checkpoint"))
+    rows += [("file", f"{name}, {size:,} bytes") for name, size in written.files.items()]
+    rows.append(("sha256", written.sha256))
+    print_facts([*rows, ("dry run", "nothing was uploaded") if dry_run else ("published", str(written.url))])
+    if dry_run:
+        console().print(f"\n{written.card}", soft_wrap=True)
+
+
+@commands.command(
+    epilog=examples("pull user/name", "pull user/name@v1.0 --sha256 SHA256"),
+)
+def pull(
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME[@REVISION]", help="Repository; branch, tag or commit.")],
+    sha256: Annotated[str | None, typer.Option(help="Which model.safetensors has to have.")] = None,
+) -> None:
+    """Download a network from the Hugging Face Hub and check every byte and shape of it.
+
+    It is then in the Hub's cache, and timm loads it from there under the name that is printed.
+    """
+    from huggingface_hub import constants
+
+    from .. import hub
+
+    _quiet_progress()
+    hashes = "hashes that name the files in the cache" if constants.is_offline_mode() else "hashes of the Hub"
+    network: Any = hub.pull(repo_id, sha256=sha256)
+    pinned: str = network.pretrained_cfg["hf_hub_id"]
+    print_facts(
+        [
+            ("repository", pinned),
+            ("network", f"{network.pretrained_cfg['architecture']}, {network.num_classes} classes"),
+            ("parameters", f"{sum(p.numel() for p in network.parameters()):,} in {_dtype(network)}"),
+            ("checked", hashes + (", the sha256 that was given" if sha256 else "") + ", names and shapes"),
+            ("load it with", f'timm_nf.hub.pull("{pinned}")'),
+        ]
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8 in {file}, got something else ({error.reason})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _dtype_of(name: str | None) -> Any:
+    import torch
+
+    if name is not None and name not in (*_FLOATS, *_FLOATS.values()):
+        raise typer.BadParameter(f"expected --dtype {', '.join(_FLOATS)}, got {name}")
+    return getattr(torch, _FLOATS.get(name, name)) if name else None
+
+
+def _quiet_progress() -> None:
+    """No bars into a file or a pipe."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def _dtype(network: Any) -> str:
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _fields(content: Any, license: str, dataset: str | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Fields of the card's metadata, and where its numbers come from."""
+    from huggingface_hub import EvalResult
+
+    args: dict[str, Any] = content.args
+    stated = str(args.get("dataset") or "")
+    dataset = dataset or (stated.removeprefix("hfds/") if stated.startswith("hfds/") else None)
+    fields: dict[str, Any] = {"license": license}
+    if dataset:
+        fields["datasets"] = [dataset]
+    metric = args.get("eval_metric")
+    if content.metric is None or metric not in ("top1", "top5"):
+        return fields, [("accuracy", "none: the checkpoint has none of these weights")]
+    name = dataset or stated or Path(str(args.get("data_dir") or args.get("data") or "unknown")).name
+    split = str(args["val_split"])
+    result = EvalResult("image-classification", name, name, "accuracy", round(content.metric, 3))
+    result.metric_name, result.dataset_split = metric, split
+    fields["eval_results"] = [result]
+    where = f"on {name}, split {split}, by train.py in epoch {content.epoch}"
+    return fields, [("accuracy", f"{metric} {content.metric:.3f} {where}")]

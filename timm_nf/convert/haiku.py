@@ -1,0 +1,210 @@
+"""The authors' parameter trees to timm state dicts and back, bit for bit.
+
+timm publishes converted weights, not the conversion. Here the names are one table, read in both directions.
+
+A tree is `{module: {name: array}}` as haiku makes it: convolutions HWIO, linear layers IO, gains and biases (O,), skip
+gains (). Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# haiku name -> timm name, axes in haiku, axes in timm, where those beyond haiku's have length 1
+_CONV = {"w": ("weight", 4, 4), "gain": ("gain", 1, 4), "bias": ("bias", 1, 1)}
+_LINEAR = {"w": ("weight", 2, 2), "b": ("bias", 1, 1)}
+_LINEAR_1X1 = {"w": ("weight", 2, 4), "b": ("bias", 1, 1)}
+# haiku module of a block -> timm module, parameters; {se} is attn in NF-RegNet, attn_last elsewhere
+_BLOCK = {
+    "conv0": ("conv1", _CONV),
+    "conv1": ("conv2", _CONV),
+    "conv1b": ("conv2b", _CONV),
+    "conv2": ("conv3", _CONV),
+    "conv_shortcut": ("downsample.conv", _CONV),
+    "squeeze_excite/~/linear": ("{se}.fc1", _LINEAR_1X1),
+    "squeeze_excite/~/linear_1": ("{se}.fc2", _LINEAR_1X1),
+}
+_OUTSIDE = {"final_conv": ("final_conv", _CONV), "linear": ("head.fc", _LINEAR)}
+_STEM4 = {f"stem_conv{i}": (f"stem.conv{i + 1}", _CONV) for i in range(4)}
+_STEM1 = {"initial_conv": ("stem.conv", _CONV)}
+# root module -> (block module, timm's name of squeeze-excite, modules outside of the blocks, stem_type)
+FAMILIES = {
+    "NFNet": ("nf_block", "attn_last", _STEM4 | _OUTSIDE, "deep_quad"),
+    "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE, "7x7_pool"),
+    "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE, "3x3"),
+}
+# What a network may lack; in the blocks it is in all of them or in none.
+_OPTIONAL = {"final_conv", "linear", "conv1b", "squeeze_excite"}
+
+_Names = dict[tuple[str, str], tuple[str, int, int]]
+
+
+def _names(family: str, depths: list[int]) -> _Names:
+    """(haiku module, name) -> timm name, axes in haiku and in timm, of all that a network of these depths can have."""
+    block, attn, outside, _ = FAMILIES[family]
+    modules = {f"{family}/~/{module}": target for module, target in outside.items()}
+    names: _Names = {}
+    places = ((stage, index) for stage, depth in enumerate(depths) for index in range(depth))
+    for number, (stage, index) in enumerate(places):
+        haiku, timm = f"{family}/~/{block}" + (f"_{number}" if number else ""), f"stages.{stage}.{index}"
+        names[haiku, "skip_gain"] = (f"{timm}.skipinit_gain", 0, 1)
+        for module, (target, parameters) in _BLOCK.items():
+            if module != "conv_shortcut" or index == 0:
+                modules[f"{haiku}/~/{module}"] = f"{timm}.{target.format(se=attn)}", parameters
+    for module, (target, parameters) in modules.items():
+        names |= {(module, name): (f"{target}.{timm}", haiku, ours) for name, (timm, haiku, ours) in parameters.items()}
+    return names
+
+
+def _missing(family: str, names: _Names, present: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What a network that has the parameters `present` must have besides."""
+    start = f"{family}/~/{FAMILIES[family][0]}"
+    modules = {module for module, _ in present}
+
+    def kind(module: str) -> str:  # without its root and the number of its block
+        return module.split("/~/")[1:3][-1]
+
+    kinds = {kind(module) for module in modules}
+    # Only the first block of all may do without a shortcut convolution where `names` has one.
+    spare = {key for key in names if key[0] == f"{start}/~/conv_shortcut"}
+    required = {key for key in names if kind(key[0]) not in _OPTIONAL or kind(key[0]) in kinds} - spare
+    required |= {key for key in names if key[0] in modules}
+    return [key for key in names if key in required and key not in present]
+
+
+def _refuse(family: str, unknown: list[str], missing: list[str], misshapen: list[str]) -> None:
+    problems = [
+        f"{len(found)} {what}: {', '.join(sorted(found))}"
+        for found, what in (
+            (unknown, "that it does not have"),
+            (missing, "missing"),
+            (misshapen, "with another number of axes"),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(f"expected the parameters of one {family}, got {'; '.join(problems)}")
+
+
+def layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Names]:
+    """Family, depths and names of a tree that has the parameters of a network, all of them and no others."""
+    families = {module.partition("/")[0] for module in params}
+    if len(families) != 1 or not families <= FAMILIES.keys():
+        raise ValueError(
+            f"expected a parameter tree with one root of {', '.join(FAMILIES)}, got {sorted(families)[:10]}; "
+            "is this the authors' checkpoint of one network?"
+        )
+    (family,) = families
+    block = f"{family}/~/{FAMILIES[family][0]}"
+    blocks = {"/~/".join(module.split("/~/")[:2]) for module in params if module.startswith(block)}
+    depths: list[int] = []
+    for number in range(len(blocks)):  # every stage but the first begins with a shortcut convolution
+        if not depths or f"{block}_{number}/~/conv_shortcut" in params:
+            depths.append(0)
+        depths[-1] += 1
+
+    names = _names(family, depths)
+    present = {(module, name): array for module, entries in params.items() for name, array in entries.items()}
+    _refuse(
+        family,
+        [f"{module}/{name}" for module, name in present.keys() - names.keys()],
+        [f"{module}/{name}" for module, name in _missing(family, names, present.keys())],
+        [
+            f"{module}/{name} {np.shape(array)}"
+            for (module, name), array in present.items()
+            if (module, name) in names and np.ndim(array) != names[module, name][1]
+        ],
+    )
+    return family, depths, names
+
+
+def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """State dict of a timm_nf network from the authors' parameter tree, of any depths and widths.
+
+    Args:
+        params: `{module: {name: array}}`; the arrays' dtype is kept.
+
+    Returns:
+        `{name: tensor}`: convolutions (O, I, K, K), the classifier (O, I), gains (O, 1, 1, 1), biases (O,), skip
+        gains (1,). No memory is shared with the arrays.
+
+    Raises:
+        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or an
+            array of a dtype that torch cannot take from numpy.
+    """
+    _, _, names = layout(params)
+    state_dict = {}
+    for module, entries in params.items():
+        for name, array in entries.items():
+            target, _, axes = names[module, name]
+            copy = np.array(array)
+            try:
+                value = torch.from_numpy(copy)
+            except (TypeError, ValueError):  # another byte order is the second
+                raise ValueError(
+                    f"expected arrays of a dtype that torch has, got {copy.dtype} for {module}/{name}; convert them "
+                    "first, array.astype(np.float32)"
+                ) from None
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.mT if value.ndim == 2 else value
+            state_dict[target] = value.reshape(*value.shape, *[1] * (axes - value.ndim)).contiguous()
+    return state_dict
+
+
+def timm_to_haiku(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    """The authors' parameter tree from a state dict of a timm_nf network, the inverse of `haiku_to_timm`.
+
+    Args:
+        state_dict: Of any variant and any depths and widths, also of timm's `dm_nfnet_f*`.
+
+    Returns:
+        `{module: {name: array}}` in the tensors' dtype; no memory is shared with them.
+
+    Raises:
+        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or a
+            tensor of a dtype that numpy does not have.
+    """
+    if "stem.conv1.weight" in state_dict:
+        family = "NFNet"
+    elif "stem.conv.weight" in state_dict:
+        family = "NF_ResNet" if state_dict["stem.conv.weight"].shape[-1] == 7 else "NF_RegNet"
+    else:
+        raise ValueError(
+            "expected the state dict of a timm_nf network with stem.conv1.weight or stem.conv.weight, got "
+            f"{len(state_dict)} names without either: {', '.join(sorted(state_dict)[:3])}, ..."
+        )
+    blocks = {tuple(name.split(".")[1:3]) for name in state_dict if name.startswith("stages.")}
+    depths: list[int] = []
+    while depth := sum(stage == str(len(depths)) for stage, *_ in blocks):
+        depths.append(depth)
+
+    names = _names(family, depths)
+    sources = {timm: (haiku, axes) for haiku, (timm, axes, _) in names.items()}
+    present = {sources[target][0] for target in state_dict if target in sources}
+    _refuse(
+        family,
+        [target for target in state_dict if target not in sources],
+        [names[key][0] for key in _missing(family, names, present)],
+        [
+            f"{target} {tuple(tensor.shape)}"
+            for target, tensor in state_dict.items()
+            if target in sources
+            and (tensor.ndim < sources[target][1] or math.prod(tensor.shape[sources[target][1] :]) != 1)
+        ],
+    )
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for target, tensor in state_dict.items():
+        (module, name), axes = sources[target]
+        value = tensor.detach().cpu().reshape(tensor.shape[:axes])
+        value = value.permute(2, 3, 1, 0) if axes == 4 else value.mT if axes == 2 else value
+        try:
+            params.setdefault(module, {})[name] = np.array(value.numpy(), order="C")
+        except TypeError:
+            raise ValueError(
+                f"expected tensors of a dtype that numpy has, got {tensor.dtype} for {target}; convert them first, "
+                "tensor.float()"
+            ) from None
+    return params

@@ -1,0 +1,6 @@
+"""Numbers about a network's signals, and about what clipping would do to its gradients."""
+
+from .clipping import agc_stats
+from .signals import signal_stats
+
+__all__ = ["agc_stats", "signal_stats"]

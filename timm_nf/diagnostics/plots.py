@@ -1,0 +1,80 @@
+"""The pictures of the diagnostics; the only module here that needs matplotlib."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from .clipping import SHARES, ClipRange
+from .signals import PANELS
+
+_LOG_FROM = 20.0  # ratio of largest to smallest from which a panel is logarithmic; equal steps are a line on a plain
+
+
+def draw_signals(measured: Mapping[str, Sequence[Mapping[str, Any]]], title: str, file: Path) -> None:
+    """Write the picture: three panels, a line for every network, dashed what a normalizer-free one expects.
+
+    Args:
+        measured: Rows of `diagnostics.signal_stats` by what to call the network.
+        title: Of the picture.
+        file: To write, in the format that its suffix names.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    lines: list[Line2D] = []
+    for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
+        shown: list[float] = []
+        for index, rows in enumerate(measured.values()):
+            curves = {key: {"marker": "o", "markersize": 3, "lw": 1.3}}
+            if key == "avg_var":
+                curves["expected_var"] = {"ls": "--", "lw": 1}
+            for name, style in curves.items():
+                values = [math.nan if row[name] is None else row[name] for row in rows]
+                axes.plot(values, color=f"C{index}", **style)
+                shown += [value for value in values if 0 < value < math.inf]
+        if shown and max(shown) > _LOG_FROM * min(shown):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_title(words, fontsize=10)
+        axes.set_xlabel("block, 0 is the input of the first")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    lines = [
+        Line2D([], [], color=f"C{index}", marker="o", markersize=3, label=name) for index, name in enumerate(measured)
+    ]
+    if any(row["expected_var"] is not None for rows in measured.values() for row in rows):
+        lines.append(Line2D([], [], color="0.4", ls="--", lw=1, label="expected: 1 + k alpha^2 at block k of a stage"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=130)
+
+
+def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
+    """Write a picture: the distribution of the ratios of every stage, and the clip factors of `SHARES`."""
+    stages = [stage for stage in measured.stages if stage.ratios.size]
+    figure = Figure(figsize=(8, 1.6 + 0.42 * len(stages)), layout="constrained")
+    axes = figure.subplots()
+    logs = [np.log10(stage.ratios) for stage in stages]
+    low, high = min(map(np.min, logs)), max(map(np.max, logs))
+    grid = np.linspace(low - 0.2, high + 0.2, 160)
+    for row, values in enumerate(reversed(logs)):
+        density, _ = np.histogram(values, bins=grid, density=True)
+        middles = (grid[1:] + grid[:-1]) / 2
+        axes.fill_between(10**middles, row, row + 0.85 * density / density.max(), color="#1f6fb2", alpha=0.55, lw=0)
+        axes.plot(10 ** np.median(values), row, marker="|", color="#10365a", markersize=9, markeredgewidth=2)
+    for share, style in zip(SHARES, ("-", "--", "-.", ":"), strict=True):
+        factor = measured.clip_factor(share)
+        axes.axvline(factor, color="#c0392b", linestyle=style, lw=1.2, label=f"{share:.0%}: {factor:.2g}")
+    axes.set(xscale="log", xlabel="gradient norm / weight norm of a unit", ylim=(-0.3, len(stages)))
+    axes.set_yticks(range(len(stages)), [f"{stage.name} ({stage.units} units)" for stage in reversed(stages)])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(title="clip factor that clips", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=150)

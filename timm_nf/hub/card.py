@@ -1,0 +1,261 @@
+"""Model cards, made of facts by huggingface_hub's card classes: one for a pushed network, one for the zoo.
+
+python -c "from timm_nf.hub import card; print(card.zoo(), end='')" > MODEL_CARD.md
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..variants import VARIANTS
+
+TASK = "image-classification"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the files that a card belongs to.
+
+    Attributes:
+        architecture: Name in timm's registry.
+        arguments: With which `timm.create_model` has built it, where they are not the default.
+        source: What `timm.create_model` loads, say `hf-hub:user/repo`.
+        parameters: Their number.
+        dtype: Of the weights.
+        sha256: Of model.safetensors.
+        size: Of model.safetensors, in bytes.
+        versions: By package.
+        base: What the weights were derived from, `user/repo@commit`.
+        deviation: Of stock timm's logits from ours, relative; where stock timm is what loads the files.
+        recipe: Settings of the training.
+    """
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    source: str
+    parameters: int
+    dtype: str
+    sha256: str
+    size: int
+    versions: Mapping[str, str]
+    base: str | None = None
+    deviation: float | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: str | None = None) -> ModelCardData:
+    """The card's metadata: what was given, and what is the same for every network of timm.
+
+    Args:
+        card: As given by the user, not changed. The license is required, because nobody but the owner knows it.
+        name: Of the model, for its evaluation results.
+        base: The repository the weights were derived from, if none is given.
+
+    Raises:
+        ValueError: if there is no license, or a field is not what the Hub takes.
+    """
+    if isinstance(card, ModelCardData):
+        data = copy.deepcopy(card)
+    else:
+        given: dict[str, Any] = dict(card or {})
+        if given.get("eval_results"):
+            given = {"model_name": name, **given}
+        data = ModelCardData(**given)
+    if not isinstance(data.license, str) or not data.license.strip():
+        raise ValueError(
+            "a license is required and never guessed: say under which one the weights are given away, as the Hub "
+            "spells it (apache-2.0, cc-by-nc-4.0, other, ...)"
+        )
+    data.library_name = data.library_name or "timm"
+    data.pipeline_tag = data.pipeline_tag or TASK
+    data.base_model = data.base_model or base
+    tags = data.tags or []
+    data.tags = tags + [tag for tag in (TASK, "timm", "timm_nf") if tag not in tags]
+    return data
+
+
+def render(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:
+    """A card's text, the metadata read back by the class that the Hub's client reads it with.
+
+    Args:
+        data: The metadata.
+        title: The heading.
+        sections: Markdown by heading; the first without one if that is empty.
+    """
+    parts = [f"---\n{data}\n---", f"# {title}"]
+    for heading, text in sections.items():
+        parts += [f"## {heading}", text.strip()] if heading else [text.strip()]
+    return str(ModelCard("\n\n".join(parts) + "\n"))
+
+
+def network(data: ModelCardData, title: str, facts: Facts) -> str:
+    """The card of one saved network."""
+    is_ours = facts.deviation is None and facts.architecture in VARIANTS
+    library = "timm_nf" if is_ours else "timm"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in facts.arguments.items())
+    built = f" with `{arguments}`" if arguments else ""
+    about = [f"`{facts.architecture}` of {library}{built}, {facts.parameters:,} parameters in {facts.dtype}."]
+    if facts.base:
+        about.append(f"Derived from `{facts.base}`.")
+    if is_ours:
+        about.append(
+            "The network is a normalizer-free network equal to the authors' code; timm has another one of its own, so "
+            "`import timm_nf` comes first."
+        )
+    sections = {"": " ".join(about), "Use": _use(facts, is_ours)}
+    if facts.deviation is not None:
+        sections["In stock timm"] = (
+            f"The weights are of a timm_nf network, saved for timm's own `{facts.architecture}`, which computes a "
+            f"slightly different function. Its logits deviate by {facts.deviation:.1e} (norm of the difference over "
+            "norm, one image of noise, measured when these files were written)."
+        )
+    if data.eval_results:
+        sections["Results"] = _table(
+            ("dataset", "split", "metric", "value"),
+            [
+                (r.dataset_name, r.dataset_split, r.metric_name or r.metric_type, r.metric_value)
+                for r in data.eval_results
+            ],
+        )
+    if facts.recipe:
+        sections["Recipe"] = _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.recipe.items()])
+    versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
+    sections["Files"] = (
+        f"`model.safetensors`: {facts.size:,} bytes, sha256 `{facts.sha256}`.\n\nWritten with {versions}; "
+        "read back and compared tensor by tensor, and loaded as a network"
+        f"{' with equal logits' if facts.deviation is None else ''}, before it was published."
+    )
+    return render(data, title, sections)
+
+
+def _use(facts: Facts, is_ours: bool) -> str:
+    registers = "import timm_nf  # registers the network\n" if is_ours else ""
+    repo = facts.source.removeprefix("hf-hub:")
+    checked = (
+        f"\n\n`timm_nf.hub.pull({repo!r})` also compares the download with the Hub's sha256."
+        if repo != facts.source
+        else ""
+    )
+    return f"""```python
+import timm
+import torch
+{registers}from PIL import Image
+
+model = timm.create_model("{facts.source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.inference_mode():
+    logits = model(transform(Image.open("picture.png"))[None])
+```{checked}"""
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    # A bar or a line break in a value would end its cell.
+    cells = [["" if v is None else " ".join(str(v).split()).replace("|", "\\|") for v in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def zoo() -> str:
+    """MODEL_CARD.md: the card of all networks of the package."""
+    data = metadata({"license": "apache-2.0", "tags": ["nfnet", "normalizer-free"]}, "timm_nf")
+    f4_plus, _ = VARIANTS["nfnet_f4_plus"].cfg.count(VARIANTS["nfnet_f4_plus"].train_size)
+    with_weights = [name for name, row in VARIANTS.items() if row.hf_hub_id]
+    numbers = {
+        "{variants}": str(len(VARIANTS)),
+        "{f4_plus}": f"{f4_plus / 1e6:.2f} M",
+        "{first_repo}": str(VARIANTS[with_weights[0]].hf_hub_id),
+        "{last_repo}": str(VARIANTS[with_weights[-1]].hf_hub_id),
+        "{last}": with_weights[-1].removeprefix("nfnet_").upper(),
+        "{networks}": _table(("name", "parameters (M)", "GMACs", "train / test px", "weights"), _rows()),
+    }
+    sections: dict[str, str] = {}
+    for heading, text in ZOO.items():
+        for name, number in numbers.items():
+            text = text.replace(name, number)
+        sections[heading] = text
+    return render(data, "Model card: the timm_nf zoo", sections)
+
+
+def _rows() -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    for name, row in VARIANTS.items():
+        parameters, macs = row.cfg.count(row.train_size)
+        sizes = f"{row.train_size} / {row.test_size}"
+        rows.append((name, f"{parameters / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
+    return rows
+
+
+ZOO = {
+    "": """
+Image classifiers without normalisation layers, in PyTorch, as timm models. {variants} variants in three families, each
+equal to the authors' JAX code: same parameters, same function.
+""",
+    "Variants and weights": """
+{networks}
+
+Multiply-adds at the training size. `timm-nf list` prints these numbers, computed when it runs.
+
+| family | names | architecture from | weights |
+| --- | --- | --- | --- |
+| NFNet | `nfnet_f0` to `f7`, `nfnet_f0_plus` to `f7_plus` | arXiv:2102.06171, `nfnets/nfnet.py` | F0 to {last} |
+| NF-ResNet | `dm_nf_resnet50`, `101`, `152`, `200`, `288`, `600` | arXiv:2101.08692, `nfnets/nf_resnet.py` | none |
+| NF-RegNet | `dm_nf_regnet_b0` to `b8` | arXiv:2101.08692, `nfnets/nf_regnet.py` | none |
+
+The code is google-deepmind/deepmind-research at f5de0ede. Where it differs from the papers it is followed, because the
+weights came from it: squeeze-excite has a relu where the paper writes gelu, and F4+ has {f4_plus} parameters where the
+paper's table 5 has 527 M.
+
+`dm_in1k` are the authors' ImageNet-1k weights in timm's conversion, pulled from the Hub repositories
+`{first_repo}` to `{last_repo}` when asked for. Nothing is bundled here.
+
+| | F0 | F1 | F2 | F3 | F4 | F5 | F6 |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| top-1 % in the paper (F5, F6 there with SAM: 86.3, 86.5) | 83.6 | 84.7 | 85.1 | 85.7 | 85.9 | 86.0 | - |
+| top-1 % of these files in timm's network, by timm | 83.47 | 84.70 | 85.18 | 85.68 | 85.84 | 86.10 | 86.36 |
+
+Both rows are quoted (arXiv:2102.06171, table 3; timm's results for `dm_in1k`), not measured here.
+""",
+    "Preprocessing": """
+RGB, ImageNet mean and standard deviation, bicubic. timm's evaluation of these weights squashes the image to
+size / crop_pct in both directions, whatever its aspect ratio, and crops the centre;
+`timm.data.resolve_model_data_config` returns all of it, and `use_test_size=True` the larger test size that the
+accuracies belong to.
+""",
+    "Intended use": """
+Classification of photographs into ImageNet's classes, features for other vision tasks, fine-tuning, and research on
+training without normalisation: the output for one example does not depend on the others of its batch, and training and
+evaluation mode compute the same function when dropout and stochastic depth are off.
+
+Not intended for decisions about people. The ImageNet weights inherit that data set's labels and biases.
+""",
+    "Limits": """
+- Training NFNets at large batch sizes needs adaptive gradient clipping; `--opt agcsgd` has the paper's policy.
+- TorchScript is not supported.
+- At an output stride of 8 or 16 the strided convolutions are dilated. The authors have no such networks; the weights
+  load, the function is an approximation.
+- Converting pretrained weights to another number of input channels keeps the function for one channel (grey images) and
+  for multiples of three. Any other number loses the mean of the converted weights, which standardisation removes.
+""",
+    "How equality was established": """
+The authors' code was run in float64 on synthetic parameters, and its logits, pooled features, signal statistics,
+gradients and three optimizer steps are stored in `tests/golden`; its README has the details.
+`python -m pytest tests -k golden` compares. `timm-nf verify` runs a part of it on the user's device, in the dtypes it
+has. Parameter counts and names of all {variants} variants are compared with those the authors' code creates.
+""",
+    "What could not be verified where this was developed": """
+No network to the Hub and no accelerator were at hand.
+
+- The `dm_in1k` files themselves were never downloaded: that their names and shapes fit follows from timm's
+  `dm_nfnet_f*`, whose state dicts load. `timm-nf verify --pretrained` compares both networks on the real weights, and
+  `--imagenet-val DIR` their accuracies.
+- Nothing was run on a GPU. `timm-nf verify --device cuda` does. No speed on accelerators is claimed anywhere.
+- No network was trained on ImageNet here.
+""",
+    "Licence": """
+Code: Apache-2.0. The authors' code is Apache-2.0, and so does timm declare the converted weights (`license` in their
+config).
+""",
+}

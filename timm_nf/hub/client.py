@@ -1,0 +1,265 @@
+"""Networks to and from the Hugging Face Hub: nothing is published unread, nothing is loaded unchecked.
+
+Weights are safetensors, never pickles. What is written here, timm's `hf-hub:` and `local-dir:` load as well.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from torch import nn
+
+from ..checkpoint import assign, load_tensors, skeleton
+from .errors import HubError, explained
+from .folder import CONFIG, README, WEIGHTS, Written, digest, write_folder
+
+_logger = logging.getLogger(__name__)
+
+
+def push(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    card: ModelCardData | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite_card: bool = False,
+    architecture: str | None = None,
+    dry_run: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+) -> Written:
+    """Publish a network on the Hub in one commit, after it was written, read back and compared.
+
+    Until that commit, the repository is as it was; if somebody else's comes in between, this one is refused.
+
+    Args:
+        model: Any model that timm's factory made; not changed.
+        repo_id: `user/name`, made if it is not there.
+        card: Fields of the card's metadata, the license among them. What `pull` recorded becomes the base model.
+        revision: A branch, made if it is not there.
+        private: Make the repository private; one that is there has to be so already.
+        create_pr: Propose the commit as a pull request to the main branch.
+        commit_message: Of one's own.
+        token: Instead of the login's.
+        dtype: To round floating weights to, as they are by default.
+        overwrite_card: Replace a README.md that is there.
+        architecture: Of timm's registry, to be loaded as by others: with `dm_nfnet_f0`, stock timm can load an NFNet.
+        dry_run: Do everything but upload.
+        recipe: Settings of the training, for the card.
+
+    Raises:
+        ValueError: if the model cannot be saved so, the card has no license, or arguments exclude each other.
+        HubError: if the Hub or the network did not allow it; says what to do.
+    """
+    if create_pr and revision:
+        raise ValueError("a pull request is to the main branch; give create_pr or revision, not both")
+    card = {} if card is None else card
+    if not dry_run:
+        _require_login(token)
+    with explained(repo_id, revision, token), TemporaryDirectory(prefix="timm_nf-") as temporary:
+        _require_name(repo_id)
+        folder = Path(temporary) / "repo"
+        written = write_folder(
+            model, folder, card=card, dtype=dtype, architecture=architecture, repo_id=repo_id, recipe=recipe
+        )
+        if dry_run:
+            return written
+        return upload(
+            folder, written, repo_id, revision=revision, private=private, create_pr=create_pr,
+            commit_message=commit_message, token=token, overwrite_card=overwrite_card,
+        )  # fmt: skip
+
+
+def upload(
+    folder: Path,
+    written: Written,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    overwrite_card: bool = False,
+) -> Written:
+    """Publish in one commit what `write_folder` has written to `folder`; the arguments are those of `push`.
+
+    Raises:
+        HubError: if the Hub or the network did not allow it; says what to do.
+    """
+    token = _require_login(token)
+    with explained(repo_id, revision, token):
+        _require_name(repo_id)
+        api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        info = api.model_info(repo_id)
+        if private and not info.private:
+            raise HubError(f"{repo_id} is there already and public: make it private on the Hub, or push elsewhere")
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            info = api.model_info(repo_id, revision=revision)
+        there = {file.rfilename for file in info.siblings or ()}
+        names = [name for name in written.files if overwrite_card or name != README or README not in there]
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, folder / name) for name in names],
+            commit_message=commit_message or "Weights, config and card, read back and compared",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+    files = {name: written.files[name] for name in names}
+    return replace(written, files=files, url=commit.pr_url or commit.commit_url, commit=commit.oid)
+
+
+def pull(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    sha256: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """A network from the Hub in evaluation mode, its files compared with the hashes the Hub has of them.
+
+    `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. The weights keep the dtype they have in the file,
+    and no more memory than the file's size is needed, besides some 50 MB of the client's.
+
+    Args:
+        repo_id: `user/name` or `user/name@revision`.
+        revision: A branch, a tag or a commit, the main branch by default.
+        sha256: What model.safetensors has to have, whatever the Hub says.
+        token: Instead of the login's.
+        cache_dir: Instead of the Hub client's cache.
+        local_files_only: Use what is in the cache; the files are compared with the hashes that name them there.
+
+    Raises:
+        ValueError: if the arguments, the hash or the weights are not what was expected.
+        HubError: if the Hub or the network did not allow it, or a file is damaged; says what to do.
+    """
+    name, _, pinned = repo_id.partition("@")
+    if pinned and revision:
+        raise ValueError(f"expected one revision, got {pinned!r} in {repo_id!r} and {revision!r}")
+    revision = pinned or revision
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"expected a sha256 of 64 hexadecimal digits, got {sha256!r}")
+    token = _clean(token)
+    offline = local_files_only or constants.is_offline_mode()
+    with explained(name, revision, token):
+        _require_name(name)
+        hashes: dict[str, str] = {}
+        wanted = None
+        if not offline:
+            _clean(get_token())
+            api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
+            info = api.model_info(name, revision=revision, files_metadata=True)
+            wanted = info.sha
+            hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}
+            _refuse_missing(name, hashes)
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": offline}
+        # By branch or tag, so that the cache learns which commit that is; the weights by that commit.
+        folder = _download(name, CONFIG, revision, hashes, **options).parent
+        if wanted not in (None, folder.name):
+            raise HubError(f"{name} changed from {wanted} to {folder.name} while it was pulled: pull again")
+        weights = _download(name, WEIGHTS, folder.name, hashes, **options)
+        if sha256 is not None and (got := digest(weights, "sha256")) != sha256.lower():
+            raise ValueError(f"{name}@{folder.name}: expected {WEIGHTS} with sha256 {sha256.lower()}, got {got}")
+    model: Any = _load(folder, f"{name}@{folder.name}")
+    for key in ("file", "url", "state_dict", "hf_hub_filename"):  # other sources, that a config may name
+        model.pretrained_cfg.pop(key, None)
+    model.pretrained_cfg.update(hf_hub_id=f"{name}@{folder.name}", source="hf-hub")
+    return model.eval()
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def _clean(token: str | None) -> str | None:
+    """A token as it was meant; one that no header can carry would otherwise be quoted in an HTTP library's error."""
+    token = token.strip() if token else None
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("expected a token of printable characters without spaces; copy it from the Hub again")
+    return token
+
+
+def _require_name(repo_id: str) -> None:
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise HFValidationError("it has no user")
+
+
+def _require_login(token: str | None) -> str | None:
+    if not (_clean(token) or _clean(get_token())):
+        raise HubError("not logged in: log in with `hf auth login` or set HF_TOKEN")
+    return _clean(token)
+
+
+def _refuse_missing(repo_id: str, files: Mapping[str, str]) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if name not in files:
+            pickles = [f for f in files if f.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+            hint = f"; it has {', '.join(pickles)}, but pickles are not read" if pickles and name == WEIGHTS else ""
+            raise HubError(f"{repo_id} has no file {name}{hint}: it is no network that timm_nf or timm has saved")
+
+
+def _download(
+    repo_id: str, name: str, revision: str | None, hashes: Mapping[str, str], local_files_only: bool, **options: Any
+) -> Path:
+    """A file in the cache with the hash that the Hub has of it, or that names it in the cache."""
+    path = Path()
+    for force in (False,) if local_files_only else (False, True):
+        path = Path(
+            hf_hub_download(
+                repo_id, name, revision=revision, force_download=force, local_files_only=local_files_only,
+                library_name="timm_nf", **options,
+            )
+        )  # fmt: skip
+        # the first link: files that came through Xet are links themselves, named by another hash
+        expected = hashes.get(name) or (path.readlink() if path.is_symlink() else path).name
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
+            raise HubError(f"{path} cannot be checked: this cache does not name its files by their hash; pull online")
+        if digest(path, "git" if len(expected) == 40 else "sha256") == expected:
+            return path
+        _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
+        _remove(path)  # timm, which does not look at hashes, would load it
+    raise HubError(f"{path} is damaged and was removed, its hash is not what the Hub says: pull again with a network")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of a snapshot, and what it links to if that is in the repository's cache as well."""
+    target, cache = path.resolve(), path.parents[2].resolve()
+    path.unlink()  # the client would leave a link that points somewhere else
+    if target.is_relative_to(cache):
+        target.unlink(missing_ok=True)
+
+
+def _load(folder: Path, origin: str) -> nn.Module:
+    try:
+        model: Any = skeleton(f"local-dir:{folder}")
+        # timm believes the inner one, if there is one
+        model.pretrained_cfg["architecture"] = json.loads((folder / CONFIG).read_text("utf-8"))["architecture"]
+    except Exception as error:  # whatever a config.json makes timm raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{CONFIG} of {origin} describes no network that timm can build here ({reason})") from error
+    try:
+        tensors = load_tensors(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} of {origin} is no safetensors file: {error}") from error
+    assign(model, tensors, origin)
+    return model

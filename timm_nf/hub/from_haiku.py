@@ -1,0 +1,104 @@
+"""The authors' checkpoints as folders that the Hub and timm take, every array found again in what was written."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import assign, load_tensors, skeleton
+from ..convert.haiku import haiku_to_timm, timm_to_haiku
+from ..convert.haiku_pickle import load_haiku
+from ..convert.infer import infer_variant
+from .client import upload
+from .errors import explained
+from .folder import WEIGHTS, Written, write_folder
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` made of a checkpoint.
+
+    Attributes:
+        name: Of the variant, as `timm.create_model` takes it.
+        overrides: Arguments with which it has the checkpoint's shapes.
+        parameters: Their number.
+        written: The files, and what was compared.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    parameters: int
+    written: Written
+
+
+def convert(
+    file: str | Path,
+    folder: str | Path,
+    *,
+    license: str | None = None,
+    dtype: torch.dtype | None = None,
+    repo_id: str | None = None,
+) -> Converted:
+    """Write one of the authors' checkpoints as a Hub folder, read it back, and publish it if asked to.
+
+    Args:
+        file: For `convert.load_haiku`.
+        folder: A new one, or an empty one; after any error it is as it was.
+        license: Of the weights. Without one, which is never guessed, there is no README.md.
+        dtype: To round to, the file's by default.
+        repo_id: `user/name`, to be published there in one commit.
+
+    Raises:
+        ValueError: if the file is no such checkpoint, or the folder has something in it.
+        RuntimeError: if what was written is not what was read.
+        hub.HubError: if the Hub, the network or the disk did not allow it; says what to do.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"expected a new or empty folder to write to, {folder} is there: remove it or name another")
+    was_there = folder.is_dir()
+    params = load_haiku(file)
+    name, overrides = infer_variant(params)
+    network = skeleton(name, **overrides)
+    assign(network, haiku_to_timm(params), str(file))
+    card = {"license": license} if license is not None else None
+    with explained(repo_id or "", None, None):
+        written = write_folder(network, folder, card=card, dtype=dtype, repo_id=repo_id)
+    try:
+        found = _compare_arrays(params, load_tensors(folder / WEIGHTS), dtype)
+        written = replace(written, checks=[("arrays of the checkpoint in the file", found), *written.checks])
+        if repo_id is not None:
+            written = upload(folder, written, repo_id)
+    except BaseException:
+        shutil.rmtree(folder)
+        if was_there:
+            folder.mkdir()
+        raise
+    return Converted(name, overrides, sum(p.numel() for p in network.parameters()), written)
+
+
+def _compare_arrays(
+    params: Mapping[str, Mapping[str, np.ndarray]], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> str:
+    """Convert what was read back into the authors' layout, where it has to be what their file has."""
+    # numpy has no bfloat16; float32 holds its values
+    wide = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}
+    back = timm_to_haiku(wide)
+    total, wrong = 0, []
+    for module, entries in params.items():
+        for name, array in entries.items():
+            got = back[module][name]
+            if dtype is not None:
+                array = torch.from_numpy(np.array(array)).to(dtype).to(torch.from_numpy(got).dtype).numpy()
+            total += 1
+            if got.dtype != array.dtype or got.shape != array.shape or got.tobytes() != array.tobytes():
+                wrong.append(f"{module}/{name}")
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {total} arrays are not in the file as they were, say {wrong[0]}")
+    rounded = f" when rounded to {str(dtype).removeprefix('torch.')}" if dtype else ""
+    return f"{total} of {total} equal{rounded}, bit for bit"

@@ -1,0 +1,23 @@
+"""Layers of the normalizer-free networks, each equal to the authors' JAX layer to rounding."""
+
+from .activations import ACTIVATIONS, Activation, activation_gain, activation_name
+from .drop import StochasticDepth
+from .pool2d_same import SameAvgPool2d, SameMaxPool2d
+from .squeeze_excite import SqueezeExcite
+from .standardize import destandardize_weight, standardize_weight
+from .std_conv import SameConv2d, ScaledStdConv2d
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "SameAvgPool2d",
+    "SameConv2d",
+    "SameMaxPool2d",
+    "ScaledStdConv2d",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "activation_gain",
+    "activation_name",
+    "destandardize_weight",
+    "standardize_weight",
+]

@@ -1,0 +1,5 @@
+"""The networks, as timm models."""
+
+from .nfnets import NormFreeNet
+
+__all__ = ["NormFreeNet"]

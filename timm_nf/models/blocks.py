@@ -1,0 +1,138 @@
+"""The residual block and the stems of the normalizer-free networks, arXiv:2102.06171, section 3.
+
+Constants live in weights, not in activations: gamma and beta scale the standardised weight of the convolution that
+follows (also through the average pool of a shortcut), alpha, the skip gain and the 2 of squeeze-excite scale its gate,
+so that a block ends in one addcmul.
+
+Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+"""
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.activations import Activation, activation_gain
+from ..layers.drop import StochasticDepth
+from ..layers.pool2d_same import SameAvgPool2d, SameMaxPool2d
+from ..layers.squeeze_excite import SqueezeExcite
+from ..layers.std_conv import ScaledStdConv2d
+from ..variants import DEEP_STEM, NfCfg
+
+
+class Downsample(nn.Module):
+    """Shortcut of a block that changes resolution or width: average pool if asked for, then a 1x1 convolution."""
+
+    def __init__(self, conv: nn.Module, pool_stride: int | None) -> None:
+        super().__init__()
+        self.pool = nn.Identity() if pool_stride is None else SameAvgPool2d(pool_stride)
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pool(x))
+
+
+class NormFreeBlock(nn.Module):
+    """`shortcut + alpha * skip_gain * branch(act(x) / beta)`, arXiv:2102.06171, section 3.
+
+    Args:
+        cfg: The network's row.
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        beta: Expected standard deviation of the input.
+        nominal_stride: What the block does at the network's full output stride; decides whether there is a shortcut
+            convolution, so that parameter names do not depend on the output stride.
+        stride: What it does.
+        dilation: Of the first and of the second 3x3 convolution.
+        drop_path_rate: Of stochastic depth.
+        first: Whether it is the first block of the network.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        cfg: NfCfg,
+        in_chs: int,
+        out_chs: int,
+        beta: float,
+        nominal_stride: int,
+        stride: int,
+        dilation: tuple[int, int],
+        drop_path_rate: float,
+        first: bool,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        conv = partial(ScaledStdConv2d, **dd)
+        gamma = activation_gain(cfg.act_layer)
+        mid_chs, groups = cfg.bottleneck(in_chs, out_chs, first)
+        attn = partial(SqueezeExcite, **cfg.attn_kwargs, **dd) if cfg.attn_layer else None
+        self.alpha = cfg.alpha
+
+        if nominal_stride > 1 or in_chs != out_chs:
+            pool = cfg.avg_down and nominal_stride > 1
+            shortcut = conv(in_chs, out_chs, 1, stride=1 if pool else stride, scale=gamma / beta)
+            self.downsample = Downsample(shortcut, stride if pool else None)
+        else:
+            self.downsample = None
+        self.act1 = Activation(cfg.act_layer)
+        self.conv1 = conv(in_chs, mid_chs, 1, scale=gamma / beta)
+        self.act2 = Activation(cfg.act_layer, inplace=True)
+        self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation[0], groups, scale=gamma)
+        self.act2b = Activation(cfg.act_layer, inplace=True) if cfg.extra_conv else None
+        self.conv2b = conv(mid_chs, mid_chs, 3, 1, dilation[1], groups, scale=gamma) if cfg.extra_conv else None
+        self.attn = attn(mid_chs) if attn and cfg.reg else None
+        self.act3 = Activation(cfg.act_layer, inplace=True)
+        self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma)
+        self.attn_last = attn(out_chs) if attn and not cfg.reg else None
+        self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
+        # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
+        self.skipinit_gain = nn.Parameter(torch.zeros(1, **dd))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = f"{prefix}skipinit_gain"
+        if key in state_dict and state_dict[key].ndim == 0:  # as timm saves it; this dict is a copy of the caller's
+            state_dict[key] = state_dict[key].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act1(x)
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.conv2(self.act2(self.conv1(out)))
+        if self.act2b is not None and self.conv2b is not None:
+            out = self.conv2b(self.act2b(out))
+        if self.attn is not None:
+            out = out * (2 * self.attn(out))
+        out = self.conv3(self.act3(out))
+        coefficient = self.alpha * self.skipinit_gain
+        if self.attn_last is not None:
+            coefficient = 2 * coefficient * self.attn_last(out)
+        if self.drop_path is not None:
+            coefficient = self.drop_path(coefficient, out)
+        # The gain is float32 under autocast and, with one element, would make the block's output float32.
+        return torch.addcmul(shortcut, out, coefficient.to(out.dtype))
+
+
+def make_stem(cfg: NfCfg, in_chans: int, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:
+    """Stem, its stride, and the description of its feature at half resolution."""
+    out_chs, conv = cfg.stem_out_chs(), partial(ScaledStdConv2d, **dd)
+    if cfg.stem_type != "deep_quad":
+        pool = cfg.stem_type == "7x7_pool"
+        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 7 if pool else 3, stride=2, scale=1.0)))
+        if pool:
+            stem.add_module("pool", SameMaxPool2d())
+        return stem, 4 if pool else 2, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
+    stem = nn.Sequential()
+    gamma = activation_gain(cfg.act_layer)
+    chs = (in_chans, *DEEP_STEM, out_chs)
+    for i in range(1, 5):
+        if i > 1:
+            stem.add_module(f"act{i}", Activation(cfg.act_layer))
+        stride = 2 if i in (1, 4) else 1
+        stem.add_module(f"conv{i}", conv(chs[i - 1], chs[i], 3, stride, scale=1.0 if i == 1 else gamma))
+    return stem, 4, {"num_chs": chs[3], "reduction": 2, "module": "stem.conv3"}

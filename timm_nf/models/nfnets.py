@@ -1,0 +1,394 @@
+"""The networks of the papers, equal to the authors' JAX code to rounding, as timm models.
+
+timm's port (`timm.models.nfnet`) is another function: with the same parameters its dm_nfnet_f0 is 1.8 % off on logits
+and its plain nfnet_f0 is a different network. `python scripts/differences.py` prints the differences, measured.
+
+Where arXiv:2102.06171 and the authors' code differ, the code is followed, as the published weights came from it:
+squeeze-excite has a relu where the paper writes gelu; the bottleneck of F4+ is truncated to a multiple of its group
+width, which gives 524.95 M parameters where table 3 has 527 M.
+
+Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+"""
+
+import dataclasses
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    reparameterize_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..convert.infer import load_haiku_into
+from ..layers.activations import Activation, activation_gain
+from ..layers.standardize import destandardize_weight, standardize_weight
+from ..layers.std_conv import ScaledStdConv2d
+from ..variants import VARIANTS, NfCfg, Variant
+from .blocks import NormFreeBlock, make_stem
+
+__all__ = ["VARIANTS", "NfCfg", "NormFreeNet", "Variant"]  # timm's registry adds the entrypoints
+
+
+class NormFreeNet(nn.Module):
+    """A normalizer-free network with timm's model interface.
+
+    Args:
+        cfg: The network's row.
+        num_classes: Classes, 0 for pooled features (N, num_features).
+        in_chans: Channels of the input.
+        global_pool: timm's name of a pooling, empty for none.
+        output_stride: 8, 16 or 32; strides beyond it become dilations and no parameter changes its name.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of block i of N is this times i / N, survivors are not rescaled.
+        fused: Plain convolutions whose weights are already standardised, for inference.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        **kwargs: Fields of `NfCfg` to replace.
+
+    Raises:
+        ValueError: if a value or a combination of values has no network.
+        TypeError: if a keyword is not a field of `NfCfg`.
+    """
+
+    __jit_unused_properties__ = ("fused", "_model_args")  # TorchScript would compile them
+
+    def __init__(
+        self,
+        cfg: NfCfg,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        fused: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        if not 0.0 <= drop_path_rate <= 1.0:
+            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        cfg = dataclasses.replace(cfg, **kwargs)
+        dd = {"device": device, "dtype": dtype}
+        self.cfg = cfg
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+        self._model_args = {}
+
+        self.stem, stride, feature = make_stem(cfg, in_chans, dd)
+        self.stem_feature_index = [f"stem.{n}" for n, _ in self.stem.named_children()].index(feature["module"])
+        self.feature_info = [feature]
+
+        in_chs, expected_var, dilation = cfg.stem_out_chs(), 1.0, 1
+        drop_path_rates = (drop_path_rate * i / sum(cfg.depths) for i in itertools.count())
+        stages = []
+        for stage, (depth, out_chs) in enumerate(zip(cfg.depths, cfg.stage_chs(), strict=True)):
+            nominal_stride = 1 if stage == 0 and stride == 4 else 2
+            first_dilation = dilation  # a block whose stride becomes a dilation still looks at the grid before it
+            if stride * nominal_stride > output_stride:
+                dilation *= nominal_stride
+            else:
+                stride *= nominal_stride
+            blocks = []
+            for index in range(depth):
+                first = index == 0
+                blocks.append(
+                    NormFreeBlock(
+                        cfg,
+                        in_chs,
+                        out_chs,
+                        beta=expected_var**0.5,
+                        nominal_stride=nominal_stride if first else 1,
+                        stride=nominal_stride if first and dilation == first_dilation else 1,
+                        dilation=(first_dilation if first else dilation, dilation),
+                        drop_path_rate=next(drop_path_rates),
+                        first=first and stage == 0,
+                        **dd,
+                    )
+                )
+                in_chs = out_chs
+                expected_var = (1.0 if first else expected_var) + cfg.alpha**2
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": out_chs, "reduction": stride, "module": f"stages.{stage}"})
+        self.stages = nn.Sequential(*stages)
+
+        if final_chs := cfg.final_chs():
+            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
+            self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
+        else:
+            self.final_conv = nn.Identity()
+        self.num_features = final_chs or in_chs
+        # The one activation with its gamma outside: pooling follows, and forward_features is the authors' tensor.
+        self.final_act = Activation(cfg.act_layer, activation_gain(cfg.act_layer))
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self._init_classifier()
+        if fused:
+            reparameterize_model(self, inplace=True)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the convolutions are plain; looked up, as timm's `reparameterize_model` replaces them unannounced."""
+        return not any(isinstance(module, ScaledStdConv2d) for module in self.modules())
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm's factory records and saves, and `fused`.
+
+        Stock timm does not know that key and stops, instead of loading the weights into its own nfnet_f0.
+        """
+        return self._recorded_args | {"fused": self.fused}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._recorded_args = args
+
+    def _init_classifier(self) -> None:
+        if isinstance(self.head.fc, nn.Linear):
+            nn.init.normal_(self.head.fc.weight, std=0.0 if self.cfg.zero_init_fc else 0.01)
+            nn.init.zeros_(self.head.fc.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Here, as timm loads with strict=False whenever num_classes or the stem differ.
+        start = f"{prefix}stages."
+        blocks = {k[: len(start)] + ".".join(k[len(start) :].split(".")[:2]) for k in state_dict if k.startswith(start)}
+        if missing := sorted(b for b in blocks if f"{b}.skipinit_gain" not in state_dict):
+            raise RuntimeError(
+                f"this state dict has no skip gain for {len(missing)} of {len(blocks)} blocks ({missing[0]}, ...), so "
+                "it is not of a timm_nf network: most likely it was saved from timm's own nfnet_f*, a different "
+                "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
+                "or create it in a process that does not import timm_nf, and load the file there."
+            )
+        fused = not any(k.startswith(start) and k.endswith(".gain") for k in state_dict)
+        if blocks and fused != self.fused:
+            is_, want = ("fused", "unfused") if fused else ("unfused", "fused")
+            way_out = "" if fused else " and give it to timm_nf.fuse"
+            raise RuntimeError(
+                f"this state dict is of {is_} convolutions, the network is {want}: create it with "
+                f"fused={fused}{way_out}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def load_pretrained(self, checkpoint_path: str) -> None:
+        """Load one of the authors' checkpoints, all of it or nothing: timm hands every .npz here."""
+        load_haiku_into(self, checkpoint_path)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The groups of layer-wise learning rate decay: the stem, every block (or stage), the head.
+
+        The final convolution belongs to the last block: (99999,) is timm's mark for the group before.
+        """
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(block, None), (r"^final_conv", (99999,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the gains and skip gains, which the authors do not decay."""
+        return {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in ("gain", "skipinit_gain")}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass instead of storing its activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, nn.Identity if there is none."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for `num_classes`, keeping the pooling unless `global_pool` is given."""
+        self.num_classes = num_classes
+        reference = next(self.parameters())
+        self.head.reset(
+            num_classes, global_pool, in_features=self.num_features, device=reference.device, dtype=reference.dtype
+        )
+        self.head_hidden_size = self.head.num_features
+        self._init_classifier()
+
+    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of the stem (index 0) and of every stage, and the final features.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: Which of them; the last n if an integer, all if None.
+            norm: Without effect, there is no normalisation.
+            stop_early: Leave out what follows the last index.
+            output_fmt: NCHW is the only one.
+            intermediates_only: Return only the list.
+
+        Returns:
+            The final features (N, num_features, H, W) and the list of (N, C, H, W). The last of the list is taken
+            after the final convolution, before its activation.
+
+        Raises:
+            ValueError: if `output_fmt` is not NCHW.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates = []
+        stem = self.stem[: self.stem_feature_index + 1] if stop_early and last == 0 else self.stem
+        for index, module in enumerate(stem):
+            x = module(x)
+            if index == self.stem_feature_index and 0 in take:
+                intermediates.append(x)
+        stages = self.stages[:last] if stop_early else self.stages
+        for index, stage in enumerate(stages, start=1):
+            x = self._stage(stage, x)
+            if index == len(self.stages):
+                x = self.final_conv(x)
+            if index in take:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return self.final_act(x) if len(stages) == len(self.stages) else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features at `indices` do not need.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Without effect, there is no normalisation.
+            prune_head: Remove the classifier also where the last stage stays.
+
+        Returns:
+            The indices, counted from the front.
+        """
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        if last < len(self.stages):
+            self.final_conv, self.final_act = nn.Identity(), nn.Identity()
+            self.num_features = self.feature_info[last]["num_chs"]
+            prune_head = True  # it is as wide as the last stage
+        if last == 0:
+            self.stem = self.stem[: self.stem_feature_index + 1]
+        self.stages = self.stages[:last]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, num_features, ceil(H / stride), ceil(W / stride)), after the final activation."""
+        x = self.stem(x)
+        if torch.jit.is_scripting():  # where no module can be an argument
+            x = self.stages(x)
+        else:
+            for stage in self.stages:
+                x = self._stage(stage, x)
+        return self.final_act(self.final_conv(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify (N, num_features, H, W); (N, num_features) if `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A pretrained state dict with its stem converted to the model's number of input channels.
+
+    timm converts the raw weight, which standardisation then rescales. Here the effective weight is converted, summed
+    over the channels for one channel and repeated otherwise, and the weight and gain chosen that standardise to it. A
+    grey image therefore gets the logits of its three equal channels. Standardised weights have zero mean: where the
+    new number of channels is not 1 or a multiple of the old one, the converted weight loses its mean.
+
+    Args:
+        state_dict: Of a network with any number of input channels; not changed.
+        model: The network it is for. Where the stem is converted, timm is told to leave it alone, through its traits.
+
+    Returns:
+        A state dict for `model`.
+    """
+    name = "stem.conv1" if "stem.conv1.weight" in state_dict else "stem.conv"
+    weight, gain = state_dict.get(f"{name}.weight"), state_dict.get(f"{name}.gain")
+    state_dict = dict(state_dict)  # timm takes the classifier out of what this returns
+    if weight is None or weight.shape[1] == model.in_chans:
+        return state_dict
+    converted = weight.double() if gain is None else standardize_weight(weight.double(), gain.double())
+    old, new = weight.shape[1], model.in_chans
+    if new == 1:
+        converted = converted.sum(1, keepdim=True)
+    else:
+        converted = converted.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
+    if gain is not None:
+        converted, new_gain = destandardize_weight(converted)
+        state_dict[f"{name}.gain"] = new_gain.to(gain.dtype)
+    state_dict[f"{name}.weight"] = converted.to(weight.dtype)
+    # Otherwise timm would convert the stem once more, or warn that it need not; the entrypoint restores the name.
+    model._traits = {**model._traits, "first_conv": None}
+    return state_dict
+
+
+def _default_cfg(variant: Variant) -> dict[str, Any]:
+    nfnet = variant.cfg.stem_type == "deep_quad"
+    side = -(-variant.train_size // 32)
+    return {
+        "hf_hub_id": variant.hf_hub_id,
+        "num_classes": 1000,
+        "input_size": (3, variant.train_size, variant.train_size),
+        "test_input_size": (3, variant.test_size, variant.test_size),
+        "pool_size": (side, side),
+        "crop_pct": variant.crop_pct or round(variant.test_size / (variant.test_size + 32), 3),
+        "crop_mode": "squash" if nfnet else "center",  # as the authors evaluate them, each in its experiment file
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1" if nfnet else "stem.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.dm_in1k" if v.hf_hub_id else name: _default_cfg(v) for name, v in VARIANTS.items()}
+)
+
+
+def _entrypoint(name: str) -> Any:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: Any = build_model_with_cfg(
+            NormFreeNet,
+            name,
+            pretrained,
+            model_cfg=VARIANTS[name].cfg,
+            feature_cfg={"flatten_sequential": True},
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **kwargs,
+        )
+        model._traits["first_conv"] = model.pretrained_cfg.get("first_conv")
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"`{name}`, see `VARIANTS`. Keywords are those of `NormFreeNet` and of timm's model builder."
+    return create
+
+
+with warnings.catch_warnings():
+    # timm registers nfnet_f0 to f7, without weights, for another network; these replace them, which timm warns about.
+    warnings.filterwarnings("ignore", "Overwriting nfnet_f[0-7] in registry")
+    for _name in VARIANTS:
+        globals()[_name] = register_model(_entrypoint(_name))

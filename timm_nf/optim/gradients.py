@@ -1,0 +1,110 @@
+"""Which gradients cannot be clipped, and why."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .sharded import PLAIN, local_part, placements_of
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def gradient_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a gradient from being clipped in place, None if nothing does; called without gradient tracking."""
+    if g.layout != torch.strided:
+        return f"a gradient of layout {g.layout}; adaptive clipping needs dense ones, so no sparse=True"
+    if g.device != p.device:
+        return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
+    if g.shape != p.shape:
+        return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
+    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
+        return (
+            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
+        )
+    grad = g
+    if not (type(p) in PLAIN and type(g) in PLAIN and not hasattr(p, "_fsdp_flattened")):
+        if problem := _placement_problem(p, g):
+            return problem
+        weight, grad = local_part(p), local_part(g)
+        if grad.shape != weight.shape:
+            return (
+                f"a shard of shape {tuple(weight.shape)} here, its gradient {tuple(grad.shape)}; distribute both alike"
+            )
+    if not grad.is_contiguous() and _shares_memory(grad):
+        return f"a gradient with entries that share memory (strides {grad.stride()}); expanded ones need a clone()"
+    if not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled():
+        return "a gradient made in inference mode, which torch lets nobody write to; give it a clone()"
+    return None
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether entries may lie in the same place: from the innermost out, an axis does not step over those before it."""
+    last = 0  # the farthest entry so far
+    for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= last:
+            return x.numel() > 0
+        last += stride * (n - 1)
+    return False
+
+
+def memory(g: Tensor) -> object:
+    """The same for gradients that begin in the same place of this process."""
+    local = g if type(g) in PLAIN else local_part(g)
+    if type(local) not in PLAIN or local.layout != torch.strided or torch.compiler.is_compiling():
+        return id(g)
+    address = local.data_ptr()  # 0 without storage: empty, on the meta device, lazy
+    return (local.device, address) if address else id(g)
+
+
+def _placement_problem(p: Tensor, g: Tensor) -> str | None:
+    """What keeps a parameter and its gradient from being clipped shard by shard; None if nothing does."""
+    ours, theirs = placements_of(p), placements_of(g)
+    if getattr(p, "_fsdp_flattened", False):
+        return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
+    if ours != theirs or (ours and cast(Any, p).device_mesh != cast(Any, g).device_mesh):
+        return f"placements {ours} but its gradient has {theirs}; redistribute the gradient to those of the parameter"
+    if not all(placement.is_replicate() or hasattr(placement, "dim") for placement in ours):
+        return f"placements {ours}; adaptive clipping needs Shard or Replicate, redistribute it first"
+    return None
+
+
+@torch.no_grad()
+def parameters_with_gradient(
+    parameters: Tensor | Iterable[Tensor],
+    label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}",
+    spared: Iterable[Tensor] = (),
+) -> list[Tensor]:
+    """The distinct parameters that have something to clip, in the order given.
+
+    Args:
+        parameters: One parameter or any number of them.
+        label: What error messages call a parameter, from its index and itself.
+        spared: Parameters whose gradients will not be clipped, and so must not be those of `parameters` as well.
+
+    Raises:
+        ValueError: A gradient is sparse, shared, made in inference mode, not of real floating point numbers, on the
+            meta device while others are not, or of another shape, device or sharding than its parameter.
+    """
+    distinct: dict[int, Tensor] = {}
+    taken = {memory(p.grad) for p in spared if p.grad is not None}
+    first: Tensor | None = None
+    for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
+        g = p.grad
+        if g is None or id(p) in distinct:
+            continue
+        problem, first = gradient_problem(p, g), g if first is None else first
+        place = None if problem else memory(g)
+        if g.is_meta != first.is_meta:
+            problem = (
+                f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
+            )
+        elif place in taken:
+            problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
+        if problem:
+            raise ValueError(f"{label(index, p)} of shape {tuple(p.shape)} has {problem}")
+        if g.numel():
+            distinct[id(p)] = p
+            taken.add(place)
+    return list(distinct.values())

@@ -1,0 +1,81 @@
+"""What one process holds of a parameter, whole or sharded.
+
+Parameters are sharded over several processes by `fully_shard` and tensor parallelism. Sharded tensors are told by their
+`placements`, so that nothing of torch.distributed is imported without them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Shard(NamedTuple):
+    """The part of a parameter and of its gradient in this process; all of them for an ordinary parameter."""
+
+    parameter: Tensor  # as the optimizer knows it
+    weight: Tensor
+    grad: Tensor
+    single: bool  # the whole parameter is one unit
+    spread_over: tuple[Any, ...]  # the process groups that hold other parts of the same units
+
+
+def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
+    """The shard of a parameter that has no `gradient_problem`; to be called without gradient tracking."""
+    placements = placements_of(p)
+    if not placements:
+        return Shard(p, p, g, single, ())
+    mesh = cast(Any, p).device_mesh
+    # Sharded by rows, a process holds whole units; sharded otherwise, or if all of it is one unit, parts of them.
+    dims = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    spread_over = tuple(mesh.get_group(i) for i in dims if single or placements[i].dim != 0)
+    weight, grad = local_part(p), local_part(g)
+    if spread_over and not grad.numel():  # takes part in the collective all the same, and zeros change no norm
+        weight, grad = (t.new_zeros(1 if single else (len(t), *[1] * (t.ndim - 1))) for t in (weight, grad))
+    return Shard(p, weight, grad, single, spread_over)
+
+
+def reduce_norms(
+    norms: Mapping[int, tuple[Tensor, Tensor]], chunks: Mapping[int, list[Shard]], norm_type: float
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Norms of whole units from those of their parts, with one all-reduce for all chunks spread over the same groups.
+
+    Args:
+        norms: (units,) of the weights and of the gradients, by chunk.
+        chunks: The shards they belong to; each has only one `spread_over`.
+        norm_type: Order of the norm, above 0.
+    """
+    by_groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, chunk in chunks.items():
+        by_groups.setdefault(chunk[0].spread_over, []).append(i)
+    reduced: dict[int, tuple[Tensor, Tensor]] = {}
+    for groups, members in by_groups.items():
+        parts = [part for i in members for part in norms[i]]
+        total = torch.cat(parts)
+        if math.isinf(norm_type):
+            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; units with either are left alone
+            operation = torch.distributed.ReduceOp.MAX
+        else:
+            total.pow_(norm_type)
+            operation = torch.distributed.ReduceOp.SUM
+        for group in groups:
+            torch.distributed.all_reduce(total, operation, group=group)  # pyright: ignore
+        if not math.isinf(norm_type):
+            total.pow_(1 / norm_type)
+        pieces = iter(total.split_with_sizes([len(part) for part in parts]))
+        reduced |= {i: (next(pieces).to(norms[i][0].dtype), next(pieces).to(norms[i][1].dtype)) for i in members}
+    return reduced
+
+
+def placements_of(x: Tensor) -> tuple[Any, ...]:
+    """How a tensor is distributed over each axis of its mesh; nothing for an ordinary one."""
+    return tuple(getattr(x, "placements", ()))
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return cast(Any, x).to_local() if placements_of(x) else x

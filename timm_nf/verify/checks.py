@@ -1,0 +1,282 @@
+"""Whether this machine computes the authors' networks and the clipped training step, and how closely.
+
+Golden numbers come with the package: what the authors' JAX code (deepmind-research nfnets/ at f5de0ede, float64, CPU)
+gave for synthetic parameters and images that `fill` and `image` make again. Every check is a measured number and the
+bound it has to keep; what a device cannot check is a row of its own and never counts as passed.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import convert
+from . import stock as twins
+from .golden import golden_model, image, load_golden, relative_error
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+FORWARD = {
+    "nfnet_f0": "nfnet_F0_1x64x64",
+    "dm_nf_resnet50": "nf_resnet_ResNet50_1x64x64",
+    "dm_nf_regnet_b0": "nf_regnet_B0_1x64x64",
+}
+STEPS = "sgd_agc_nfnet_F0_2x32x32"
+OURS, STOCK = "nfnet_f0.dm_in1k", "dm_nfnet_f0.dm_in1k"  # the same weights on the Hub
+
+# Small, and has every kind of parameter; for what depends on operations and not on values.
+_TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16, "num_classes": 10}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the verification; `ok` is None where this machine could not check it."""
+
+    name: str
+    measured: str
+    bound: str
+    ok: bool | None
+
+
+def _untracked(items: Iterable[_T], description: str) -> Iterable[_T]:
+    return items
+
+
+def run(
+    device: str = "cpu",
+    pretrained: bool = False,
+    image_file: str | Path | None = None,
+    imagenet_val: str | Path | None = None,
+    weights: str | Path | None = None,
+    use_ema: bool = False,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
+) -> Iterator[Check]:
+    """Run all checks and yield their rows; a part that stops with an exception is a failed row.
+
+    Args:
+        device: Where to run, as torch names it.
+        pretrained: Also compare the authors' weights from the Hub with stock timm's network of the same weights.
+        image_file: A picture for that comparison instead of noise.
+        imagenet_val: A folder of validation pictures in one folder per class, to compare accuracies as well.
+        weights: A file of weights trained as one of timm's dm_nfnet_f*, to compare on these pictures instead.
+        use_ema: The averaged weights in that file.
+        track: Shows progress: takes items (with a length) and a description, yields the items.
+
+    Raises:
+        ValueError: before any row, if `weights` cannot be read, are another network's or come without `imagenet_val`.
+    """
+    if weights is not None and imagenet_val is None:
+        raise ValueError("weights need pictures to compare the networks on: give imagenet_val")
+    where = torch.device(device)
+    torch.empty(1, device=where)  # a device that is not there stops here, before any row
+    pair = None if weights is None else twins.load(weights, use_ema)
+    parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        (name, lambda name=name: _forward_checks(name, where)) for name in FORWARD
+    ]
+    parts += [("three clipped steps", lambda: _step_checks(where)), ("no waiting", lambda: _waiting_checks(where))]
+    if pair is not None and imagenet_val is not None:
+        parts.append(("the checkpoint", lambda: _checkpoint_checks(pair, imagenet_val, where, track)))
+    if pretrained or (imagenet_val is not None and pair is None):
+        parts.append(("the authors' weights", lambda: _pretrained_checks(where, image_file, imagenet_val, track)))
+    for name, part in track(parts, f"verifying on {device}"):
+        try:
+            # Full float32 products on the GPUs that would otherwise round convolutions to TF32.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                yield from part()
+        except Exception as error:  # whatever it was, the other parts are still worth knowing
+            _logger.debug("%s stopped", name, exc_info=True)
+            reason = " ".join(str(error).split())
+            yield Check(f"{name}: stopped", f"{type(error).__name__}: {reason}"[:200], "no exception", False)
+
+
+def _at_most(name: str, measured: float, bound: float) -> Check:
+    return Check(name, f"{measured:.1e}", f"{bound:.0e}", measured <= bound)  # NaN fails
+
+
+def _not_checked(name: str, reason: str) -> Check:
+    return Check(name, reason, "", None)
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # MPS and some XPUs
+        return False
+    return True
+
+
+def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
+    features = model.forward_features(x)
+    return {"pool": model.forward_head(features, pre_logits=True), "logits": model.forward_head(features)}
+
+
+@torch.no_grad()
+def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
+    golden = load_golden(FORWARD[name])
+    model, x = golden_model(name), image(1, 64, 64)
+
+    def error(model: nn.Module, x: Tensor) -> float:
+        return max(relative_error(y, golden[key]) for key, y in _outputs(model, x).items())
+
+    if _has_float64(device):
+        model, x = model.to(device), x.to(device)
+        yield _at_most(f"{name}, float64, against the authors", error(model, x), 1e-11)
+    else:
+        yield _not_checked(f"{name}, float64, against the authors", f"{device.type} has no float64")
+    model, x = model.float().to(device), x.float().to(device)
+    yield _at_most(f"{name}, float32, against the authors", error(model, x), 1e-4)
+    reference = model(x)
+
+    label = f"{name}, bfloat16 autocast, against float32"
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, torch.bfloat16):
+            yield _at_most(label, relative_error(model(x), reference), 5e-2)
+    else:
+        yield _not_checked(label, f"{device.type} has no autocast")
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    yield _at_most(f"{name}, channels_last, against contiguous", relative_error(model(x), reference), 1e-5)
+
+
+def _step_checks(device: torch.device) -> Iterator[Check]:
+    golden = load_golden(STEPS)
+    # without float64, rounding in the deep layers' tiny gradients comes first
+    dtype, bound = (torch.float64, 1e-9) if _has_float64(device) else (torch.float32, 1e-2)
+    model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
+    x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
+    optimizer = create_optimizer_v2(
+        model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=0.01, clip_eps=1e-3
+    )
+    losses: list[Tensor] = []
+    measured: dict[str, np.ndarray] = {}
+    for step in range(3):
+        loss = F.cross_entropy(model(x), labels)
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            measured |= _facts("grad0", {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+    with torch.no_grad():
+        losses.append(F.cross_entropy(model(x), labels))
+    measured |= _facts("param3", model.state_dict())
+    kind = str(dtype).removeprefix("torch.")
+    yield _at_most(f"agcsgd, {kind}, losses", relative_error(torch.stack(losses), golden["losses"]), bound)
+    for prefix, what in (("grad0", "first gradient"), ("param3", "parameters after 3 steps")):
+        keys = [key for key in golden if key.startswith(f"{prefix}|")]
+        worst = max(relative_error(torch.from_numpy(measured[key]), golden[key]) for key in keys)
+        yield _at_most(f"agcsgd, {kind}, {what}", worst, bound)
+
+
+def _facts(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Norm and first three entries of every tensor, in the authors' names and layout, as the golden files keep them."""
+    facts = {}
+    for module, arrays in convert.timm_to_haiku(state_dict).items():
+        for name, array in arrays.items():
+            flat = array.astype(np.float64).ravel()
+            facts[f"{prefix}|{module}|{name}"] = np.r_[np.linalg.norm(flat), flat[:3]]
+    return facts
+
+
+class _CountReads(TorchDispatchMode):
+    """Counts the operations that hand a tensor's value to Python, and answers them with zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def _tiny_optimizer(device: torch.device) -> torch.optim.Optimizer:
+    """An `agcsgd` with gradients, ready to step."""
+    model = timm.create_model("nfnet_f0", device=device, **_TINY)
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return optimizer
+
+
+def _waiting_checks(device: torch.device) -> Iterator[Check]:
+    # No value exists on the meta device, and the code takes the path of accelerators: a read would be a wait there.
+    optimizer = _tiny_optimizer(torch.device("meta"))
+    with _CountReads() as counter:
+        optimizer.step()  # the first, which makes the momentum
+        optimizer.step()
+    yield Check("agcsgd, values read in two steps on the meta device", str(counter.reads), "0", counter.reads == 0)
+    label = "agcsgd step, waits for the device"
+    if device.type != "cuda":
+        yield _not_checked(label, f"only CUDA reports this, not {device.type}")
+        return
+    optimizer = _tiny_optimizer(device)
+    optimizer.step()  # the libraries' own first calls may wait
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        yield Check(label, " ".join(str(error).split())[:100], "none", False)
+    else:
+        yield Check(label, "none", "none", True)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@torch.no_grad()
+def _pretrained_checks(
+    device: torch.device,
+    image_file: str | Path | None,
+    imagenet_val: str | Path | None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Iterator[Check]:
+    ours, stock = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
+    data = resolve_model_data_config(ours, use_test_size=True)
+    if image_file is None:
+        what, x = "noise", image(1, *data["input_size"][1:]).float()
+    else:
+        what = Path(image_file).name
+        transform: Any = create_transform(**data, is_training=False)
+        with Image.open(image_file) as picture:
+            x = transform(picture.convert("RGB"))[None]
+    x = x.to(device)
+    a, b = ours(x), stock(x)
+    # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
+    yield _at_most(f"{OURS} against timm's {STOCK}, {what}", relative_error(a, b), 3e-2)
+    top1 = f"{a.argmax().item()} and {b.argmax().item()}"
+    yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
+    if imagenet_val is None:
+        return
+    yield _accuracies(twins.compare(ours, stock, imagenet_val, device, track))
+
+
+def _checkpoint_checks(
+    pair: twins.Twins,
+    folder: str | Path,
+    device: torch.device,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Iterator[Check]:
+    seen = twins.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
+    label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {seen.images} images"
+    yield _at_most(label, seen.error, 3e-2)
+    yield _accuracies(seen)
+
+
+def _accuracies(seen: twins.Seen) -> Check:
+    ours, stock = seen.top1
+    measured = f"{ours:.2f} % and {stock:.2f} %"
+    return Check(f"top-1 of {seen.images} images, ours and timm's", measured, "within 0.5 %", abs(ours - stock) <= 0.5)

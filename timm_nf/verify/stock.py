@@ -1,0 +1,116 @@
+"""One file of weights in two networks, ours and timm's, and what the difference does to one's own pictures.
+
+timm's dm_nfnet_f* has the parameters of our nfnet_f* and computes another function with them, 1.8 % off on logits.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_model_data_config
+from timm.models import is_model
+from torch import nn
+
+from .. import checkpoint, convert
+from ..convert.infer import infer_variant
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The same weights in our network `name` and in timm's `dm_` + `name`, float32 and in evaluation mode."""
+
+    name: str
+    origin: str
+    ours: nn.Module
+    stock: nn.Module
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What two networks made of the same pictures.
+
+    Attributes:
+        images: Their number.
+        top1: Accuracy of both, in percent.
+        error: Of the first one's logits, all together: norm of the difference over the norm of the second one's.
+    """
+
+    images: int
+    top1: tuple[float, float]
+    error: float
+
+
+def load(file: str | Path, use_ema: bool = False) -> Twins:
+    """Weights that were trained as one of timm's dm_nfnet_f*, which is recognised by their shapes.
+
+    Args:
+        file: Of train.py, safetensors, a state dict, or the authors' .npz.
+        use_ema: The averaged weights of train.py's `--model-ema`.
+
+    Raises:
+        ValueError: if the file cannot be read, or timm has no such network.
+    """
+    if Path(file).suffix == ".npz":
+        content = checkpoint.Checkpoint(convert.haiku_to_timm(convert.load_haiku(file)), str(file))
+    else:
+        content = checkpoint.read(file, use_ema)
+    name, fields = infer_variant(convert.timm_to_haiku(content.state_dict))
+    if not is_model(f"dm_{name}"):
+        raise ValueError(f"expected weights of one of timm's dm_nfnet_f0 to f6 in {content.origin}, got a {name}'s")
+    num_classes = fields.pop("num_classes", 1000)
+    shape: dict[str, Any] = {"in_chans": fields.pop("in_chans", 3)}
+
+    def build(name: str, fields: dict[str, Any]) -> Any:
+        # what leaves no trace in shapes, an activation say, as train.py was told
+        fields = (content.args.get("model_kwargs") or {}) | fields
+        told = replace(content, args=content.args | shape | {"model_kwargs": fields})
+        return checkpoint.build(name, told, num_classes).float()
+
+    ours = build(name, fields)
+    # which in timm's network do not follow the stages
+    widths = {"stem_chs": ours.cfg.stem_out_chs(), "num_features": ours.cfg.final_chs()}
+    return Twins(name, content.origin, ours, build(f"dm_{name}", fields | widths))
+
+
+@torch.no_grad()
+def compare(
+    ours: Any,
+    stock: nn.Module,
+    folder: str | Path,
+    device: torch.device,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Seen:
+    """Show two networks the pictures of a folder, prepared as the first one's config says.
+
+    Args:
+        ours: A network.
+        stock: Another one with the same classes.
+        folder: With a folder of pictures for every class: ImageNet's synsets, also a part of them, or as many as the
+            networks have classes, which count in the order of their names.
+        device: Of both networks.
+        track: Shows progress: takes items (with a length) and a description, yields the items.
+
+    Raises:
+        ValueError: if the folders are neither.
+    """
+    data = resolve_model_data_config(ours, use_test_size=True)
+    synsets: list[str] = ImageNetInfo().label_names()
+    classes = {path.name for path in Path(folder).iterdir() if path.is_dir()}
+    is_imagenet = ours.num_classes == len(synsets) and classes <= set(synsets)
+    if not is_imagenet and len(classes) != ours.num_classes:
+        raise ValueError(
+            f"expected a folder of pictures in {folder} for each of {ours.num_classes} classes, got {len(classes)}"
+        )
+    class_map: Any = {name: i for i, name in enumerate(synsets)} if is_imagenet else ""
+    dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
+    loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
+    count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
+    for x, labels in track(loader, f"{len(dataset)} images"):
+        a, b = (model(x.to(device)).cpu() for model in (ours, stock))
+        hits += torch.stack([(logits.argmax(1) == labels).sum() for logits in (a, b)])
+        sums += torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
+        count += len(labels)
+    ours_top1, stock_top1 = (100 * hits / count).tolist()
+    return Seen(count, (ours_top1, stock_top1), (sums[0] / sums[1]).sqrt().item())
