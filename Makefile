@@ -35,10 +35,10 @@ lint: $(READY)  ## ruff and pyright
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
-	@set -e; for script in scripts/differences.py scripts/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
 claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
-	$(PYTHON) scripts/claims.py --quick
+	$(PYTHON) -m scripts.claims --quick
 
 clean:  ## remove everything that can be made again
 	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

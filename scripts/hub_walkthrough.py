@@ -1,9 +1,10 @@
 """Write docs/hub.md: converting, pushing and pulling, with what the commands really print.
 
-    python scripts/hub_walkthrough.py
+    python -m scripts.hub_walkthrough
 
-The commands run one after the other in an empty folder. The Hub is the stand-in of the tests, tests/stand_in_hub.py, on
-127.0.0.1; its port, which differs in every run, is written as PORT, and nothing else of the output is changed.
+The commands run one after the other in an empty folder. The Hub is the stand-in of the tests, on 127.0.0.1
+(tests/support/stand_in_hub.py); its port, which differs in every run, is written as PORT, and nothing else of the
+output is changed.
 """
 
 import os
@@ -15,10 +16,9 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import track
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from tests.support import stand_in_hub
 
-import stand_in_hub  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 PAGE = ROOT / "docs" / "hub.md"
 CHECKPOINT, LOGITS = (ROOT / "tests" / "golden" / name for name in ("T0_haiku_flatmap.npz", "T0_2x64x64.npz"))
@@ -73,7 +73,7 @@ print(model.pretrained_cfg["architecture"], sum(p.numel() for p in model.paramet
 TEXT = """\
 # Weights: converting, pushing, pulling
 
-Everything printed below is real output: `python scripts/hub_walkthrough.py` runs these commands and writes this page.
+Everything printed below is real output: `python -m scripts.hub_walkthrough` runs these commands and writes this page.
 The Hub is the stand-in that the tests use, on 127.0.0.1 with its port written as PORT, so links lead nowhere and
 commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to https://huggingface.co.
 

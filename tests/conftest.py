@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
-import stand_in_hub
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.support import ROOT, stand_in_hub
 
 # The same examples in every run, however slow the machine is: one that fails once fails always.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -90,12 +90,11 @@ def client(hub, tmp_path):
     started = []
 
     def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        here = Path(__file__).parent
         environment = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_aliceSecretToken",
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_HUB_ETAG_TIMEOUT": "600",
-            "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", **environment,
+            "PYTHONPATH": str(ROOT), **environment,
         }  # fmt: skip
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(

@@ -4,15 +4,15 @@ import pickle
 from typing import Any
 
 import pytest
-import small_nets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_hub import create, logits
 from timm.utils import CheckpointSaver, ModelEmaV3
 
+from tests.support import small_nets
+from tests.support.published import create, logits
 from timm_nf import checkpoint
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]

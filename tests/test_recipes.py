@@ -7,27 +7,26 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import yaml
-from small_nets import NETS, create, keywords
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms_factory import transforms_imagenet_eval
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
-from train_py_arguments import arguments, load
 
 import timm_nf
+from tests.support import GOLDEN
+from tests.support.small_nets import NETS, create, keywords
+from tests.support.train_py_arguments import arguments, load
 from timm_nf import recipes
 from timm_nf.cli import main
 from timm_nf.variants import VARIANTS
 
-GOLDEN = Path(__file__).parent / "golden"
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "train_py_arguments.json").read_text())
 ALL = [(name, kind) for name in VARIANTS for kind in recipes.kinds(name)]
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}

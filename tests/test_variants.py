@@ -2,29 +2,20 @@ import dataclasses
 import gzip
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from reference_nfnet import Net
 
+from tests.support import GOLDEN
+from tests.support.reference_nfnet import Net, authors_name
 from timm_nf import convert
 from timm_nf.models import nfnets
 from timm_nf.variants import VARIANTS, NfCfg
 
-GOLDEN = Path(__file__).parent / "golden"
 FACTS = json.loads((GOLDEN / "variants.json").read_text())
 TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()))
-
-
-def authors_name(name: str) -> str:
-    """NFNet-F0+, NF-ResNet50 or NF-RegNet-B0."""
-    family, _, variant = name.removeprefix("dm_").replace("_plus", "+").rpartition("_")
-    return {"nfnet": f"NFNet-{variant.upper()}", "nf": f"NF-ResNet{variant[6:]}"}.get(
-        family, f"NF-RegNet-{variant.upper()}"
-    )
 
 
 def reference_net(name: str) -> Net:

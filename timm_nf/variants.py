@@ -114,7 +114,7 @@ class NfCfg:
         """Parameters, and multiply-adds of all convolutions and linear layers for one image of `size` x `size`.
 
         Arithmetic on the row, because a forward pass of all variants takes most of a minute even on the meta device.
-        tests/test_cli.py::test_counts_are_those_of_the_network_that_is_built holds it against the networks.
+        tests/cli/test_commands.py::test_counts_are_those_of_the_network_that_is_built holds it against the networks.
         """
         params = macs = 0
 

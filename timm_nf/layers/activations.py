@@ -34,7 +34,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 # name -> (function, gamma): gamma = 1 / std(act(z)), z ~ N(0, 1), the values of nfnets/base.py as they stand there.
-# tests/test_layers.py::test_gamma_is_one_over_the_std_of_the_activated_normal re-derives them by quadrature.
+# tests/layers/test_layers.py::test_gamma_is_one_over_the_std_of_the_activated_normal re-derives them by quadrature.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "identity": (_identity, 1.0),
     "celu": (F.celu, 1.270926833152771),
@@ -52,7 +52,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "tanh": (torch.tanh, 1.5939117670059204),
 }
 # Those of the shipped networks where nobody needs the input afterwards: without a copy NFNet-F0's fused forward takes
-# 3 % less time at batch 1 and 6 % less at batch 8 (scripts/bench_inference.py times them).
+# 3 % less time at batch 1 and 6 % less at batch 8 (benchmarks/inference.py times them).
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {"gelu": _gelu_, "relu": F.relu_, "silu": _silu_}
 _ACTIVATION_ALIASES = {"swish": "silu", "soft_sign": "softsign", "logsigmoid": "log_sigmoid"}
 

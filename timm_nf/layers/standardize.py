@@ -1,7 +1,7 @@
 """Scaled weight standardisation, equal to the authors' to rounding, and its inverse.
 
 timm's layers add an epsilon to the variance where the authors take a maximum, and go through batch_norm, which takes
-longer: `python scripts/bench_weights.py` compares.
+longer: `python -m benchmarks.weights` compares.
 
 Shapes: O output channels, I input channels per group, K kernel size. Sources: arXiv:2101.08692, section 4.2;
 deepmind-research nfnets/base.py at f5de0ede.

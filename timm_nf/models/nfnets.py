@@ -1,7 +1,7 @@
 """The networks of the papers, equal to the authors' JAX code to rounding, as timm models.
 
 timm's port (`timm.models.nfnet`) is another function: with the same parameters its dm_nfnet_f0 is 1.8 % off on logits
-and its plain nfnet_f0 is a different network. `python scripts/differences.py` prints the differences, measured.
+and its plain nfnet_f0 is a different network. `python -m benchmarks.differences` prints the differences, measured.
 
 Where arXiv:2102.06171 and the authors' code differ, the code is followed, as the published weights came from it:
 squeeze-excite has a relu where the paper writes gelu; the bottleneck of F4+ is truncated to a multiple of its group

@@ -1,0 +1,72 @@
+"""Time weight standardisation over all weights of NFNet-F0: ours against timm's batch_norm route, in one run.
+
+    python -m benchmarks.weights [--repeats 15] [--check]
+
+With --check the exit code is 1 if ours is not at least 1.5 times as fast forward, or slower forward and backward.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import timm_nf
+from timm_nf.layers import ScaledStdConv2d
+
+BOUNDS = {"forward, no grad": 1.5, "forward": 1.5, "forward + backward": 1.0}
+
+
+def timm_route(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """What timm.layers.ScaledStdConv2dSame computes before its convolution."""
+    rows = weight.reshape(1, weight.shape[0], -1)
+    scale = (gain * weight[0].numel() ** -0.5).view(-1)
+    return F.batch_norm(rows, None, None, weight=scale, training=True, momentum=0.0, eps=1e-5).reshape_as(weight)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+
+    convs = [m for m in timm.create_model("nfnet_f0").modules() if isinstance(m, ScaledStdConv2d)]
+    pairs = [(m.weight, m.gain, torch.randn_like(m.weight)) for m in convs]
+    routes = {"timm_nf": timm_nf.standardize_weight, "timm": timm_route}
+
+    def run(route: str, kind: str) -> float:
+        start = time.perf_counter()
+        with torch.set_grad_enabled(kind != "forward, no grad"):
+            for weight, gain, grad in pairs:
+                out = routes[route](weight, gain)
+                if kind == "forward + backward":
+                    torch.autograd.grad(out, (weight, gain), grad)
+        return 1e3 * (time.perf_counter() - start)
+
+    times: dict[tuple[str, str], list[float]] = {(route, kind): [] for kind in BOUNDS for route in routes}
+    for _ in track(range(args.repeats), "repeats", console=Console(stderr=True)):
+        for route, kind in times:  # interleaved, so that noise of the machine meets both
+            times[route, kind].append(run(route, kind))
+
+    table = Table(
+        "milliseconds, median", *routes, "ratio", "asked",
+        title=f"weight standardisation, {len(pairs)} weights, {sum(w.numel() for w, *_ in pairs) / 1e6:.1f} M values",
+        caption=f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, cpu, float32",
+    )  # fmt: skip
+    missed = False
+    for kind, bound in BOUNDS.items():
+        ours, theirs = (statistics.median(times[route, kind]) for route in routes)
+        missed |= theirs / ours < bound
+        table.add_row(kind, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}x", f"{bound}x")
+    Console().print(table)
+    return int(args.check and missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

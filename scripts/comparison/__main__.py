@@ -1,0 +1,178 @@
+"""Write docs/comparison.md: timm_nf beside other implementations of NFNets and of adaptive gradient clipping.
+
+    python -m scripts.comparison
+
+Other packages are installed into environments under a temporary folder and run as processes over the same arrays;
+nothing of them stays. What does not install or run says so on the page.
+Six processes hold F0's parameters and gradients at once, for times measured in turn: minutes, and much memory.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import differences
+from scripts.comparison import measure  # before timm_nf, so that stock timm is measured as it is
+from scripts.comparison.features import COLUMNS, rows
+from scripts.comparison.peers import PEERS, THREADS, Absent, PeerError, Worker, how_installed, install
+from timm_nf.env import machine
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "comparison.md"
+T0 = {"depths": (1, 2, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8, "num_classes": 10}
+
+track = functools.partial(track, console=Console(stderr=True))
+
+
+def table(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(
+        "| " + " | ".join(" ".join(str(c).split()).replace("|", "\\|") for c in row) + " |" for row in lines
+    )
+
+
+def start(folder: Path) -> dict[str, Any]:
+    """A process for every package; what did not install answers with the reason."""
+    peers: dict[str, Any] = {}
+    for title, peer in track(PEERS.items(), "installing"):
+        try:
+            peers[title] = Worker(peer, install(peer, folder))
+        except PeerError as error:
+            peers[title] = Absent(str(error))
+    return peers
+
+
+def known() -> dict[str, dict[str, str]]:
+    """Cells of the first table that benchmarks/differences.py measures."""
+    return {
+        "classifier": {"timm_nf": differences.bias_is_clipped("ours"), "timm": differences.bias_is_clipped("timm")},
+        "decayed_gains": {
+            "timm_nf": differences.decayed_gains("agcsgd", "nfnet_f0"),
+            "timm": differences.decayed_gains("sgd", "dm_nfnet_f0"),
+        },
+    }
+
+
+def page(peers: dict[str, Any], folder: Path) -> str:
+    """The whole of docs/comparison.md."""
+    installed = [
+        [title, getattr(peers[title], "reason", None) or "yes", how_installed(peer)] for title, peer in PEERS.items()
+    ]
+    installed.insert(
+        2, ["authors' code", "not a package", "its numbers are tests/golden, computed by running nfnets/ at f5de0ede"]
+    )
+    checkpoint = {"file": str(ROOT / "tests" / "golden" / "T0_haiku_plain.npz"), "overrides": T0}
+    features = rows(peers, known(), {"authors_checkpoint": checkpoint}, track)
+    clipped = {title: measure.clip_errors(peer, folder) for title, peer in track(peers.items(), "clipping")}
+    steps = []
+    for title, peer in track(peers.items(), "three steps of F0"):
+        try:
+            steps.append([title, *measure.three_steps(peer, folder)])
+        except PeerError as error:
+            steps.append([title, *[str(error)] * len(measure.KINDS)])
+    forward = measure.forward_rows(peers, folder)
+    standardised = measure.standardisation_rows(peers, folder)
+    times = measure.clip_times(peers, folder)
+    return PAGE_TEXT.format(
+        installed=table(["package", "installed", "how"], installed),
+        features=table(["", *COLUMNS, "how obtained"], features),
+        clipped=table(["", *clipped], zip(measure.clip_cases(), *clipped.values(), strict=True)),
+        steps=table(["", *measure.KINDS], steps),
+        times=table(["", "every unit clipped", "no unit clipped", "called"], times),
+        forward=table(["network", "golden", "relative L2 error", "how obtained"], forward),
+        standardised=table(["layer", "relative L2 error"], standardised),
+        machine=machine(),
+        repeats=measure.REPEATS,
+    )
+
+
+PAGE_TEXT = """\
+# Side by side
+
+Written by `python -m scripts.comparison`, all of it in one run; edit the script, not this page. Other packages are
+installed into environments that are deleted afterwards and run as processes over the same arrays. A cell that begins
+with *fails* or *did not install* goes on with the last line of the error.
+
+{installed}
+
+## Features
+
+Of the versions in the first row, no others. The last column says how a row was obtained: *tried*, *counted* and
+*metadata* come from running the package in this run, *read* from its source in that version.
+
+{features}
+
+## One step of clipping
+
+The same parameters and gradients for every package (clip factor 0.01, eps 1e-3), against the paper's formula in float64
+NumPy (`clip_reference` in scripts/comparison/measure.py): relative L2 error of the clipped gradient, 1e+00 is all
+wrong. Packages on torch get PyTorch's layout, optax the authors' (kernels HWIO, linear layers IO, gains as vectors).
+
+{clipped}
+
+Why they differ, as read in the sources above:
+
+- A gain of shape (O, 1, 1, 1), as in timm's layout, is one unit in the paper. Where it is not, each of its entries is a
+  unit of its own; optax and the authors treat such a shape as one unit, and their gains are vectors anyway.
+- nfnets-pytorch takes the norm of a two-axis weight over axis 0, as the authors do for weights stored (in, out);
+  PyTorch stores (out, in). No NFNet has such a weight but the classifier, which is not clipped.
+- composer has no eps: the gradient of a unit whose weight is zero becomes zero, and the unit stays where it is.
+- nfnets-pytorch holds eps in float32.
+- Norms that are rounded to float16 or squares that overflow give an infinite norm, and a gradient of zero.
+
+## Three steps of F0 against the authors' numbers
+
+The golden run (tests/golden/README.md: float64, Nesterov momentum, clip factor 0.01): our network and torch's SGD, the
+package's function in between, given every gradient but the classifier's weight. Relative L2 error of what three steps
+changed, over the three entries of every tensor that the golden file holds.
+
+{steps}
+
+## Time to clip F0's gradients
+
+{times}
+
+float32, 71.5 million parameters; medians of {repeats} runs in turn, one process each, a pause before every run; in
+brackets over timm_nf's. What sets the gradients back before a run is not in the time. On the CPU; {machine}.
+
+## Networks against the authors' logits
+
+Synthetic parameters, one image of 64 x 64 pixels, float64, relative L2 error of the logits.
+
+{forward}
+
+nfnets-pytorch's network is another one, as read in models/resnet.py: beta is one constant for all blocks, shortcuts
+convolve what is not yet activated, a plain ReLU follows the stem, and none precedes the pooling.
+
+Standardised weights of one convolution (64, 32, 3, 3), as the layer applies them (its answers to unit impulses),
+against the authors' formula in float64:
+
+{standardised}
+
+nfnets-pytorch's `WSConv2d` takes the number of all entries for the fan-in, the authors' that of one output.
+"""
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as name:
+        peers = start(Path(name))
+        try:
+            text = page(peers, Path(name))
+        finally:
+            for peer in peers.values():
+                peer.close()
+    PAGE.write_text(text)
+    Console(stderr=True).print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

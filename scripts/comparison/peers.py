@@ -1,0 +1,181 @@
+"""The packages that scripts/comparison compares: how each is installed, and the process that answers for it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One package of the comparison.
+
+    Attributes:
+        key: What worker.py calls it.
+        requirements: For pip; none where this interpreter has it.
+        without: Requirements the package declares that are not installed: the page says so.
+        alone: Its environment does not see this interpreter's packages, and so brings all of its own.
+        clipping: What is called to clip, for the page.
+        remark: What had to be done to run it, for the page.
+    """
+
+    key: str
+    clipping: str
+    requirements: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    alone: bool = False
+    remark: str = ""
+
+
+PEERS = {
+    "timm_nf": Peer("timm_nf", "`adaptive_clip_grad_`"),
+    "timm": Peer("timm", "`timm.utils.agc.adaptive_clip_grad`", remark="a process that does not import timm_nf"),
+    "nfnets-pytorch": Peer(
+        "nfnets",
+        "`nfnets.agc.AGC.step` around an optimizer that does nothing",
+        ("nfnets-pytorch==0.1.3",),
+        remark="`collections.Iterable`, which it imports and Python 3.10 removed, is put back before the import",
+    ),
+    "pytorch_optimizer": Peer(
+        "pytorch_optimizer",
+        "`agc` for every parameter, its result copied to the gradient as `Ranger21` does",
+        ("pytorch_optimizer==4.1.0",),
+    ),
+    "composer": Peer(
+        "composer",
+        "`apply_gradient_clipping(model, 'adaptive', ...)`",
+        ("mosaicml==0.32.1",),
+        without=("torch", "torchvision"),
+        remark="it declares torch<2.7.1, and runs on this one",
+    ),
+    "optax": Peer(
+        "optax",
+        "`adaptive_grad_clip` under `jax.jit`, arrays in the authors' layout, result in new arrays",
+        ("optax==0.2.8", "jax==0.10.2"),
+        alone=True,
+    ),
+}
+
+
+class PeerError(Exception):
+    """A package could not be installed, or has no answer; the message is one line."""
+
+
+def install(peer: Peer, folder: Path) -> str:
+    """Make a virtual environment for the package and return its Python, this interpreter where nothing is needed.
+
+    Unless the package stands alone, its environment sees the packages of this interpreter, so that all packages on
+    torch run on the same one.
+
+    Raises:
+        PeerError: With the last line of what failed.
+    """
+    if not peer.requirements:
+        return sys.executable
+    environment = folder / peer.key
+    _run([sys.executable, "-m", "venv", str(environment)])
+    python = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
+    if not peer.alone:
+        (packages,) = environment.glob("**/site-packages")
+        seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (packages / "host.pth").write_text("\n".join(seen))
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, *(["--no-deps"] if peer.without else []), *peer.requirements])
+    if peer.without:
+        name = peer.requirements[0].partition("==")[0]
+        listing = _run([python, "-c", f"from importlib.metadata import requires; print(requires({name!r}))"])
+        _run([*pip, *remaining(ast.literal_eval(listing), peer.without)])
+    return python
+
+
+def remaining(declared: Sequence[str], without: Sequence[str]) -> list[str]:
+    """Declared requirements but for extras and those that are left out."""
+
+    def name(requirement: str) -> str:
+        for index, character in enumerate(requirement):
+            if not (character.isalnum() or character in "-_."):
+                return requirement[:index]
+        return requirement
+
+    return [r for r in declared if "extra ==" not in r and name(r) not in without]
+
+
+def how_installed(peer: Peer) -> str:
+    """In words, for the page."""
+    if not peer.requirements:
+        words = "this interpreter"
+    else:
+        sees = "an environment of its own" if peer.alone else "its environment sees this interpreter's packages"
+        words = f"`pip install {' '.join(peer.requirements)}`, {sees}"
+    if peer.without:
+        words += f"; installed without its requirements {' and '.join(peer.without)}"
+    return words + (f"; {peer.remark}" if peer.remark else "")
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise PeerError(lines[-1].strip() if lines else f"{command[0]} ended with code {done.returncode}")
+    return done.stdout
+
+
+class Worker:
+    """A process that answers for one package until it is closed."""
+
+    def __init__(self, peer: Peer, python: str) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        variables = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [python, "-m", "scripts.comparison.worker", peer.key], env=os.environ | variables,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )  # fmt: skip
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """The answer to one question.
+
+        Raises:
+            PeerError: With the last line of the exception there, or of what a process that ended has printed.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; the next line says so
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            printed = [text for text in self.log.read().splitlines() if text.strip()] or ["without a word"]
+            raise PeerError(f"the process ended with code {self.process.wait()}: {printed[-1].strip()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise PeerError(reply["error"])
+        return reply["answer"]
+
+    def close(self) -> None:
+        self.process.communicate()  # it ends where its input does
+        self.log.close()
+
+
+class Absent:
+    """Stands for a package that did not install: every answer is the reason."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        raise PeerError(f"did not install: {self.reason}")
+
+    def close(self) -> None:
+        pass
