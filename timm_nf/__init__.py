@@ -9,9 +9,10 @@ from .inference.fuse import fuse
 from .layers.standardize import standardize_weight
 from .optim.agc import adaptive_clip_grad_, unitwise_norm
 from .optim.groups import param_groups_agc
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "adaptive_clip_grad_",
     "convert",
     "diagnostics",

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 _PACKAGES = ("torch", "timm", "huggingface_hub", "safetensors", "numpy")
 

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..checkpoint import assign, load_tensors, skeleton
+from ..version import __version__
 from .errors import HubError, explained
 from .folder import CONFIG, README, WEIGHTS, Written, digest, write_folder
 
@@ -105,7 +105,7 @@ def upload(
     token = _require_login(token)
     with explained(repo_id, revision, token):
         _require_name(repo_id)
-        api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
+        api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         info = api.model_info(repo_id)
         if private and not info.private:
@@ -167,7 +167,7 @@ def pull(
         wanted = None
         if not offline:
             _clean(get_token())
-            api = HfApi(token=token, library_name="timm_nf", library_version=version("timm_nf"))
+            api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
             info = api.model_info(name, revision=revision, files_metadata=True)
             wanted = info.sha
             hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}

@@ -23,6 +23,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..checkpoint import assign, fitted, skeleton
+from ..version import __version__
 from . import card as cards
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
@@ -121,7 +122,8 @@ def write_folder(
             dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
             sha256=digest(new / WEIGHTS, "sha256"),
             size=(new / WEIGHTS).stat().st_size,
-            versions={package: version(package) for package in ("timm_nf", "timm", "torch", "safetensors")},
+            versions={"timm_nf": __version__}
+            | {package: version(package) for package in ("timm", "torch", "safetensors")},
             base=base,
             deviation=None if architecture == own else logits,
             recipe=recipe or {},
