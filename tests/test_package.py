@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,27 +17,31 @@ from tests.support import ROOT
 
 PACKAGE = ROOT / "timm_nf"
 SOURCES = sorted(PACKAGE.glob("**/*.py"))
-# A file may import those before it, never one after it. A package comes after the files in it that it re-exports.
+# A file may import those before it, never one after it. Lines are wings: no wing is entered twice, so that imports
+# between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
-ORDER = [
-    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers",
-    "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
-    "layers.squeeze_excite", "layers.drop", "layers",
-    "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",
-    "models.blocks", "models.nfnets", "models", "nfnets",
-    "optim.sharded", "optim.gradients", "optim.agc", "optim.groups", "optim.fused_sgd", "optim.optimizer",
-    "optim.factory", "optim",
-    "recipes", "env", "checkpoint",
-    "inference.fuse", "inference.images", "inference.classify", "inference.export", "export", "inference.bench",
-    "inference",
-    "hub.card", "hub.folder", "hub.errors", "hub.client", "hub.from_haiku", "hub",
-    "diagnostics.signals", "diagnostics.clipping", "diagnostics.inputs", "diagnostics.plots", "diagnostics",
-    "demo",
-    "verify.golden", "verify.stock", "verify.checks", "verify",
-    "cli.terminal", "cli.networks", "cli.weights", "cli.inference", "cli.measure", "cli.main", "cli",
-    "__main__",
-]
+WINGS = {
+    "ground": "version _progress _text _relative_error _clip_defaults variants _wrappers",
+    "layers": "standardize padding activations std_conv pool2d_same squeeze_excite drop",
+    "convert": "haiku_pickle haiku infer",
+    "models": "blocks nfnets",
+    "optim": "sharded gradients agc groups fused_sgd optimizer factory",
+    "inference": "fuse images classify export bench",
+    "hub": "card folder errors client from_haiku",
+    "diagnostics": "signals clipping inputs plots",
+    "verify": "golden stock checks",
+    "cli": "terminal networks weights inference measure main",
+}
+# Modules at the root that stand on a wing: right after it.
+AFTER = {
+    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint"], "inference": ["export"], "diagnostics": ["demo"],
+    "cli": ["__main__"],
+}
 # fmt: on
+ORDER: list[str] = []
+for wing, files in WINGS.items():
+    ORDER += files.split() if wing == "ground" else [*(f"{wing}.{file}" for file in files.split()), wing]
+    ORDER += AFTER.get(wing, [])
 
 
 def run_python(code: str, *options: str, path: Path = ROOT, cwd: Path = ROOT) -> str:
@@ -197,8 +202,13 @@ print(len(card.zoo()) > 1000, "opt: agcsgd" in recipes.as_yaml("nfnet_f0"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=dotted)
-def test_files_have_a_subject(source: Path):
+def test_no_module_is_a_stranger(source: Path):
+    """It belongs to a wing, has a subject for a name, and says in its first sentence what it is for."""
+    assert not dotted(source) or dotted(source) in ORDER
     assert source.stem not in {"utils", "helpers", "common", "misc"}
+    text = ast.get_docstring(ast.parse(source.read_text())) or ""
+    first = text.split("\n\n")[0]
+    assert re.fullmatch(r"[A-Z`].{15,}[.?:]", first, re.DOTALL), f"{source.name} opens with {first!r}"
 
 
 # -- distribution ------------------------------------------------------------------------------------------------------
@@ -206,6 +216,16 @@ def test_files_have_a_subject(source: Path):
 
 def test_changelog_has_an_entry_for_this_version():
     assert f"## [{timm_nf.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {timm_nf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("tool", ["ruff", "pyright"])
+def test_commits_are_checked_by_the_tools_of_the_extra_dev(tool: str):
+    (pinned,) = re.findall(rf'"{tool}(?:\[nodejs\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert re.search(rf"{tool}.*\n +rev: v{re.escape(pinned)}\n", (ROOT / ".pre-commit-config.yaml").read_text())
 
 
 def test_wheel_is_complete_and_imports_from_elsewhere(tmp_path: Path):
