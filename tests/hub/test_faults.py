@@ -137,10 +137,12 @@ def test_a_killed_push_leaves_the_repository_as_it_was(published, client, tmp_pa
 
     hub.fault("PUT", hold)
     process = client(
-        "import torch; from tests.support.published import *; "
+        "import timm_nf, torch; from tests.support.published import CARD, create; "
         "timm_nf.hub.push(create(), 'alice/net', card=CARD, dtype=torch.float16, revision='new')"
     )
-    assert arrived.wait(600), process.communicate()
+    while process.poll() is None and not arrived.wait(1):
+        pass
+    assert arrived.is_set(), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.wait()
     over.set()
