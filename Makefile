@@ -13,7 +13,7 @@ OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench claims-quick clean
+.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims-quick clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -31,6 +31,16 @@ test-all: test $(OLDEST)  ## also the slow tests, timm's tests on larger models,
 	$(PYTHON) tests/conformance/run.py --large
 	PYTHONPATH=$(OLDEST) $(PYTHON) -c "import timm; assert timm.__version__ == '$(OLDEST_TIMM)', timm.__version__"
 	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
+
+test-fast: $(READY)  ## our tests alone, as on macOS and Windows
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+test-timm-main: $(READY)  ## our tests on timm's main branch; needs the network
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/timm-main https://github.com/huggingface/pytorch-image-models/archive/main.zip
+	PYTHONPATH=.cache/timm-main $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+dist: $(READY)  ## sdist and wheel, checked, and the wheel used in an empty environment
+	$(PYTHON) -m scripts.check_dist
 
 lint: $(READY)  ## ruff and pyright
 	$(PYTHON) -m ruff check

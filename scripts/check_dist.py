@@ -1,0 +1,65 @@
+"""Build the sdist and the wheel, look into them, and use the wheel in an empty environment from another folder.
+
+    python -m scripts.check_dist
+
+The environment is made under .cache/ and removed at the end. It gets torch and all that the package needs: gigabytes
+on Linux, where pip does not have them in its cache.
+"""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DIST = ROOT / "dist"
+LARGEST = 1_000_000  # bytes of the wheel
+SMOKE = """
+import timm, torch, timm_nf
+model = timm.create_model("nfnet_f0", depths=(1, 1, 1, 1), channels=(32, 64, 64, 64), group_size=16, num_classes=10)
+optimizer = timm.optim.create_optimizer_v2(model, "agcsgd", lr=0.1)
+torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([1, 2])).backward()
+optimizer.step()
+print(timm_nf.__version__, timm_nf.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    print("$", *command, file=sys.stderr, flush=True)
+    return subprocess.run([*map(str, command)], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def surplus(names: list[str]) -> list[str]:
+    """Files in a wheel that only the repository needs."""
+    return [n for n in names if not n.startswith(("timm_nf/", "timm_nf-")) or n.endswith((".md", ".ipynb", ".png"))]
+
+
+def main() -> int:
+    shutil.rmtree(DIST, ignore_errors=True)
+    run(sys.executable, "-m", "build", "--outdir", DIST)  # the wheel is built from the sdist
+    (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
+        names = archive.namelist()
+        print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(names)} files")
+        print(f"{sdist.name}: {sdist.stat().st_size:,} bytes, {len(source.getnames())} files")
+    if wheel.stat().st_size > LARGEST or surplus(names):
+        print(f"expected at most {LARGEST:,} bytes and the package alone, got also {surplus(names)}", file=sys.stderr)
+        return 1
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
+        environment = Path(folder, "environment")
+        venv.create(environment, with_pip=True)
+        python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        run(python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", f"{wheel}[cli]")
+        print(run(python, "-W", "error", "-c", SMOKE, cwd=Path(folder)), end="")
+        print(run(python.with_name("timm-nf"), "list", "nfnet_f0", cwd=Path(folder)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
