@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A file may import those before it, never one after it. A package comes after the files in it that it re-exports.
 # fmt: off
 ORDER = [
-    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers",
+    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers", "_gain_names",
     "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
     "layers.squeeze_excite", "layers.drop", "layers",
     "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",
@@ -174,6 +174,7 @@ def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
         "_wrappers",
+        "_gain_names",
     }
 
 
