@@ -20,6 +20,7 @@ from torch import nn
 from tests.support import GOLDEN
 from tests.support.small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, relative_error, state_dict
 from timm_nf.diagnostics import signal_stats
+from timm_nf.models.nfnets import checkpoint_filter_fn
 from timm_nf.variants import VARIANTS
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -270,11 +271,14 @@ def test_fx_features_take_any_batch_size_with_stochastic_depth() -> None:
         assert len(model(batch(n, dtype=torch.float32))) == 5
 
 
-def test_converting_the_stem_leaves_its_name_in_the_traits() -> None:
-    overlay = {"num_classes": 10, "state_dict": state_dict(NETS["NFNet"])}
-    model = create("NFNet", num_classes=3, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
-    assert model._traits["first_conv"] == "stem.conv1"
-    assert "head.fc.weight" in overlay["state_dict"]
+def test_converting_the_stem_changes_neither_the_network_nor_the_callers_dict() -> None:
+    model, state = create("NFNet", in_chans=1), state_dict(NETS["NFNet"])
+    attributes, before = dict(vars(model)), dict(state)
+    converted = checkpoint_filter_fn(state, model)
+    assert converted["stem.conv1.weight"].shape[1] == 1
+    assert vars(model) == attributes
+    assert state == before
+    assert model._traits["first_conv"] is None  # from the constructor on: timm leaves the stem alone
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -284,6 +288,51 @@ def test_weights_of_the_other_structure_are_refused_also_with_other_classes(fuse
     for num_classes in (10, 3):
         with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
             create("NFNet", fused=fused, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+PARTS = {
+    "biases": lambda name: name.endswith(".bias"),
+    "gains": lambda name: name.endswith("gain"),
+    "squeeze-excite": lambda name: ".attn" in name,
+    "one convolution": lambda name: name.startswith("stages.1.1.conv2."),
+    "one weight": lambda name: name == "stages.1.1.conv2.weight",
+    "all but one convolution": lambda name: name != "stages.3.0.conv3.weight",
+    "one stage": lambda name: name.startswith("stages.2."),
+    "stem": lambda name: name.startswith("stem."),
+}
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_parts_of_a_network_load_as_torch_loads_them(family: str, fused: bool, prefix: str) -> None:
+    for part, chosen in PARTS.items():
+        model, source = create(family, fused=fused), create(family).state_dict()
+        own = model.state_dict()
+        state = {prefix + name: torch.full_like(p, 0.3) for name, p in source.items() if chosen(name)}
+        outer = nn.ModuleDict({"model": model}) if prefix else model
+        _, unexpected = outer.load_state_dict(state, strict=False)
+        assert {name.removeprefix(prefix) for name in unexpected} == {n for n in source if chosen(n)} - own.keys(), part
+        assert all((p == 0.3).all() == (prefix + name in state) for name, p in model.state_dict().items()), part
+
+
+@EACH_FAMILY
+def test_one_missing_gain_of_a_whole_network_is_enough_to_be_refused(family: str) -> None:
+    state = create(family).state_dict()
+    del state["stages.1.1.conv2.gain"]
+    with pytest.raises(RuntimeError, match="of fused convolutions, the network is unfused"):
+        create(family).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_the_other_structure_are_refused_for_features_and_under_a_prefix(fused: bool) -> None:
+    state = create("NFNet", fused=not fused).state_dict()
+    overlay = {"num_classes": 10, "state_dict": state}
+    with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
+        create("NFNet", fused=fused, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    outer = nn.ModuleDict({"model": create("NFNet", fused=fused)})
+    with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
+        outer.load_state_dict({f"model.{name}": p for name, p in state.items()}, strict=False)
 
 
 # --- the authors' files ---
