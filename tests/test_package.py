@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A file may import those before it, never one after it. A package comes after the files in it that it re-exports.
 # fmt: off
 ORDER = [
-    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers",
+    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "_seed", "variants", "_wrappers",
     "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
     "layers.squeeze_excite", "layers.drop", "layers",
     "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",
@@ -27,13 +27,13 @@ ORDER = [
     "optim.sharded", "optim.gradients", "optim.agc", "optim.groups", "optim.fused_sgd", "optim.optimizer",
     "optim.factory", "optim",
     "recipes", "env", "checkpoint",
-    "inference.fuse", "inference.images", "inference.classify", "inference.export", "export", "inference.bench",
-    "inference",
+    "inference.fuse", "inference.images", "inference.named", "inference.classify", "inference.export", "export",
+    "inference.bench", "inference",
     "hub.card", "hub.folder", "hub.errors", "hub.client", "hub.from_haiku", "hub",
     "diagnostics.signals", "diagnostics.clipping", "diagnostics.inputs", "diagnostics.plots", "diagnostics",
     "demo",
     "verify.golden", "verify.stock", "verify.checks", "verify",
-    "cli.terminal", "cli.networks", "cli.weights", "cli.inference", "cli.measure", "cli.main", "cli",
+    "cli.terminal", "cli.options", "cli.networks", "cli.weights", "cli.inference", "cli.measure", "cli.main", "cli",
     "__main__",
 ]
 # fmt: on
