@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A file may import those before it, never one after it. A package comes after the files in it that it re-exports.
 # fmt: off
 ORDER = [
-    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers",
+    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_variant_table", "_wrappers",
     "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
     "layers.squeeze_excite", "layers.drop", "layers",
     "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",

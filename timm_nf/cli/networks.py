@@ -1,6 +1,5 @@
 """The commands of `timm-nf` that print what there is: list, info, recipe."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated
 
@@ -14,19 +13,13 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
     """List the networks: parameters, multiply-adds at the training size, image sizes, weights."""
     from fnmatch import fnmatch
 
+    from .._variant_table import COLUMNS, table_row
     from ..variants import VARIANTS
 
     names = [name for name in VARIANTS if fnmatch(name, pattern)]
     if not names:
         raise typer.BadParameter(f"no network is called {pattern!r}; `timm-nf list` shows all {len(VARIANTS)}")
-    rows: list[Sequence[str]] = []
-    for name in names:
-        row = VARIANTS[name]
-        params, macs = row.cfg.count(row.train_size)
-        sizes = f"{row.train_size} / {row.test_size}"
-        rows.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
-    columns = ("name", "params (M)", "GMACs", "train / test px", "weights")
-    print_table(columns, rows, right=columns[1:4])
+    print_table(COLUMNS, [table_row(name) for name in names], right=COLUMNS[1:4])
 
 
 @commands.command(epilog=examples("info nfnet_f0", "info dm_nf_regnet_b4"))
