@@ -1,7 +1,7 @@
 """The commands of `timm-nf` that look at networks, trainings and this machine."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from .terminal import console, examples, print_facts, print_table, track, typer
 
@@ -41,7 +41,7 @@ def clip_range(
     """
     import torch
 
-    from ..diagnostics.clipping import QUANTILES, SHARES, load, measure
+    from ..diagnostics.clipping import QUANTILES, SHARES, measure_clip_range, network_and_batches
     from ..diagnostics.plots import draw_clip_range
     from ..inference.export import is_known
 
@@ -53,8 +53,8 @@ def clip_range(
     warmup_steps = (0 if pretrained or checkpoint else 100) if warmup_steps is None else warmup_steps
     torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     with console(stderr=True).status(f"loading {model}"):
-        network, loader = load(model, data, batch_size, img_size, pretrained, checkpoint, device)
-    measured = measure(network, loader, batches, warmup_steps, track)
+        network, loader = network_and_batches(model, data, batch_size, img_size, pretrained, checkpoint, device)
+    measured = measure_clip_range(network, loader, batches, warmup_steps, track)
     columns = ("stage", "units", "without gradient", *(f"{100 * q:g} %" for q in QUANTILES))
     rows = [
         (
@@ -106,9 +106,9 @@ def diagnose(
     or the branches would take no part. NAME.TAG and folders have weights, and stay as they are. The input is
     unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
     """
-    from ..diagnostics.inputs import INPUTS, inputs, load, pick
+    from ..diagnostics.inputs import INPUTS, input_batch, named_network, pick_pictures
     from ..diagnostics.plots import draw_signals
-    from ..diagnostics.signals import signal_stats, troubles
+    from ..diagnostics.signals import SignalStats, signal_stats, troubles
     from ..inference.export import is_known
 
     _check_picture(out)
@@ -117,14 +117,14 @@ def diagnose(
             raise typer.BadParameter(f"expected a folder in Hub layout, but {name} has no config.json")
         if not Path(name).is_dir() and not is_known(name):
             raise typer.BadParameter(f"no network or folder is called {name!r}; `timm-nf list` shows ours")
-    pictures = pick(images) if images else []
-    measured: dict[str, list[dict[str, Any]]] = {}
+    pictures = pick_pictures(images) if images else []
+    measured: dict[str, list[SignalStats]] = {}
     facts: list[tuple[str, str]] = []
     with console(stderr=True).status("") as status:
         for name in dict.fromkeys(models):
             status.update(f"measuring {name}, {len(measured) + 1} of {len(set(models))}")
-            network, weights = load(name)
-            x = inputs(network, pictures)
+            network, weights = named_network(name)
+            x = input_batch(network, pictures)
             measured[name] = signal_stats(network, x)
             facts.append((name, f"{weights}; {' x '.join(map(str, x.shape[1:]))}"))
     columns = ("block", "squared channel mean", "channel variance", "expected", "residual branch variance")
