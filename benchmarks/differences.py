@@ -30,7 +30,7 @@ import timm_nf  # noqa: E402
 from timm_nf.env import machine  # noqa: E402
 from timm_nf.verify.golden import golden_params, image  # noqa: E402
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+GOLDEN = Path(__file__).parents[1] / "timm_nf" / "verify" / "golden"
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
