@@ -31,7 +31,7 @@ from timm_nf._relative_error import relative_error  # noqa: E402
 from timm_nf.env import machine  # noqa: E402
 from timm_nf.verify.golden import golden_params, image  # noqa: E402
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+GOLDEN = Path(__file__).parents[1] / "timm_nf" / "verify" / "golden"
 
 
 def logits_error(create: Callable[[], nn.Module]) -> float:

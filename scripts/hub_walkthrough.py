@@ -1,10 +1,10 @@
-"""Write docs/hub.md: converting, pushing and pulling, with what the commands really print.
+"""Write docs/hub.md: converting, pushing and pulling, with the real output of the commands.
 
     python -m scripts.hub_walkthrough
 
 The commands run one after the other in an empty folder. The Hub is the stand-in of the tests, on 127.0.0.1
-(tests/support/stand_in_hub.py); its port, which differs in every run, is written as PORT, and nothing else of the
-output is changed.
+(tests/support/stand_in_hub.py). Its port differs in every run, so the page says PORT. Nothing else of the output is
+changed.
 """
 
 import os
@@ -44,7 +44,7 @@ RELOAD = """
 import numpy as np
 import timm
 import timm_nf
-from timm_nf.verify import image
+from timm_nf.verify.golden import image
 
 model = timm.create_model("local-dir:t0", pretrained=True).double().eval()
 golden = np.load("T0_2x64x64.npz")["logits"]  # by the authors' code, in float64
@@ -115,6 +115,10 @@ One commit has model.safetensors, config.json and README.md, no pickle. Before i
 compared, and the network was loaded by timm and gave equal features and logits. Up to that commit, the repository is
 as it was; a commit of somebody else that comes in between is not overwritten, the push is refused. A README that is
 there stays, unless `--overwrite-card` is given.
+
+config.json has the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it in
+`model_args`, and transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
+keyword argument 'num_classes'". timm loads both forms.
 
 | option | |
 | --- | --- |

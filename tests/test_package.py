@@ -21,7 +21,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _progress _text _relative_error _clip_defaults _seed variants _wrappers _gain_names",
+    "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
+    "_gain_names",
     "layers": "standardize padding activations std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",

@@ -28,7 +28,7 @@ from timm_nf.cli import main
 from timm_nf.variants import VARIANTS
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "train_py_arguments.json").read_text())
-ALL = [(name, kind) for name in VARIANTS for kind in recipes.kinds(name)]
+ALL = [(name, kind) for name in VARIANTS for kind in recipes.purposes(name)]
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
 
 
@@ -169,7 +169,7 @@ def test_the_learning_rate_of_every_step_is_the_authors(name, kind):
 @pytest.mark.parametrize("family", NETS)
 def test_the_optimizer_that_train_py_makes_of_it_clips_and_decays_as_stated(family):
     name = {"NFNet": "nfnet_f0", "NF_ResNet": "dm_nf_resnet50", "NF_RegNet": "dm_nf_regnet_b0"}[family]
-    for kind in recipes.kinds(name):
+    for kind in recipes.purposes(name):
         args, model = namespace(name, kind), create(family)
         optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         assert type(optimizer).__name__ == ("AgcSGD" if args.opt == "agcsgd" else "SGD")

@@ -7,7 +7,6 @@ the same start, at a batch size and learning rate that plain SGD does not surviv
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,11 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from ._clip_defaults import CLIP_FACTOR
+from ._progress import Progress, silent
 from .env import machine
+
+__all__ = ["DemoResult", "Training", "load_digits", "run"]
 
 NETWORK = "dm_nf_resnet50"
 CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_layer": "silu"}
@@ -30,7 +33,7 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
 
 
 @dataclass
-class Run:
+class Training:
     """One training: a loss and a held-out accuracy (%) for every epoch, ending early if the loss is not finite."""
 
     optimizer: str
@@ -45,11 +48,11 @@ class Run:
 
 
 @dataclass
-class Facts:
+class DemoResult:
     """What was measured and written."""
 
-    runs: list[Run]
-    better: Run
+    runs: list[Training]
+    better: Training
     parameters: int
     train_images: int
     held_out_images: int
@@ -58,10 +61,6 @@ class Facts:
     files: list[Path]
     seconds: float
     machine: str
-
-
-def _untracked(items: Iterable[Any], description: str) -> Iterable[Any]:
-    return items
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -87,11 +86,11 @@ def run(
     epochs: int = 25,
     batch_size: int = 1000,
     lr: float = 3.2,
-    clip_factor: float = 0.01,
+    clip_factor: float = CLIP_FACTOR,
     seed: int = 0,
     images: int = 5000,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
-) -> Facts:
+    track: Progress = silent,
+) -> DemoResult:
     """Train with and without clipping, save the better network, check that it loads back, and draw both pictures.
 
     Args:
@@ -102,7 +101,7 @@ def run(
         clip_factor: Of `agcsgd`.
         seed: Of the split, the start and the order of the batches; both trainings share it.
         images: How many of the digits to use, a fifth of them held out.
-        track: Shows progress: takes items (with a length) and a description, yields the items.
+        track: Shows progress.
 
     Raises:
         ValueError: if the learning rate or the clip factor is negative or NaN.
@@ -120,12 +119,13 @@ def run(
     train, test = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_factor": clip_factor, "seed": seed}
 
-    trained = [_train(name, train, test, track=track, **settings) for name in OPTIMIZERS]
+    with torch.random.fork_rng(devices=()):  # the caller's generator goes on as if nothing was drawn
+        trained = [_train(name, train, test, track=track, **settings) for name in OPTIMIZERS]
     best, better = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
     model_dir = Path(out_dir) / "model"
     logits = _logits(best, test[0])
     runs = [entry for _, entry in trained]
-    facts = Facts(
+    facts = DemoResult(
         runs=runs,
         better=better,
         parameters=sum(p.numel() for p in best.parameters()),
@@ -165,8 +165,8 @@ def _train(
     lr: float,
     clip_factor: float,
     seed: int,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
-) -> tuple[nn.Module, Run]:
+    track: Progress,
+) -> tuple[nn.Module, Training]:
     x, y = train
     if not 0 < batch_size <= len(y):
         raise ValueError(f"expected a batch size from 1 to the {len(y)} training images, got {batch_size}")
@@ -185,7 +185,7 @@ def _train(
     optimizer = create_optimizer_v2(model, optimizer_name, lr=lr, momentum=0.9, weight_decay=2e-5, **clip)
     steps = len(y) // batch_size  # in an epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
-    result, start = Run(optimizer_name), time.perf_counter()
+    result, start = Training(optimizer_name), time.perf_counter()
     for _ in track(range(epochs), f"training with {optimizer_name}"):
         model.train()
         total = 0.0
@@ -217,7 +217,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return model.eval()(x)
 
 
-def _readme(facts: Facts) -> str:
+def _readme(facts: DemoResult) -> str:
     rows = "\n".join(
         f"| {r.optimizer} | {r.accuracies[-1]:.1f} % | {'diverged' if r.diverged else f'{r.losses[-1]:.3f}'} |"
         for r in facts.runs
@@ -252,7 +252,7 @@ model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval
 """
 
 
-def _draw_curves(facts: Facts, file: Path) -> None:
+def _draw_curves(facts: DemoResult, file: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -8,6 +8,8 @@ import torch
 
 from .version import __version__
 
+__all__ = ["environment", "machine"]
+
 _PACKAGES = ("torch", "timm", "huggingface_hub", "safetensors", "numpy")
 
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import yaml
 
+from ._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .variants import VARIANTS, Variant
+
+__all__ = ["RECIPES", "Recipe", "as_yaml", "purposes", "settings"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ _EVERYWHERE: dict[str, Any] = {
     "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "hflip": 0.5, "train_interpolation": "bicubic",
     "color_jitter": 0.0, "reprob": 0.0, "smoothing": 0.1,
 }  # fmt: skip
-_AGC: dict[str, Any] = {"opt": "agcsgd", "opt_kwargs": {"clip_factor": 0.01, "clip_eps": 1e-3}}
+_AGC: dict[str, Any] = {"opt": "agcsgd", "opt_kwargs": {"clip_factor": CLIP_FACTOR, "clip_eps": CLIP_EPS}}
 _SGD: dict[str, Any] = {"opt": "sgd"}  # timm's is Nesterov's
 _BFLOAT16: dict[str, Any] = {"amp": True, "amp_dtype": "bfloat16"}
 _FLOAT32: dict[str, Any] = {"amp": False}
@@ -121,7 +124,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 }  # fmt: skip
 
 
-def kinds(name: str) -> list[str]:
+def purposes(name: str) -> list[str]:
     """The purposes that a network has a recipe for.
 
     Raises:
@@ -129,22 +132,22 @@ def kinds(name: str) -> list[str]:
     """
     if name not in VARIANTS:
         raise ValueError(f"no network is called {name!r}; `timm-nf list` shows all {len(VARIANTS)}")
-    return [kind for kind, families in RECIPES.items() if any(name.startswith(family) for family in families)]
+    return [purpose for purpose, families in RECIPES.items() if any(name.startswith(family) for family in families)]
 
 
-def settings(name: str, kind: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> dict[str, Any]:
+def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> dict[str, Any]:
     """train.py's arguments by the names it keeps them under.
 
     Args:
         name: Of the network, without a tag.
-        kind: `scratch`, `finetune` or `small-batch`.
+        purpose: `scratch`, `finetune` or `small-batch`.
         world_size: Processes, each of which takes the same share of a batch.
         batch_size: Of all processes together, by default the recipe's. The learning rate follows in proportion.
 
     Raises:
         ValueError: if there is no such recipe, or the processes cannot share the batch.
     """
-    recipe = _recipe(name, kind)
+    recipe = _recipe(name, purpose)
     batch_size = recipe.batch_size if batch_size is None else batch_size
     share, rest = divmod(batch_size, world_size) if world_size > 0 else (0, 0)
     if share < 1 or rest:
@@ -162,14 +165,14 @@ def settings(name: str, kind: str = "scratch", world_size: int = 1, batch_size: 
     return network | pace | recipe.settings | _of_variant(name, row, recipe.settings)
 
 
-def as_yaml(name: str, kind: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> str:
+def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> str:
     """The settings as a file for `train.py --config`, headed by what train.py cannot express; arguments as `settings`.
 
     Raises:
         ValueError: if there is no such recipe, or the processes cannot share the batch.
     """
-    values = settings(name, kind, world_size, batch_size)
-    recipe, row = _recipe(name, kind), VARIANTS[name]
+    values = settings(name, purpose, world_size, batch_size)
+    recipe, row = _recipe(name, purpose), VARIANTS[name]
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     start = "python" if world_size == 1 else "torchrun --nproc-per-node PROCESSES"
     head = [
@@ -187,10 +190,10 @@ def as_yaml(name: str, kind: str = "scratch", world_size: int = 1, batch_size: i
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + dumped
 
 
-def _recipe(name: str, kind: str) -> Recipe:
-    if kind not in (known := kinds(name)):
-        raise ValueError(f"{name} has no recipe {kind!r}; it has {', '.join(known)}")
-    return next(recipe for family, recipe in RECIPES[kind].items() if name.startswith(family))
+def _recipe(name: str, purpose: str) -> Recipe:
+    if purpose not in (known := purposes(name)):
+        raise ValueError(f"{name} has no recipe {purpose!r}; it has {', '.join(known)}")
+    return next(recipe for family, recipe in RECIPES[purpose].items() if name.startswith(family))
 
 
 def _of_variant(name: str, row: Variant, given: dict[str, Any]) -> dict[str, Any]:

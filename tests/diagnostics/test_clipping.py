@@ -12,7 +12,7 @@ from tests.support.haiku_files import dumps
 from tests.support.small_nets import create
 from timm_nf import convert
 from timm_nf.cli import main
-from timm_nf.diagnostics.clipping import ClipRange, Stage, load, measure
+from timm_nf.diagnostics.clipping import ClipRange, Stage, measure_clip_range, network_and_batches
 from timm_nf.diagnostics.plots import draw_clip_range
 from timm_nf.optim import agc
 
@@ -36,7 +36,7 @@ def pictures(tmp_path):
 
 def test_ratios_are_those_of_every_unit_in_every_batch():
     model = timm.create_model("test_resnet", num_classes=10)
-    measured = measure(model, batches(), count=2)
+    measured = measure_clip_range(model, batches(), count=2)
     assert [stage.name for stage in measured.stages] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
     by_hand = {stage.name: [] for stage in measured.stages}
     for images, labels in batches():
@@ -55,7 +55,7 @@ def test_ratios_are_those_of_every_unit_in_every_batch():
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.25])
 def test_the_clip_factor_of_a_share_clips_that_share(share):
     model = timm.create_model("test_resnet", num_classes=10)
-    measured = measure(model, batches(1), count=1)
+    measured = measure_clip_range(model, batches(1), count=1)
     images, labels = batches(1)[0]
     F.cross_entropy(model.train()(images), labels).backward()
     params = [p for name, p in model.named_parameters() if name != "fc.weight"]
@@ -69,8 +69,10 @@ def test_the_clip_factor_of_a_share_clips_that_share(share):
 def test_units_without_gradient_are_counted_and_warmup_moves_them():
     torch.manual_seed(0)
     model = create("NFNet")
-    zero = [sum(s.zero_units for s in measure(model, batches(), 2, steps).stages) for steps in (0, 3)]
-    assert zero[0] > 0.5 * sum(s.units for s in measure(model, batches(), 1).stages)  # skip gains are 0 at first
+    zero = [sum(s.zero_units for s in measure_clip_range(model, batches(), 2, steps).stages) for steps in (0, 3)]
+    assert zero[0] > 0.5 * sum(
+        s.units for s in measure_clip_range(model, batches(), 1).stages
+    )  # skip gains are 0 at first
     assert zero[1] < 0.1 * zero[0]
     assert all(p.grad is None for p in model.parameters())
 
@@ -90,7 +92,7 @@ def test_a_parameter_that_some_batches_leave_out_has_no_gradient_there():
 
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 2, 2), torch.arange(8)
-    measured = measure(EverySecond(), [(images, labels)], 4)
+    measured = measure_clip_range(EverySecond(), [(images, labels)], 4)
     found = {stage.name: stage for stage in measured.stages}
     assert found["second"].units == found["first"].units == 11  # ten rows and the bias
     assert len(found["second"].ratios) == len(found["first"].ratios) / 2
@@ -98,7 +100,7 @@ def test_a_parameter_that_some_batches_leave_out_has_no_gradient_there():
 
 def test_batches_begin_again_and_the_warmup_learns():
     torch.manual_seed(0)
-    measured = measure(create("NFNet"), batches(1), count=3, warmup_steps=8)
+    measured = measure_clip_range(create("NFNet"), batches(1), count=3, warmup_steps=8)
     assert measured.batches == 3
     assert len(measured.warmup_losses) == 8
     assert measured.warmup_losses[-1] < measured.warmup_losses[0]
@@ -115,38 +117,40 @@ def test_a_unit_is_idle_without_gradient_or_below_a_millionth_of_its_weight():
 def test_no_batches_and_a_loss_that_is_not_finite_are_refused():
     model = timm.create_model("test_resnet", num_classes=10)
     with pytest.raises(ValueError, match="expected at least one batch, got none"):
-        measure(model, [])
+        measure_clip_range(model, [])
     with pytest.raises(ValueError, match="the loss was nan in step 1 of the warmup"):
-        measure(model, [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))], warmup_steps=2)
+        measure_clip_range(model, [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))], warmup_steps=2)
     with pytest.raises(ValueError, match="the loss was nan in batch 1: these weights have diverged"):
-        measure(timm.create_model("test_resnet"), [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))])
+        measure_clip_range(
+            timm.create_model("test_resnet"), [(torch.full((2, 3, 32, 32), torch.nan), torch.tensor([0, 1]))]
+        )
 
 
 def test_a_gradient_that_is_not_finite_is_refused_by_name():
     model = timm.create_model("test_resnet", num_classes=10)
     model.fc.bias.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(ValueError, match=r"the gradient of fc.bias was not finite in batch 1"):
-        measure(model, batches())
+        measure_clip_range(model, batches())
 
 
 def test_pictures_become_batches_of_the_size_asked_for(pictures):
-    model, loader = load("test_resnet", pictures, 5, 24, False, None, "cpu")
+    model, loader = network_and_batches("test_resnet", pictures, 5, 24, False, None, "cpu")
     assert model.num_classes == 2
     assert [(images.shape, len(labels)) for images, labels in loader] == [((5, 3, 24, 24), 5)] * 2
 
 
 def test_too_few_pictures_or_classes_are_refused(pictures):
     with pytest.raises(ValueError, match=r"at least one batch of 13 pictures in .*data, got 12"):
-        load("test_resnet", pictures, 13, 24, False, None, "cpu")
+        network_and_batches("test_resnet", pictures, 13, 24, False, None, "cpu")
     with pytest.raises(ValueError, match=r"at least 2 classes in .*cat, got 1"):
-        load("test_resnet", pictures / "cat", 2, 24, False, None, "cpu")
+        network_and_batches("test_resnet", pictures / "cat", 2, 24, False, None, "cpu")
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_weights_are_loaded_and_a_classifier_of_another_size_is_replaced(classes, pictures, tmp_path):
     saved = timm.create_model("test_resnet", num_classes=classes)
     torch.save({"state_dict": saved.bfloat16().state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
-    model, _ = load("test_resnet", pictures, 5, 24, False, tmp_path / "last.pth.tar", "cpu")
+    model, _ = network_and_batches("test_resnet", pictures, 5, 24, False, tmp_path / "last.pth.tar", "cpu")
     loaded = model.state_dict()
     assert model.num_classes == 2
     for key, value in saved.float().state_dict().items():
@@ -158,7 +162,7 @@ def test_the_authors_checkpoint_starts_ours_with_a_new_classifier(pictures, tmp_
     saved = timm.create_model("dm_nf_regnet_b0", num_classes=1000)
     nn.init.normal_(saved.stem.conv.weight)
     (tmp_path / "b0.npz").write_bytes(dumps(convert.timm_to_haiku(saved.state_dict())))
-    model, _ = load("dm_nf_regnet_b0", pictures, 5, 24, False, tmp_path / "b0.npz", "cpu")
+    model, _ = network_and_batches("dm_nf_regnet_b0", pictures, 5, 24, False, tmp_path / "b0.npz", "cpu")
     assert torch.equal(model.stem.conv.weight, saved.stem.conv.weight)
     assert model.head.fc.out_features == 2
 
@@ -192,7 +196,7 @@ def test_the_command_says_where_most_gradients_are_almost_zero(pictures, tmp_pat
 def test_a_network_without_any_gradient_is_refused():
     model = timm.create_model("dm_nf_regnet_b0", depths=(1,), channels=(16,), num_classes=2)  # starts at zero
     with pytest.raises(ValueError, match=r"no unit but the classifier's has a gradient.* --warmup-steps"):
-        measure(model, [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))])
+        measure_clip_range(model, [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))])
 
 
 def test_the_command_warns_where_only_the_head_has_a_gradient(pictures, tmp_path, capsys):

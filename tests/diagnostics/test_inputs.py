@@ -14,7 +14,7 @@ from torch import nn
 from tests.support.small_nets import create
 from timm_nf.cli import main
 from timm_nf.diagnostics import signal_stats
-from timm_nf.diagnostics.inputs import INPUTS, inputs, load, open_branches, pick
+from timm_nf.diagnostics.inputs import INPUTS, input_batch, named_network, open_branches, pick_pictures
 from timm_nf.diagnostics.plots import draw_signals
 from timm_nf.diagnostics.signals import DEAD, EXPLODED, troubles
 
@@ -108,19 +108,19 @@ def test_branches_are_opened_where_they_start_closed(name, closed):
 
 
 def test_noise_has_the_training_size_and_unit_variance():
-    noise = inputs(timm.create_model("nfnet_f0", device="meta"))
+    noise = input_batch(timm.create_model("nfnet_f0", device="meta"))
     assert noise.shape == (INPUTS, 3, 192, 192)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
-    assert inputs(timm.create_model("resnet18", in_chans=1, device="meta")).shape == (INPUTS, 1, 224, 224)
+    assert input_batch(timm.create_model("resnet18", in_chans=1, device="meta")).shape == (INPUTS, 1, 224, 224)
 
 
 def test_pictures_come_from_all_of_the_folder_with_the_preprocessing_of_the_network(local):
-    picked = pick(local / "pictures")
+    picked = pick_pictures(local / "pictures")
     assert len(picked) == 14
     assert {file.parent.name for file in picked} == {"ant", "bee"}
-    model, words = load(str(local / "model"))
+    model, words = named_network(str(local / "model"))
     assert words == "its weights"
-    assert inputs(model, picked).shape == (14, 3, 32, 32)
+    assert input_batch(model, picked).shape == (14, 3, 32, 32)
 
 
 def test_the_picture_has_a_line_for_every_network_and_the_expected_variance(tmp_path):
@@ -188,3 +188,13 @@ def test_wrong_arguments_are_one_line_and_write_nothing(arguments, code, message
     assert message in line
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_at_initialisation_leaves_the_users_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, _ = named_network("test_resnet")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    second, _ = named_network("test_resnet")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -68,12 +68,74 @@ def test_config_has_what_is_not_the_default_and_the_key_that_stops_stock_timm(hu
     timm_nf.hub.push(create(), "alice/net", card=CARD)
     config = json.loads(hub.repos["alice/net"].files()["config.json"])
     net = small_nets.keywords(small_nets.NETS["NFNet"])
+    assert net.pop("num_classes") == config["num_classes"]
     assert config["model_args"].items() >= {k: list(v) if isinstance(v, tuple) else v for k, v in net.items()}.items()
     assert config["model_args"]["fused"] is False
     assert config["label_names"] == LABELS
     # not the license and the tag of the published weights of this architecture
     assert config["pretrained_cfg"]["license"] == "mit"
     assert "tag" not in config["pretrained_cfg"]
+
+
+def published_config(hub: Any) -> dict[str, Any]:
+    return json.loads(hub.repos["alice/net"].files()["config.json"])
+
+
+@pytest.mark.parametrize("num_classes", [0, 3, 10, 1000])
+def test_the_number_of_classes_is_in_the_config_once_and_timm_reads_it_there(hub, num_classes):
+    model = small_nets.create("NFNet", num_classes=num_classes, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    written = timm_nf.hub.push(model, "alice/net", card=CARD)
+    assert published_config(hub)["num_classes"] == num_classes
+    assert "num_classes" not in published_config(hub)["model_args"]
+    loaded: Any = timm.create_model("hf-hub:alice/net", pretrained=True)
+    assert loaded.num_classes == num_classes
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
+    assert (f"num_classes={num_classes}" in written.card) == (num_classes != 1000)
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "test_resnet"])
+def test_what_transformers_calls_builds_the_network(hub, name):
+    small = small_nets.keywords(small_nets.NETS["NFNet"]) if name == "nfnet_f0" else {"num_classes": 10}
+    model = timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, 64, 64)}, **small)
+    timm_nf.hub.push(model, "alice/net", card=CARD)
+    config = published_config(hub)
+    # as TimmWrapperForImageClassification and, with 0 classes, TimmWrapperModel do
+    for num_classes in (config["num_classes"], 0):
+        built: Any = timm.create_model(
+            config["architecture"], pretrained=False, num_classes=num_classes, **config["model_args"]
+        )
+        assert built.num_classes == num_classes
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        if not num_classes:
+            shapes = {key: shape for key, shape in shapes.items() if not key.startswith(("head.fc", "fc"))}
+        assert {key: tensor.shape for key, tensor in built.state_dict().items()} == shapes
+
+
+def test_a_classifier_that_was_replaced_is_loaded_with_its_own_number_of_classes(hub):
+    model = create()
+    model.reset_classifier(4)
+    timm_nf.hub.push(model, "alice/net", card=CARD)
+    loaded: Any = timm.create_model("hf-hub:alice/net", pretrained=True)
+    assert loaded.num_classes == 4
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_other_classes_than_the_saved_ones_keep_all_but_the_classifier(hub):
+    model = create()
+    timm_nf.hub.push(model, "alice/net", card=CARD)
+    loaded: Any = timm.create_model("hf-hub:alice/net", pretrained=True, num_classes=7)
+    kept = {name: tensor for name, tensor in loaded.state_dict().items() if not name.startswith("head.fc")}
+    assert loaded.state_dict()["head.fc.weight"].shape[0] == 7
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+
+
+def test_what_timm_saves_has_the_number_twice_and_is_pulled(hub, tmp_path):
+    model = create()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    hub.publish("alice/net", {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()})
+    assert published_config(hub)["model_args"]["num_classes"] == published_config(hub)["num_classes"] == 10
+    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
 
 
 def test_labels_of_another_number_of_classes_are_not_published(hub):

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 
 import timm_nf
@@ -324,12 +325,26 @@ def test_debug_shows_the_traceback(hub):
     assert type(caught.value.__cause__).__name__ == "RepositoryNotFoundError"
 
 
+def test_without_a_license_nothing_is_written_or_asked_first(hub, monkeypatch):
+    def written(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("something was written")
+
+    monkeypatch.setattr("timm_nf.hub.client.write_folder", written)
+    monkeypatch.setattr("timm_nf.hub.client.TemporaryDirectory", written)
+    monkeypatch.delenv("HF_TOKEN")
+    for card in (None, {}, {"license": " "}, ModelCardData(tags=["mine"])):
+        with pytest.raises(ValueError, match="license is required"):
+            timm_nf.hub.push(create(), "alice/net", card=card)
+    assert hub.requests == []
+
+
 def test_what_cannot_be_saved_says_why(hub):
     def refuses(model: Any, match: str, **kwargs: Any) -> None:
         with pytest.raises(ValueError, match=match):
             timm_nf.hub.push(model, "alice/net", **({"card": CARD} | kwargs))
 
     refuses(create(), "license is required", card=None)
+    refuses(create(), "license is required", card={"tags": ["mine"]})
     refuses(torch.nn.Linear(2, 2), "timm.create_model")
     refuses(create(), "not both", create_pr=True, revision="v1")
     refuses(create(), "knows no architecture", architecture="no_such_net")

@@ -59,7 +59,7 @@ def test_a_checkpoint_becomes_a_folder_that_timm_loads_to_the_golden_logits(tmp_
         "features and logits of the network read back equal to the bit",
         'timm.create_model("nfnet_f0", depths=(1, 2, 1, 1), channels=(32, 64, 96, 96), group_size=8, num_classes=10)',
         "152,303 parameters",
-        f"sha256 {timm_nf.hub.folder.digest(tmp_path / 't0' / 'model.safetensors', 'sha256')}",
+        f"sha256 {timm_nf.hub.folder.sha256_of(tmp_path / 't0' / 'model.safetensors')}",
     ):
         assert fact in out
     model: Any = timm.create_model("local-dir:t0", pretrained=True)

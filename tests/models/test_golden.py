@@ -12,7 +12,7 @@ import timm
 from torch import Tensor
 
 import timm_nf
-from tests.support import GOLDEN
+from tests.support import GOLDEN, SHIPPED, golden_file
 from tests.support.reference_nfnet import Net
 from tests.support.small_nets import relative_error
 from timm_nf.diagnostics import signal_stats
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def load(net: str, size: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{net}_{size}.npz") as file:
+    with np.load(golden_file(f"{net}_{size}")) as file:
         return dict(file)
 
 
@@ -59,7 +59,8 @@ def networks(net: str) -> tuple[Any, Any]:
 
 
 def test_every_forward_file_is_tested() -> None:
-    files = {path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith(("sgd_agc_", "T0_"))}
+    stems = {path.stem for folder in (GOLDEN, SHIPPED) for path in folder.glob("*.npz")}
+    files = {stem for stem in stems if not stem.startswith(("sgd_agc_", "T0_"))}
     assert files == {f"{net}_{size}" for net, sizes in SIZES.items() for size in sizes}
     assert len(files) == 10
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_nf
-from tests.support import GOLDEN
+from tests.support import GOLDEN, golden_file
 from timm_nf.verify.golden import fill, image
 
 TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()))
@@ -60,7 +60,7 @@ def assert_summaries(golden, prefix, tensors):
 @pytest.mark.parametrize("stem", RUNS)
 def test_golden_three_steps_equal_the_authors_optimizer(stem):
     name, tree, (n, h, w), lr = RUNS[stem]
-    golden = np.load(GOLDEN / f"{stem}.npz")
+    golden = np.load(golden_file(stem))
     model = synthetic_model(name, tree)
     optimizer = timm.optim.create_optimizer_v2(
         model, "agcsgd", lr=lr, weight_decay=2e-5, momentum=0.9, clip_factor=0.01, clip_eps=1e-3

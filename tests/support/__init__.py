@@ -4,3 +4,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+SHIPPED = ROOT / "timm_nf" / "verify" / "golden"
+
+
+def golden_file(name: str) -> Path:
+    """One of the authors' files of numbers, by its name without the ending: the package has four, the tests the others.
+
+    A file that is in neither folder is looked for in the tests', so that opening it fails.
+    """
+    shipped = SHIPPED / f"{name}.npz"
+    return shipped if shipped.exists() else GOLDEN / f"{name}.npz"

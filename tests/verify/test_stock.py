@@ -14,18 +14,16 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from tests.support import haiku_files
 from timm_nf import checkpoint, convert
+from timm_nf._progress import silent
+from timm_nf._relative_error import relative_error
 from timm_nf.cli import main
 from timm_nf.verify import checks
-from timm_nf.verify import stock as twins
-from timm_nf.verify.golden import golden_params, image, relative_error
+from timm_nf.verify.golden import golden_params, image
+from timm_nf.verify.stock import Agreement, compare, load_pair
 
 CPU = torch.device("cpu")
 DIGITS = [str(i) for i in range(10)]
 FIELDS: dict[str, Any] = {"depths": (1, 1, 2, 1), "channels": (32, 64, 96, 96), "group_size": 16}
-
-
-def no_progress(items: Any, _: str) -> Any:
-    return items
 
 
 def stock(**kwargs: Any) -> Any:
@@ -65,7 +63,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_a_checkpoint_of_timms_network_is_loaded_into_both(trained):
     file, model = trained
-    pair = twins.load(file)
+    pair = load_pair(file)
     assert (pair.name, pair.origin) == ("nfnet_f0", f"{file}, state_dict")
     x = image(2, 48, 48).float()
     with torch.no_grad():
@@ -82,7 +80,7 @@ def test_weights_alone_are_recognised_by_their_shapes(kind, tmp_path):
     file = tmp_path / f"weights.{kind}"
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_file(tensors, file) if kind == "safetensors" else torch.save(tensors, file)
-    pair = twins.load(file)
+    pair = load_pair(file)
     x = image(1, 48, 48).float()[:, :1]
     with torch.no_grad():
         assert relative_error(pair.stock(x), model(x)) < 1e-2  # float16 in the file
@@ -92,15 +90,15 @@ def test_weights_alone_are_recognised_by_their_shapes(kind, tmp_path):
 def test_the_authors_file_is_loaded_too(trained, tmp_path):
     model = trained[1]
     (tmp_path / "F_haiku.npz").write_bytes(haiku_files.dumps(convert.timm_to_haiku(model.state_dict())))
-    pair = twins.load(tmp_path / "F_haiku.npz")
+    pair = load_pair(tmp_path / "F_haiku.npz")
     x = image(1, 48, 48).float()
     with torch.no_grad():
         torch.testing.assert_close(pair.stock(x), model(x), rtol=1e-4, atol=1e-5)  # other strides, other kernels
 
 
 def test_accuracies_and_the_error_are_those_of_the_networks(trained, pictures):
-    pair = twins.load(trained[0])
-    seen = twins.compare(pair.ours, pair.stock, pictures, CPU, no_progress)
+    pair = load_pair(trained[0])
+    seen = compare(pair.ours, pair.stock, pictures, CPU, silent)
     data = timm.data.resolve_model_data_config(pair.ours)
     assert data["input_size"] == (3, 48, 48)  # as it was trained
     transform: Any = timm.data.create_transform(**data)
@@ -121,14 +119,14 @@ def test_a_part_of_imagenet_is_counted_by_the_folders_names(tmp_path):
     model: Any = timm.create_model("nfnet_f0", **FIELDS, pretrained_cfg_overlay={"test_input_size": (3, 32, 32)})
     torch.nn.init.zeros_(model.head.fc.weight)
     model.head.fc.bias.data[999] = 1.0
-    assert twins.compare(model, model, tmp_path, CPU, no_progress).top1 == pytest.approx((100 / 3, 100 / 3))
+    assert compare(model, model, tmp_path, CPU, silent).top1 == pytest.approx((100 / 3, 100 / 3))
 
 
 def test_another_number_of_classes_is_refused(trained, tmp_path):
-    pair = twins.load(trained[0])
+    pair = load_pair(trained[0])
     (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError, match="for each of 10 classes, got 1"):
-        twins.compare(pair.ours, pair.stock, tmp_path, CPU, no_progress)
+        compare(pair.ours, pair.stock, tmp_path, CPU, silent)
 
 
 @pytest.mark.parametrize("name", ["dm_nf_regnet_b0", "nfnet_f7"])
@@ -136,7 +134,7 @@ def test_a_network_that_has_no_twin_in_timm_is_refused(name, tmp_path):
     model: Any = timm.create_model(name, **({} if name != "nfnet_f7" else {"channels": (16,) * 4, "group_size": 8}))
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=f"one of timm's dm_nfnet_f0 to f6 in .*, got a {name}'s"):
-        twins.load(tmp_path / "weights.safetensors")
+        load_pair(tmp_path / "weights.safetensors")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -179,8 +177,8 @@ def test_published_weights_are_compared_only_on_demand(trained, pictures, only_c
 
 
 def test_networks_too_far_apart_fail(trained, pictures, only_checkpoint, monkeypatch, capsys):
-    seen = twins.Seen(20, (50.0, 51.0), 0.5)
-    monkeypatch.setattr(twins, "compare", lambda *args: seen)
+    seen = Agreement(20, (50.0, 51.0), 0.5)
+    monkeypatch.setattr("timm_nf.verify.stock.compare", lambda *args: seen)
     with pytest.raises(SystemExit) as stop:
         main(["verify", "--checkpoint", str(trained[0]), "--imagenet-val", str(pictures)])
     assert stop.value.code == 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .._clip_defaults import CLIP_FACTOR
 from .._seed import seeded
@@ -46,7 +46,7 @@ def clip_range(
     The classifier's weight is left out, as it is never clipped. A --checkpoint is where training starts; it may have
     another classifier.
     """
-    from ..diagnostics.clipping import load, measure
+    from ..diagnostics.clipping import measure_clip_range, network_and_batches
     from ..diagnostics.plots import draw_clip_range
 
     if pretrained and checkpoint:
@@ -55,8 +55,10 @@ def clip_range(
         warmup_steps = 0 if pretrained or checkpoint else 100
     with seeded(0):
         with console(stderr=True).status(f"loading {model}"):
-            network, loader = load(timm_name(model), data, batch_size, img_size, pretrained, checkpoint, device)
-        measured = measure(network, loader, batches, warmup_steps, track)
+            network, loader = network_and_batches(
+                timm_name(model), data, batch_size, img_size, pretrained, checkpoint, device
+            )
+        measured = measure_clip_range(network, loader, batches, warmup_steps, track)
     _print_clip_range(measured, f"{batches} batches of {batch_size}", out)
     draw_clip_range(measured, f"{model}, {batches} batches of {batch_size}, after {warmup_steps} steps of warmup", out)
     if (idle := measured.idle()) > 0.25:
@@ -110,19 +112,19 @@ def diagnose(
     or the branches would take no part. NAME.TAG, folders and places have weights, and stay as they are. The input is
     unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
     """
-    from ..diagnostics.inputs import INPUTS, inputs, load, pick
+    from ..diagnostics.inputs import INPUTS, input_batch, named_network, pick_pictures
     from ..diagnostics.plots import draw_signals
-    from ..diagnostics.signals import signal_stats, troubles
+    from ..diagnostics.signals import SignalStats, signal_stats, troubles
 
     names = list(dict.fromkeys(networks))
-    pictures = pick(images) if images else []
-    measured: dict[str, list[dict[str, Any]]] = {}
+    pictures = pick_pictures(images) if images else []
+    measured: dict[str, list[SignalStats]] = {}
     facts: list[tuple[str, str]] = []
     with console(stderr=True).status("") as status:
         for name in names:
             status.update(f"measuring {name}, {len(measured) + 1} of {len(names)}")
-            network, weights = load(name)
-            x = inputs(network, pictures)
+            network, weights = named_network(name)
+            x = input_batch(network, pictures)
             measured[name] = signal_stats(network, x)
             facts.append((name, f"{weights}; {' x '.join(map(str, x.shape[1:]))}"))
     columns = ("block", "squared channel mean", "channel variance", "expected", "residual branch variance")

@@ -1,6 +1,5 @@
 """The commands of `timm-nf` that print what there is: list, info, recipe."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated
 
@@ -17,20 +16,13 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
     """List the networks: parameters, multiply-adds at the training size, image sizes, weights."""
     from fnmatch import fnmatch
 
+    from .._variant_table import COLUMNS, table_row
     from ..variants import VARIANTS
 
     names = [name for name in VARIANTS if fnmatch(name, pattern)]
     if not names:
         raise typer.BadParameter(f"no network is called {pattern!r}; `timm-nf list` shows all {len(VARIANTS)}")
-    cells: list[Sequence[str]] = []
-    for name in names:
-        variant = VARIANTS[name]
-        params, macs = variant.cfg.count(variant.train_size)
-        sizes = f"{variant.train_size} / {variant.test_size}"
-        weights = "dm_in1k" if variant.hf_hub_id else "-"
-        cells.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, weights))
-    columns = ("name", "params (M)", "GMACs", "train / test px", "weights")
-    print_table(columns, cells, right=columns[1:4])
+    print_table(COLUMNS, [table_row(name) for name in names], right=COLUMNS[1:4])
 
 
 @commands.command(epilog=examples("info nfnet_f0", "info dm_nf_regnet_b4"))

@@ -1,4 +1,4 @@
-"""Numbers about a network's signals, and about what clipping would do to its gradients."""
+"""Numbers about the signals of a network, and about what clipping would do to its gradients."""
 
 from .clipping import agc_stats
 from .signals import signal_stats

@@ -1,14 +1,18 @@
-"""Which clip factor would clip how much of a network: what its gradients say on a few batches of one's own pictures.
+"""What a clip factor would clip: statistics of given gradients, and ratios measured on one's own pictures.
 
-The ratio of gradient norm to weight norm is what a clip factor is the limit of. Where it lies depends on the network,
-on how far it is trained and on the batch size (larger batches average larger gradients away), so it is measured.
+A clip factor limits the ratio of gradient norm to weight norm. That ratio depends on the network, on how far it is
+trained, and on the batch size: gradients of larger batches are smaller. So it is measured.
 """
 
+# timm and torch type only a part of what they export.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import timm
@@ -19,16 +23,90 @@ from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from .. import checkpoint as checkpoints
+from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from .._progress import Progress, silent
+from ..checkpoint import build, read
 from ..optim import agc
 from ..optim.gradients import parameters_with_gradient
 from ..optim.groups import classifier_weights
 from ..variants import VARIANTS
 
+__all__ = [
+    "QUANTILES",
+    "SHARES",
+    "ClipRange",
+    "ParameterClipping",
+    "Stage",
+    "agc_stats",
+    "measure_clip_range",
+    "network_and_batches",
+]
+
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
 SHARES = (0.01, 0.05, 0.10, 0.25)
 _STAGE = re.compile(r"[^.\d]*(\.?\d+)?")  # stem, stages.0, layer1, blocks.3, head
-_EPS = 1e-3  # of the clipping; weight norms below this count as this
+
+Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)
+
+
+# -- statistics of the gradients that are there ------------------------------------------------------------------------
+
+
+class ParameterClipping(TypedDict):
+    """What clipping would do to the gradient of one parameter.
+
+    `zero_grad_units` are those with a gradient of exactly zero. `non_finite_units` are those where it is infinite or
+    NaN. `ratio_quantiles` are of gradient norm over weight norm.
+    """
+
+    name: str
+    units: int
+    zero_grad_units: int
+    non_finite_units: int
+    clipped_fraction: float
+    ratio_quantiles: dict[float, float]
+
+
+def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = CLIP_EPS) -> list[ParameterClipping]:
+    """What adaptive clipping would do to the gradients of a backward pass. Nothing is changed.
+
+    Args:
+        model: Any model, wrapped or not.
+        clip_factor: Largest ratio of gradient norm to weight norm.
+        eps: Smaller weight norms count as this one.
+
+    Returns:
+        One row for every parameter with a gradient: `name`; `units`; `zero_grad_units`, those with a gradient of
+        exactly zero (at initialisation, with skip gains of 0, most of a normalizer-free network's);
+        `non_finite_units`, those where it is infinite or NaN;
+        `clipped_fraction`, 0 for the classifier's weight, which is exempt; `ratio_quantiles` of gradient norm over
+        weight norm.
+
+    Raises:
+        ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
+    """
+    agc.check_setting("clip_factor", clip_factor)
+    agc.check_setting("eps", eps)
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    checked = parameters_with_gradient((p for _, p in named), lambda index, _: f"parameter {named[index][0]}")
+    summaries = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
+    exempt = {id(p) for p in classifier_weights(model)}
+    rows: list[ParameterClipping] = []
+    for (name, p), summary in zip(named, summaries, strict=True):
+        rows.append(
+            {
+                "name": name,
+                "units": summary["units"],
+                "zero_grad_units": summary["zero_grad_units"],
+                "non_finite_units": summary["non_finite_units"],
+                "clipped_fraction": 0.0 if id(p) in exempt else summary["clipped_fraction"],
+                "ratio_quantiles": summary["ratio_quantiles"],
+            }
+        )
+    return rows
+
+
+# -- ratios on one's own pictures --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,7 +125,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ClipRange:
-    """What `measure` has seen."""
+    """What `measure_clip_range` has measured."""
 
     stages: list[Stage]
     batches: int
@@ -70,19 +148,22 @@ class ClipRange:
         return float((ratios > clip_factor).mean()) if ratios.size else float("nan")
 
 
-def load(
+def network_and_batches(
     name: str, data: Path, batch_size: int, img_size: int | None, pretrained: bool, checkpoint: Path | None, device: str
-) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]]]:
+) -> tuple[nn.Module, Iterable[Batch]]:
     """A network and shuffled, augmented batches for it, as timm's train.py makes them by default.
 
     Args:
         name: As `timm.create_model` takes it.
         data: A folder with one folder of pictures per class.
-        batch_size: Of every batch; what is left over is dropped.
+        batch_size: Of every batch; an incomplete last batch is dropped.
         img_size: Height and width in pixels, the network's own by default.
         pretrained: Start from the published weights.
         checkpoint: Start from these weights; a classifier of another size is replaced by a new one.
         device: Where to run, as torch names it.
+
+    Returns:
+        The network, and batches of pictures (N, C, H, W) and labels (N,).
 
     Raises:
         ValueError: There are fewer pictures than one batch, fewer than two classes, or weights of another network.
@@ -103,9 +184,9 @@ def load(
         if model.num_classes != classes:
             model.reset_classifier(classes)
     model = model.to(device)
-    config = resolve_model_data_config(model)
+    config: dict[str, Any] = resolve_model_data_config(model)
     channels, *size = config["input_size"]
-    loader = create_loader(
+    loader: Any = create_loader(
         dataset,
         input_size=(channels, img_size or size[0], img_size or size[1]),
         batch_size=batch_size,
@@ -121,23 +202,23 @@ def load(
 
 
 def _trained(name: str, file: Path) -> nn.Module:
-    """The network with the classifier that the file has."""
+    """The network with the weights of a file, and a classifier of the file's size."""
     if file.suffix == ".npz":  # the authors', which only our networks load
         if name.partition(".")[0] not in VARIANTS:
             raise ValueError(f"{file} cannot be loaded into {name}: expected a checkpoint of train.py or safetensors")
         return timm.create_model(name, checkpoint_path=file)
-    weights = checkpoints.read(file)
+    weights = read(file)
     cfg = get_pretrained_cfg(name)
     classifier = weights.state_dict.get(f"{cfg.classifier}.weight") if cfg else None
-    return checkpoints.build(name, weights, None if classifier is None else len(classifier)).float()
+    return build(name, weights, None if classifier is None else len(classifier)).float()
 
 
-def measure(
+def measure_clip_range(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     count: int = 8,
     warmup_steps: int = 0,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    track: Progress = silent,
 ) -> ClipRange:
     """Ratios of gradient norm to weight norm on a few batches, after a few steps of training.
 
@@ -145,113 +226,106 @@ def measure(
         model: Any timm model, on the device of its parameters; the warmup changes it.
         batches: (N, C, H, W) and labels (N,); begun again when they end.
         count: How many batches to measure, with one backward pass each and no step between them.
-        warmup_steps: Steps of clipped SGD before that (clip factor 0.01, learning rate rising to 0.1 N / 256). A
-            normalizer-free network starts with most of its gradients at exactly zero, as its skip gains are 0.
-        track: Wraps an iterable to show its progress.
+        warmup_steps: Steps of clipped SGD before the measurement (clip factor 0.01, learning rate rising to
+            0.1 N / 256). A normalizer-free network starts with most of its gradients at exactly zero, as its skip gains
+            are 0.
+        track: Shows progress.
 
     Raises:
         ValueError: `batches` is empty, a loss or a gradient is not finite, or all gradients are zero.
     """
-    device = next(model.parameters()).device
     endless = _again_and_again(batches)
-    names = {id(p): name for name, p in model.named_parameters()}
-    exempt = {id(p) for p in classifier_weights(model)}
     model.train()
-
-    def backward() -> tuple[float, int]:
-        images, labels = next(endless)
-        model.zero_grad()
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-        loss.backward()
-        return loss.item(), len(labels)
-
-    losses: list[float] = []
-    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=0.01)
-    for step in track(range(warmup_steps), "warming up"):
-        loss, batch_size = backward()
-        losses.append(loss)
-        if not np.isfinite(loss):
-            raise ValueError(f"the loss was {loss} in step {step + 1} of the warmup; use fewer --warmup-steps")
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 * batch_size / 256 * (step + 1) / warmup_steps
-        optimizer.step()
-
-    ratios: dict[int, list[Tensor]] = {}
-    for batch in track(range(count), "measuring"):
-        loss, _ = backward()
-        if not np.isfinite(loss):
-            raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
-        clipped = (p for p in model.parameters() if id(p) not in exempt)
-        checked = parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
-        for units in agc.measure(checked, 0.01, _EPS):
-            for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
-                if not ratio.isfinite().all():
-                    raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")
-                ratios.setdefault(id(p), []).append(ratio.cpu())
+    losses = _warm_up(model, endless, warmup_steps, track)
+    ratios = _ratios(model, endless, count, track)
     if not any(ratio.any() for found in ratios.values() for ratio in found):
         raise ValueError(
             "no unit but the classifier's has a gradient, as at the beginning of training: take more --warmup-steps or "
             "start from a --checkpoint"
         )
     model.zero_grad()
+    return ClipRange(_stages(model, ratios, count), count, losses)
+
+
+def _backward(model: nn.Module, batch: Batch) -> float:
+    """The loss of a batch, its gradients left in the parameters."""
+    images, labels = batch
+    device = next(model.parameters()).device
+    model.zero_grad()
+    loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+    loss.backward()
+    return loss.item()
+
+
+def _warm_up(model: nn.Module, batches: Iterator[Batch], steps: int, track: Progress) -> list[float]:
+    """Train for a few steps; the loss of each."""
+    losses: list[float] = []
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=CLIP_FACTOR)
+    for step in track(range(steps), "warming up"):
+        batch = next(batches)
+        loss = _backward(model, batch)
+        losses.append(loss)
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss was {loss} in step {step + 1} of the warmup; use fewer --warmup-steps")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * len(batch[1]) / 256 * (step + 1) / steps
+        optimizer.step()
+    return losses
+
+
+def _ratios(model: nn.Module, batches: Iterator[Batch], count: int, track: Progress) -> dict[str, list[Tensor]]:
+    """By parameter, the ratios of its units (units,) in every batch that gave it a gradient."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt = {id(p) for p in classifier_weights(model)}
+    found: dict[str, list[Tensor]] = {}
+    for batch in track(range(count), "measuring"):
+        loss = _backward(model, next(batches))
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
+        clipped = (p for p in model.parameters() if id(p) not in exempt)
+        checked = parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
+        for units in agc.measure(checked, CLIP_FACTOR, CLIP_EPS):
+            for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
+                if not ratio.isfinite().all():
+                    raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")
+                found.setdefault(names[id(p)], []).append(ratio.cpu())
+    return found
+
+
+def _stages(model: nn.Module, ratios: dict[str, list[Tensor]], count: int) -> list[Stage]:
+    """The ratios of the parameters, stage by stage, in the order of the network."""
     by_stage: dict[str, list[Tensor]] = {}
-    for key, found in ratios.items():
-        missing = [torch.zeros_like(found[0])] * (count - len(found))  # batches that left the parameter out
-        by_stage.setdefault(_stage(names[key]), []).append(torch.stack(found + missing))
-    order = list(dict.fromkeys(_stage(name) for name in names.values()))
-    stages = [_summary(name, by_stage[name]) for name in order if name in by_stage]
-    return ClipRange(stages, count, losses)
+    for name, _ in model.named_parameters():
+        if name in ratios:
+            found = ratios[name]
+            # A batch that left the parameter out has given it no gradient.
+            missing = [torch.zeros_like(found[0])] * (count - len(found))
+            by_stage.setdefault(_stage_of(name), []).append(torch.stack(found + missing))
+    return [_stage(name, found) for name, found in by_stage.items()]
 
 
-def _summary(name: str, ratios: Sequence[Tensor]) -> Stage:
-    """Of (batches, units) for every parameter."""
+def _stage(name: str, ratios: Sequence[Tensor]) -> Stage:
+    """A stage from the ratios (batches, units) of its parameters."""
     together = torch.cat(list(ratios), dim=1).float()
     zero = (together == 0).all(0)
     return Stage(name, together.shape[1], int(zero.sum()), together[together > 0].numpy())
 
 
-def _stage(parameter: str) -> str:
+def _stage_of(parameter: str) -> str:
+    """The stage in a parameter's name: `stages.0` of `stages.0.1.conv1.weight`."""
     found = _STAGE.match(parameter)
     return found[0] if found and found[0] else parameter.partition(".")[0]
 
 
-def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+def _again_and_again(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, from the beginning whenever they end."""
     while True:
         empty = True
         try:
             for batch in batches:
                 empty = False
                 yield batch
-        except RuntimeError as error:  # of a loader's worker: a traceback, the reason in its last line
+        except RuntimeError as error:  # a loader's worker raises a traceback, with the reason in its last line
             raise ValueError(f"no batch could be read, {str(error).strip().splitlines()[-1]}") from error
         if empty:
             raise ValueError("expected at least one batch, got none")
-
-
-def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) -> list[dict[str, Any]]:
-    """What adaptive clipping would do to the gradients that a backward pass has left; nothing is changed.
-
-    Args:
-        model: Any model, wrapped or not.
-        clip_factor: Largest ratio of gradient norm to weight norm.
-        eps: Weight norms below this count as this.
-
-    Returns:
-        One row for every parameter with a gradient: `name`; `units`; `zero_grad_units`, those with a gradient of
-        exactly zero (at initialisation, with skip gains of 0, most of a normalizer-free network's);
-        `non_finite_units`, those where it is infinite or NaN;
-        `clipped_fraction`, 0 for the classifier's weight, which is exempt; `ratio_quantiles` of gradient norm over
-        weight norm.
-
-    Raises:
-        ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
-    """
-    agc.check_setting("clip_factor", clip_factor)
-    agc.check_setting("eps", eps)
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    checked = parameters_with_gradient((p for _, p in named), lambda index, _: f"parameter {named[index][0]}")
-    rows = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
-    exempt = {id(p) for p in classifier_weights(model)}
-    for (_, p), row in zip(named, rows, strict=True):
-        row["clipped_fraction"] *= id(p) not in exempt
-    return [{"name": name, **row} for (name, _), row in zip(named, rows, strict=True)]

@@ -1,5 +1,10 @@
-"""Networks by name, and what goes into them."""
+"""Networks by name, and batches of pictures or noise for them."""
 
+# timm and torch type only a part of what they export.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,73 +18,80 @@ from .._gain_names import is_gain
 from ..inference.classify import load_model
 from ..inference.images import find_images, reader
 
+__all__ = ["INPUTS", "input_batch", "named_network", "open_branches", "pick_pictures"]
+
 INPUTS = 16  # 16 x 6 x 6 values of a channel where NFNet-F0 is narrowest: the noise of a mean's square is 2e-3 there
 
 
 def open_branches(model: nn.Module) -> int:
-    """Set to 1 the scales that start at 0 and keep a new network's residual branches from adding anything.
+    """Set to 1 the scales that start at 0, so that the residual branches of a new network take part.
 
-    These are skip gains, and scales of last normalisations and standardised convolutions that are zero throughout.
+    These are skip gains, and scales of last normalisations and standardised convolutions, if all entries are 0.
 
     Returns:
         How many were set.
     """
-    closed = [
-        p
-        for name, p in model.named_parameters()
-        if is_gain(name) or (name.endswith(".weight") and p.ndim == 1)
-        if not p.any()
-    ]
-    for p in closed:
-        nn.init.ones_(p)
-    return len(closed)
+    opened = 0
+    for name, p in model.named_parameters():
+        is_norm_scale = name.endswith(".weight") and p.ndim == 1
+        if (is_gain(name) or is_norm_scale) and not p.any():
+            nn.init.ones_(p)
+            opened += 1
+    return opened
 
 
-def load(name: str) -> tuple[nn.Module, str]:
-    """A network by name, and what its weights are in words.
+def named_network(name: str) -> tuple[nn.Module, str]:
+    """A network by name, and in words which weights it has.
 
     Args:
         name: A folder in Hub layout, or what `timm.create_model` takes. A bare name is the network at initialisation,
-            seed 0, with its residual branches opened; one with a tag has published weights.
+            seed 0, with its residual branches opened. A name with a tag has published weights.
 
     Raises:
-        RuntimeError: if it cannot be loaded, with what to do.
+        RuntimeError: if it cannot be loaded; says what to do.
     """
     if Path(name).is_dir():
         return load_model(f"local-dir:{name}"), "its weights"
     if {".", ":"} & set(name):
         return load_model(name), "its published weights"
-    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
-    model = timm.create_model(name)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = timm.create_model(name)
     opened = open_branches(model)
     return model, f"at initialisation, {opened} zero scales of residual branches set to 1"
 
 
-def pick(folder: Path) -> list[Path]:
-    """At most `INPUTS` of the pictures below a folder, evenly from all of it, as classes lie one after the other.
+def pick_pictures(folder: Path) -> list[Path]:
+    """At most `INPUTS` of the pictures below a folder, at even steps, so that they are of many classes.
 
     Raises:
         ValueError: if there are none.
     """
     found = find_images([folder])
-    return found[:: -(-len(found) // INPUTS)]
+    step = math.ceil(len(found) / INPUTS)
+    return found[::step]
 
 
-def inputs(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
+def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
     """A batch for the network: these pictures, or `INPUTS` images of unit-normal noise.
 
     Args:
         model: A network of timm.
-        pictures: Read and scaled as the network takes them in evaluation; none for noise at its training size.
+        pictures: Read and scaled as the network takes them in evaluation. Without pictures, noise at its training size.
+
+    Returns:
+        (N, in_chans, H, W) in float32.
 
     Raises:
         ValueError: if one of the pictures cannot be read.
     """
     if not pictures:
-        channels, *size = resolve_model_data_config(model)["input_size"]
+        input_size: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]
+        channels, *size = input_size
         noise = torch.Generator().manual_seed(0)
         return torch.randn(INPUTS, getattr(model, "in_chans", channels), *size, generator=noise)
-    read, batch = reader(model), []
+    read = reader(model)
+    batch: list[Tensor] = []
     for path in pictures:
         try:
             batch.append(read(path))

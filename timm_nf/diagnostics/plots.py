@@ -1,4 +1,7 @@
-"""The pictures of the diagnostics; the only module here that needs matplotlib."""
+"""The plots of the diagnostics; the only module here that needs matplotlib."""
+
+# matplotlib types only a part of what it exports.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,40 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .clipping import SHARES, ClipRange
-from .signals import PANELS
+from .signals import PANELS, SignalStats, Statistic
 
-_LOG_FROM = 20.0  # ratio of largest to smallest from which a panel is logarithmic; equal steps are a line on a plain
+__all__ = ["draw_clip_range", "draw_signals"]
+
+# A panel is logarithmic from this ratio of its largest to its smallest value: equal steps are a line on a plain one.
+_LOG_FROM = 20.0
 
 
-def draw_signals(measured: Mapping[str, Sequence[Mapping[str, Any]]], title: str, file: Path) -> None:
-    """Write the picture: three panels, a line for every network, dashed what a normalizer-free one expects.
+def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file: Path) -> None:
+    """Write a plot of three panels with a line for every network. What a normalizer-free one expects is dashed.
 
     Args:
-        measured: Rows of `diagnostics.signal_stats` by what to call the network.
+        measured: What `diagnostics.signal_stats` returned, by the network's name in the legend.
         title: Of the picture.
         file: To write, in the format that its suffix names.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    lines: list[Line2D] = []
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-        shown: list[float] = []
-        for index, rows in enumerate(measured.values()):
-            curves = {key: {"marker": "o", "markersize": 3, "lw": 1.3}}
-            if key == "avg_var":
-                curves["expected_var"] = {"ls": "--", "lw": 1}
-            for name, style in curves.items():
-                values = [math.nan if row[name] is None else row[name] for row in rows]
-                axes.plot(values, color=f"C{index}", **style)
-                shown += [value for value in values if 0 < value < math.inf]
-        if shown and max(shown) > _LOG_FROM * min(shown):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
+        _draw_panel(axes, measured, key)
         axes.set_title(words, fontsize=10)
         axes.set_xlabel("block, 0 is the input of the first")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -55,8 +49,31 @@ def draw_signals(measured: Mapping[str, Sequence[Mapping[str, Any]]], title: str
     figure.savefig(file, dpi=130)
 
 
+def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: Statistic) -> None:
+    """One statistic of every network; for the variance also the expected one, dashed."""
+    shown: list[float] = []
+
+    def line(values: list[float], color: str, **style: Any) -> None:
+        axes.plot(values, color=color, **style)
+        shown.extend(value for value in values if 0 < value < math.inf)
+
+    for index, rows in enumerate(measured.values()):
+        line([_number(row[key]) for row in rows], f"C{index}", marker="o", markersize=3, lw=1.3)
+        if key == "avg_var":
+            line([_number(row["expected_var"]) for row in rows], f"C{index}", ls="--", lw=1)
+    if shown and max(shown) > _LOG_FROM * min(shown):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _number(value: float | None) -> float:
+    """A value as matplotlib takes it: it leaves a gap for NaN."""
+    return math.nan if value is None else value
+
+
 def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
-    """Write a picture: the distribution of the ratios of every stage, and the clip factors of `SHARES`."""
+    """Write a plot of the distribution of every stage's ratios, with the clip factors of `SHARES`."""
     stages = [stage for stage in measured.stages if stage.ratios.size]
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(stages)), layout="constrained")
     axes = figure.subplots()

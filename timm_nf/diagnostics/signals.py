@@ -4,11 +4,15 @@ timm's `extract_spp_stats` leaves its hooks on the model, runs it in training mo
 branch. These numbers equal those that the authors' code reports (nfnets/base.py, signal_metrics).
 """
 
+# timm and torch type only a part of what they export.
+# pyright: reportUnknownMemberType=false
+
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypedDict
 
 import torch
 from timm.models.nfnet import NormFreeBlock as StockNormFreeBlock
@@ -19,7 +23,22 @@ from torch import Tensor, nn
 from .._wrappers import innermost
 from ..models.blocks import NormFreeBlock
 
-PANELS = {
+__all__ = ["DEAD", "EXPLODED", "PANELS", "SignalStats", "signal_stats", "troubles"]
+
+Statistic = Literal["avg_sq_mean", "avg_var", "res_avg_var"]
+
+
+class SignalStats(TypedDict):
+    """The signal after one block, or at the input of the first; see `signal_stats`."""
+
+    name: str
+    avg_sq_mean: float
+    avg_var: float
+    res_avg_var: float | None
+    expected_var: float | None
+
+
+PANELS: dict[Statistic, str] = {
     "avg_sq_mean": "average squared channel mean",
     "avg_var": "average channel variance",
     "res_avg_var": "variance of the residual branch",
@@ -33,7 +52,7 @@ _BRANCH_ENDS: dict[type[nn.Module], str] = {
     Bottleneck: "bn3",
 }
 _CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # what timm calls the parts that hold blocks
-# Holding blocks too, of other kinds, beside those: HRNet's stage2, CaiT's blocks_token_only.
+# Parts beside those that hold blocks of other kinds: HRNet's stage2, CaiT's blocks_token_only.
 _ALIKE = re.compile(r"stage|block|layer(?!0)")
 
 
@@ -59,7 +78,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             raise TypeError(f"{type(model).__name__} has blocks in {name!r} as well, which signal_stats does not know")
 
 
-def _channels_first(model: Any, name: str, out: Any) -> Tensor:
+def _channels_first(model: nn.Module, name: str, out: object) -> Tensor:
     """A block's output as (N, C, ...).
 
     Raises:
@@ -86,14 +105,26 @@ def _channel_stats(x: Tensor) -> tuple[float, float]:
     return mean.square().mean().item(), var.mean().item()
 
 
-def _branch_end(block: Any) -> tuple[nn.Module | None, Callable[[Any, Tensor], Tensor]]:
-    """The last module of a residual branch, and the branch's output from that module's arguments and output."""
+Branch = Callable[[tuple[Any, ...], Tensor], Tensor]  # a module's arguments and output -> its branch's output
+
+
+def _gated(args: tuple[Any, ...], out: Tensor) -> Tensor:
+    """The branch's output, if its last module returns the gate of its argument."""
+    return 2 * out * args[0]
+
+
+def _as_it_is(_: tuple[Any, ...], out: Tensor) -> Tensor:
+    return out
+
+
+def _branch_end(block: Any) -> tuple[nn.Module | None, Branch]:
+    """The last module of a residual branch, and how the branch's output follows from its arguments and output."""
     if isinstance(block, NormFreeBlock) and block.attn_last is not None:
-        return block.attn_last, lambda args, out: 2 * out * args[0]  # a gate, of the branch that is its argument
-    for kind, end in _BRANCH_ENDS.items():
-        if isinstance(block, kind):
-            return getattr(block, "se", None) or getattr(block, end), lambda _, out: out
-    return None, lambda _, out: out
+        return block.attn_last, _gated
+    for block_class, end in _BRANCH_ENDS.items():
+        if isinstance(block, block_class):
+            return getattr(block, "se", None) or getattr(block, end), _as_it_is
+    return None, _as_it_is
 
 
 def _is_norm_free(block: nn.Module) -> bool:
@@ -101,18 +132,18 @@ def _is_norm_free(block: nn.Module) -> bool:
 
 
 def _is_fresh(norm: Any) -> bool:
-    """Whether it is batch normalisation with the running statistics it was made with."""
+    """Whether a module is batch normalisation with the running statistics of its initialisation."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return False
     return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 @torch.no_grad()
-def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
+def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
     """Statistics of the signal at the first block's input and after every block, in evaluation mode.
 
-    Batch normalisation whose running statistics are still those it was made with takes those of `x`, as in the first
-    step of a training: with mean 0 and variance 1 it would do nothing.
+    Batch normalisation that has never seen data takes the statistics of `x`, as in the first step of a training. With
+    its initial mean 0 and variance 1 it would do nothing.
 
     Args:
         model: A network of timm with blocks, wrapped or not. Parameters, buffers, modes and hooks are left as found.
@@ -123,25 +154,62 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
         mean; `avg_var`, mean channel variance; `res_avg_var`, that of the residual branch before stochastic depth and
         the skip gain, None for the stem and outside NFNets and ResNets; `expected_var`, 1 for the
         stem and 1 + k alpha^2 for the k-th block of a stage, None outside NFNets. The variance follows it where skip
-        gains are 1 and as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
+        gains are 1, as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
 
     Raises:
-        TypeError: if the model has no blocks, some in parts with other names, or blocks that return something else
-            than images or tokens.
+        TypeError: if the model has no blocks, or some in parts with other names, or if its blocks return neither images
+            nor tokens.
     """
-    net: Any = innermost(model)
+    net = innermost(model)
     blocks = list(_blocks(net))
     if not blocks:
         raise TypeError(
             f"expected a network with residual blocks in stages, blocks, layers, layer1 or s1, as timm names them, got "
             f"{type(net).__name__}"
         )
-    rows: list[dict[str, Any]] = []
-    branches: dict[nn.Module, float] = {}
+    recorder = _Recorder(net)
+    with ExitStack() as undo:
+        _evaluate(net, undo)
+        recorder.attach(blocks, undo)
+        net(x)
+    return recorder.rows
 
-    def add_row(name: str, out: Tensor, res_avg_var: float | None, expected_var: float | None) -> None:
+
+class _Recorder:
+    """Hooks that write a row of statistics for the stem and for every block."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.rows: list[SignalStats] = []
+        self.branch_vars: dict[nn.Module, float] = {}  # of the blocks whose output is still to come
+
+    def attach(self, blocks: list[tuple[str, nn.Module]], undo: ExitStack) -> None:
+        """Register the hooks; `undo` removes them."""
+        undo.enter_context(blocks[0][1].register_forward_pre_hook(self.on_first_input))
+        for name, block in blocks:
+            end, branch = _branch_end(block)
+            if end is not None:
+                undo.enter_context(end.register_forward_hook(partial(self.on_branch, block, branch)))
+            undo.enter_context(block.register_forward_hook(partial(self.on_block, name)))
+
+    def on_first_input(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        x = _channels_first(self.net, "the first block's input", args[0])
+        self.add("stem", x, None, 1.0 if _is_norm_free(block) else None)
+
+    def on_branch(self, block: nn.Module, branch: Branch, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        # Computed here, as later operations may overwrite the tensor.
+        self.branch_vars[block] = _channel_stats(branch(args, out))[1]
+
+    def on_block(self, name: str, block: Any, _: tuple[Any, ...], out: object) -> None:
+        expected_var: float | None = None
+        if _is_norm_free(block):
+            position = int(name.rpartition(".")[2]) + 1
+            expected_var = 1 + position * block.alpha**2
+        self.add(name, _channels_first(self.net, name, out), self.branch_vars.pop(block, None), expected_var)
+
+    def add(self, name: str, out: Tensor, res_avg_var: float | None, expected_var: float | None) -> None:
         avg_sq_mean, avg_var = _channel_stats(out)
-        rows.append(
+        self.rows.append(
             {
                 "name": name,
                 "avg_sq_mean": avg_sq_mean,
@@ -151,58 +219,40 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
             }
         )
 
-    def stem_hook(block: nn.Module, args: Any) -> None:
-        x = _channels_first(net, "the first block's input", args[0])
-        add_row("stem", x, None, 1.0 if _is_norm_free(block) else None)
 
-    def block_hook(name: str) -> Any:
-        def hook(block: Any, _: Any, out: Any) -> None:
-            index = int(name.rpartition(".")[2]) if _is_norm_free(block) else None
-            expected_var = None if index is None else 1 + (index + 1) * block.alpha**2
-            add_row(name, _channels_first(net, name, out), branches.pop(block, None), expected_var)
-
-        return hook
-
-    def branch_hook(block: nn.Module, branch: Callable[[Any, Tensor], Tensor]) -> Any:
-        def hook(_: nn.Module, args: Any, out: Tensor) -> None:  # now, as what follows may overwrite it
-            branches[block] = _channel_stats(branch(args, out))[1]
-
-        return hook
-
-    with ExitStack() as stack:
-        for module in net.modules():  # each has a mode of its own: parts of a network may be frozen
-            stack.callback(setattr, module, "training", module.training)
-        net.eval()
-        norm: Any
-        for norm in filter(_is_fresh, net.modules()):
-            stack.callback(setattr, norm, "track_running_stats", norm.track_running_stats)
-            norm.training, norm.track_running_stats = True, False  # takes the batch's, updates nothing
-        stack.enter_context(blocks[0][1].register_forward_pre_hook(stem_hook))
-        for name, block in blocks:
-            end, branch = _branch_end(block)
-            if end is not None:
-                stack.enter_context(end.register_forward_hook(branch_hook(block, branch)))
-            stack.enter_context(block.register_forward_hook(block_hook(name)))
-        net(x)
-    return rows
+def _evaluate(net: nn.Module, undo: ExitStack) -> None:
+    """Put a network into evaluation mode, its new batch normalisation excepted; `undo` puts all back as it was."""
+    for module in net.modules():  # each has a mode of its own: parts of a network may be frozen
+        undo.callback(setattr, module, "training", module.training)
+    net.eval()
+    for norm in filter(_is_fresh, net.modules()):
+        undo.callback(setattr, norm, "track_running_stats", norm.track_running_stats)
+        norm.training = True  # takes the batch's statistics
+        setattr(norm, "track_running_stats", False)  # noqa: B010  (updates nothing)
 
 
-# Where a signal that began with variance 1 has exploded or died: at a hundred times its magnitude, or a hundredth.
-# Above 1e4 its square has no room left in float16, which ends at 65504, and below 1e-4 it soon loses digits, at 6e-5.
-# Networks as they are made keep away: the smallest of each of timm's families and of ours have variances of 2e-3 to 18.
+# A signal begins with variance 1. At a hundred times its magnitude it has exploded, at a hundredth it has died. float16
+# ends at 65504, so there is no room for squares above 1e4, and it loses digits below 6e-5. Initialised networks stay
+# away from both: the smallest of each of timm's families and of ours have variances of 2e-3 to 18.
 EXPLODED, DEAD = 1e4, 1e-4
 
 
-def _trouble(key: str, value: float) -> str | None:
+def _trouble(key: Statistic, value: float) -> str | None:
     if not math.isfinite(value):
         return "is not finite"
     if value > EXPLODED:
         return "explodes"
-    return "dies" if value < DEAD and key != "avg_sq_mean" else None  # a mean may well be 0
+    if value < DEAD and key != "avg_sq_mean":  # a mean may be 0
+        return "dies"
+    return None
 
 
-def troubles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In plain words, where in the rows of `signal_stats` something is not finite, explodes or dies; [] if nowhere."""
+def troubles(rows: Sequence[SignalStats]) -> list[str]:
+    """In words, where a signal is not finite, explodes or dies; [] if nowhere.
+
+    Args:
+        rows: As `signal_stats` returns them.
+    """
     meanings = {
         "is not finite": "nothing computed from it can be used",
         "explodes": "a hundred times the magnitude of the input and more; half precision overflows soon",
@@ -212,12 +262,12 @@ def troubles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         for key, words in PANELS.items():
             value = row[key]
-            if value is not None and (kind := _trouble(key, value)):
+            if value is not None and (trouble := _trouble(key, value)):
                 what = "residual branch" if key == "res_avg_var" else "signal"
-                found.setdefault((kind, what), []).append(f"{row['name']} ({words} {value:.2g})")
+                found.setdefault((trouble, what), []).append(f"{row['name']} ({words} {value:.2g})")
     return [
-        f"the {what} {kind}, first at {found[kind, what][0]}; {meanings[kind]}"
-        for kind in meanings
+        f"the {what} {trouble}, first at {found[trouble, what][0]}; {meaning}"
+        for trouble, meaning in meanings.items()
         for what in ("signal", "residual branch")
-        if (kind, what) in found
+        if (trouble, what) in found
     ]

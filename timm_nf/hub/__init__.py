@@ -1,4 +1,4 @@
-"""Networks to and from the Hugging Face Hub: nothing is published unread, nothing is loaded unchecked."""
+"""Networks to and from the Hugging Face Hub, with every file read back and every hash compared."""
 
 from .client import pull, push
 from .errors import HubError

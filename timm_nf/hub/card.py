@@ -1,18 +1,21 @@
 """Model cards, made of facts by huggingface_hub's card classes: one for a pushed network, one for the zoo.
 
-python -c "from timm_nf.hub import card; print(card.zoo(), end='')" > MODEL_CARD.md
+`python -m scripts.model_card` writes the zoo's to MODEL_CARD.md.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .._variant_table import COLUMNS, table_row
 from ..variants import VARIANTS
 
-TASK = "image-classification"
+__all__ = ["Facts", "metadata", "network_card", "require_license", "zoo"]
+
+_TASK = "image-classification"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Facts:
 
     Attributes:
         architecture: Name in timm's registry.
-        arguments: With which `timm.create_model` has built it, where they are not the default.
+        arguments: Arguments of `timm.create_model`, where they are not the default.
         source: What `timm.create_model` loads, say `hf-hub:user/repo`.
         parameters: Their number.
         dtype: Of the weights.
@@ -29,7 +32,7 @@ class Facts:
         size: Of model.safetensors, in bytes.
         versions: By package.
         base: What the weights were derived from, `user/repo@commit`.
-        deviation: Of stock timm's logits from ours, relative; where stock timm is what loads the files.
+        deviation: Relative error of stock timm's logits against ours, if stock timm is what loads the files.
         recipe: Settings of the training.
     """
 
@@ -45,18 +48,38 @@ class Facts:
     deviation: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def needs_timm_nf(self) -> bool:
+        """Whether the network is in timm's registry only after importing timm_nf."""
+        return self.deviation is None and self.architecture in VARIANTS
 
-def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: str | None = None) -> ModelCardData:
-    """The card's metadata: what was given, and what is the same for every network of timm.
 
-    Args:
-        card: As given by the user, not changed. The license is required, because nobody but the owner knows it.
-        name: Of the model, for its evaluation results.
-        base: The repository the weights were derived from, if none is given.
+def require_license(card: ModelCardData | Mapping[str, Any] | None) -> None:
+    """Refuse a card without a license, which nobody but the owner of the weights knows.
 
     Raises:
-        ValueError: if there is no license, or a field is not what the Hub takes.
+        ValueError: if there is none.
     """
+    license: object = card.license if isinstance(card, ModelCardData) else (card or {}).get("license")
+    if not isinstance(license, str) or not license.strip():
+        raise ValueError(
+            "a license is required and never guessed: say under which one the weights are given away, as the Hub "
+            "spells it (apache-2.0, cc-by-nc-4.0, other, ...)"
+        )
+
+
+def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: str | None = None) -> ModelCardData:
+    """The card's metadata: the given fields, and those that every network of timm has.
+
+    Args:
+        card: As given by the user, not changed. The license is required.
+        name: Of the model, for its evaluation results.
+        base: The repository the weights were derived from, if the card names none.
+
+    Raises:
+        ValueError: if there is no license, or the Hub does not take a field.
+    """
+    require_license(card)
     if isinstance(card, ModelCardData):
         data = copy.deepcopy(card)
     else:
@@ -64,48 +87,23 @@ def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: st
         if given.get("eval_results"):
             given = {"model_name": name, **given}
         data = ModelCardData(**given)
-    if not isinstance(data.license, str) or not data.license.strip():
-        raise ValueError(
-            "a license is required and never guessed: say under which one the weights are given away, as the Hub "
-            "spells it (apache-2.0, cc-by-nc-4.0, other, ...)"
-        )
     data.library_name = data.library_name or "timm"
-    data.pipeline_tag = data.pipeline_tag or TASK
+    data.pipeline_tag = data.pipeline_tag or _TASK
     data.base_model = data.base_model or base
     tags = data.tags or []
-    data.tags = tags + [tag for tag in (TASK, "timm", "timm_nf") if tag not in tags]
+    data.tags = tags + [tag for tag in (_TASK, "timm", "timm_nf") if tag not in tags]
     return data
 
 
-def render(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:
-    """A card's text, the metadata read back by the class that the Hub's client reads it with.
+def network_card(data: ModelCardData, title: str, facts: Facts) -> str:
+    """The card of one saved network.
 
     Args:
-        data: The metadata.
+        data: As `metadata` gives it.
         title: The heading.
-        sections: Markdown by heading; the first without one if that is empty.
+        facts: Of the files that were written.
     """
-    parts = [f"---\n{data}\n---", f"# {title}"]
-    for heading, text in sections.items():
-        parts += [f"## {heading}", text.strip()] if heading else [text.strip()]
-    return str(ModelCard("\n\n".join(parts) + "\n"))
-
-
-def network(data: ModelCardData, title: str, facts: Facts) -> str:
-    """The card of one saved network."""
-    is_ours = facts.deviation is None and facts.architecture in VARIANTS
-    library = "timm_nf" if is_ours else "timm"
-    arguments = ", ".join(f"{key}={value!r}" for key, value in facts.arguments.items())
-    built = f" with `{arguments}`" if arguments else ""
-    about = [f"`{facts.architecture}` of {library}{built}, {facts.parameters:,} parameters in {facts.dtype}."]
-    if facts.base:
-        about.append(f"Derived from `{facts.base}`.")
-    if is_ours:
-        about.append(
-            "The network is a normalizer-free network equal to the authors' code; timm has another one of its own, so "
-            "`import timm_nf` comes first."
-        )
-    sections = {"": " ".join(about), "Use": _use(facts, is_ours)}
+    sections = {"": _about(facts), "Use": _use(facts)}
     if facts.deviation is not None:
         sections["In stock timm"] = (
             f"The weights are of a timm_nf network, saved for timm's own `{facts.architecture}`, which computes a "
@@ -122,23 +120,40 @@ def network(data: ModelCardData, title: str, facts: Facts) -> str:
         )
     if facts.recipe:
         sections["Recipe"] = _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.recipe.items()])
+    sections["Files"] = _files(facts)
+    return _render(data, title, sections)
+
+
+def _about(facts: Facts) -> str:
+    library = "timm_nf" if facts.needs_timm_nf else "timm"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in facts.arguments.items())
+    built = f" with `{arguments}`" if arguments else ""
+    about = [f"`{facts.architecture}` of {library}{built}, {facts.parameters:,} parameters in {facts.dtype}."]
+    if facts.base:
+        about.append(f"Derived from `{facts.base}`.")
+    if facts.needs_timm_nf:
+        about.append(
+            "The network is a normalizer-free network equal to the authors' code; timm has another one of its own, so "
+            "`import timm_nf` comes first."
+        )
+    return " ".join(about)
+
+
+def _files(facts: Facts) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
-    sections["Files"] = (
+    equal = " with equal logits" if facts.deviation is None else ""
+    return (
         f"`model.safetensors`: {facts.size:,} bytes, sha256 `{facts.sha256}`.\n\nWritten with {versions}; "
-        "read back and compared tensor by tensor, and loaded as a network"
-        f"{' with equal logits' if facts.deviation is None else ''}, before it was published."
+        f"read back and compared tensor by tensor, and loaded as a network{equal}, before it was published."
     )
-    return render(data, title, sections)
 
 
-def _use(facts: Facts, is_ours: bool) -> str:
-    registers = "import timm_nf  # registers the network\n" if is_ours else ""
-    repo = facts.source.removeprefix("hf-hub:")
-    checked = (
-        f"\n\n`timm_nf.hub.pull({repo!r})` also compares the download with the Hub's sha256."
-        if repo != facts.source
-        else ""
-    )
+def _use(facts: Facts) -> str:
+    registers = "import timm_nf  # registers the network\n" if facts.needs_timm_nf else ""
+    checked = ""
+    if facts.source.startswith("hf-hub:"):
+        repo = facts.source.removeprefix("hf-hub:")
+        checked = f"\n\n`timm_nf.hub.pull({repo!r})` also compares the download with the Hub's sha256."
     return f"""```python
 import timm
 import torch
@@ -151,11 +166,30 @@ with torch.inference_mode():
 ```{checked}"""
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _render(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:
+    """A card's text, its metadata read back by the class that the Hub's client reads it with.
+
+    Args:
+        data: The metadata.
+        title: The heading.
+        sections: Markdown by heading; under an empty heading, text without one.
+    """
+    parts = [f"---\n{data}\n---", f"# {title}"]
+    for heading, text in sections.items():
+        if heading:
+            parts.append(f"## {heading}")
+        parts.append(text.strip())
+    return str(ModelCard("\n\n".join(parts) + "\n"))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
-    # A bar or a line break in a value would end its cell.
-    cells = [["" if v is None else " ".join(str(v).split()).replace("|", "\\|") for v in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A value as one cell: a bar or a line break in it would end the cell."""
+    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
 def zoo() -> str:
@@ -169,26 +203,17 @@ def zoo() -> str:
         "{first_repo}": str(VARIANTS[with_weights[0]].hf_hub_id),
         "{last_repo}": str(VARIANTS[with_weights[-1]].hf_hub_id),
         "{last}": with_weights[-1].removeprefix("nfnet_").upper(),
-        "{networks}": _table(("name", "parameters (M)", "GMACs", "train / test px", "weights"), _rows()),
+        "{networks}": _table(COLUMNS, [table_row(name) for name in VARIANTS]),
     }
     sections: dict[str, str] = {}
-    for heading, text in ZOO.items():
+    for heading, text in _ZOO.items():
         for name, number in numbers.items():
             text = text.replace(name, number)
         sections[heading] = text
-    return render(data, "Model card: the timm_nf zoo", sections)
+    return _render(data, "Model card: the timm_nf zoo", sections)
 
 
-def _rows() -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]] = []
-    for name, row in VARIANTS.items():
-        parameters, macs = row.cfg.count(row.train_size)
-        sizes = f"{row.train_size} / {row.test_size}"
-        rows.append((name, f"{parameters / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
-    return rows
-
-
-ZOO = {
+_ZOO = {
     "": """
 Image classifiers without normalisation layers, in PyTorch, as timm models. {variants} variants in three families, each
 equal to the authors' JAX code: same parameters, same function.

@@ -1,13 +1,17 @@
-"""Networks to and from the Hugging Face Hub: nothing is published unread, nothing is loaded unchecked.
+"""Push and pull: nothing is published unread, nothing is loaded unchecked.
 
-Weights are safetensors, never pickles. What is written here, timm's `hf-hub:` and `local-dir:` load as well.
+Weights are safetensors, never pickles. timm's `hf-hub:` and `local-dir:` load what is written here too.
 """
+
+# huggingface_hub types only a part of what it exports.
+# pyright: reportUnknownVariableType=false
 
 import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +23,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 
+from .._text import reason
 from ..checkpoint import assign, load_tensors, skeleton
 from ..version import __version__
-from .errors import HubError, explained
-from .folder import CONFIG, README, WEIGHTS, Written, digest, write_folder
+from .card import require_license
+from .errors import LOGIN_HINT, HubError, explained
+from .folder import CONFIG, README, WEIGHTS, Written, git_blob_id, sha256_of, write_folder
+
+__all__ = ["pull", "push", "upload"]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,30 +53,33 @@ def push(
 ) -> Written:
     """Publish a network on the Hub in one commit, after it was written, read back and compared.
 
-    Until that commit, the repository is as it was; if somebody else's comes in between, this one is refused.
+    The repository does not change before that commit. If somebody else commits in between, this commit is refused.
 
     Args:
         model: Any model that timm's factory made; not changed.
-        repo_id: `user/name`, made if it is not there.
-        card: Fields of the card's metadata, the license among them. What `pull` recorded becomes the base model.
-        revision: A branch, made if it is not there.
-        private: Make the repository private; one that is there has to be so already.
+        repo_id: `user/name`, made if it is missing.
+        card: Fields of the card's metadata. The license is required, so there is no push without a card. The
+            repository that `pull` recorded becomes the base model.
+        revision: A branch, made if it is missing.
+        private: Make the repository private; an existing one has to be private already.
         create_pr: Propose the commit as a pull request to the main branch.
-        commit_message: Of one's own.
-        token: Instead of the login's.
-        dtype: To round floating weights to, as they are by default.
-        overwrite_card: Replace a README.md that is there.
-        architecture: Of timm's registry, to be loaded as by others: with `dm_nfnet_f0`, stock timm can load an NFNet.
+        commit_message: By default one that says what was done.
+        token: By default the login's.
+        dtype: Round floating weights to it; by default they stay as they are.
+        overwrite_card: Replace an existing README.md.
+        architecture: A name in timm's registry, under which others load the files. With `dm_nfnet_f0`, stock timm can
+            load an NFNet.
         dry_run: Do everything but upload.
         recipe: Settings of the training, for the card.
 
     Raises:
-        ValueError: if the model cannot be saved so, the card has no license, or arguments exclude each other.
+        ValueError: if the card has no license, before anything is written; if the model cannot be saved so, or
+            arguments exclude each other.
         HubError: if the Hub or the network did not allow it; says what to do.
     """
+    require_license(card)
     if create_pr and revision:
         raise ValueError("a pull request is to the main branch; give create_pr or revision, not both")
-    card = {} if card is None else card
     if not dry_run:
         _require_login(token)
     with explained(repo_id, revision, token), TemporaryDirectory(prefix="timm_nf-") as temporary:
@@ -138,16 +149,16 @@ def pull(
 ) -> nn.Module:
     """A network from the Hub in evaluation mode, its files compared with the hashes the Hub has of them.
 
-    `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. The weights keep the dtype they have in the file,
-    and no more memory than the file's size is needed, besides some 50 MB of the client's.
+    `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. The weights keep the dtype of the file. A pull needs
+    the memory of the file's size once, and some 50 MB for the client.
 
     Args:
         repo_id: `user/name` or `user/name@revision`.
         revision: A branch, a tag or a commit, the main branch by default.
-        sha256: What model.safetensors has to have, whatever the Hub says.
-        token: Instead of the login's.
-        cache_dir: Instead of the Hub client's cache.
-        local_files_only: Use what is in the cache; the files are compared with the hashes that name them there.
+        sha256: Required of model.safetensors, whatever the Hub says.
+        token: By default the login's.
+        cache_dir: By default the Hub client's cache.
+        local_files_only: Use the cache alone. Its files are compared with the hashes that name them there.
 
     Raises:
         ValueError: if the arguments, the hash or the weights are not what was expected.
@@ -172,16 +183,16 @@ def pull(
             wanted = info.sha
             hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}
             _refuse_missing(name, hashes)
-        options = {"token": token, "cache_dir": cache_dir, "local_files_only": offline}
+        download = partial(_download, name, hashes=hashes, offline=offline, token=token, cache_dir=cache_dir)
         # By branch or tag, so that the cache learns which commit that is; the weights by that commit.
-        folder = _download(name, CONFIG, revision, hashes, **options).parent
+        folder = download(CONFIG, revision).parent
         if wanted not in (None, folder.name):
             raise HubError(f"{name} changed from {wanted} to {folder.name} while it was pulled: pull again")
-        weights = _download(name, WEIGHTS, folder.name, hashes, **options)
-        if sha256 is not None and (got := digest(weights, "sha256")) != sha256.lower():
+        weights = download(WEIGHTS, folder.name)
+        if sha256 is not None and (got := sha256_of(weights)) != sha256.lower():
             raise ValueError(f"{name}@{folder.name}: expected {WEIGHTS} with sha256 {sha256.lower()}, got {got}")
     model: Any = _load(folder, f"{name}@{folder.name}")
-    for key in ("file", "url", "state_dict", "hf_hub_filename"):  # other sources, that a config may name
+    for key in ("file", "url", "state_dict", "hf_hub_filename"):  # a config may name other sources
         model.pretrained_cfg.pop(key, None)
     model.pretrained_cfg.update(hf_hub_id=f"{name}@{folder.name}", source="hf-hub")
     return model.eval()
@@ -191,7 +202,7 @@ def pull(
 
 
 def _clean(token: str | None) -> str | None:
-    """A token as it was meant; one that no header can carry would otherwise be quoted in an HTTP library's error."""
+    """A token without the white space around it. An HTTP library's error would quote one that no header can carry."""
     token = token.strip() if token else None
     if token and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("expected a token of printable characters without spaces; copy it from the Hub again")
@@ -206,7 +217,7 @@ def _require_name(repo_id: str) -> None:
 
 def _require_login(token: str | None) -> str | None:
     if not (_clean(token) or _clean(get_token())):
-        raise HubError("not logged in: log in with `hf auth login` or set HF_TOKEN")
+        raise HubError(f"not logged in: {LOGIN_HINT}")
     return _clean(token)
 
 
@@ -219,32 +230,45 @@ def _refuse_missing(repo_id: str, files: Mapping[str, str]) -> None:
 
 
 def _download(
-    repo_id: str, name: str, revision: str | None, hashes: Mapping[str, str], local_files_only: bool, **options: Any
+    repo_id: str,
+    name: str,
+    revision: str | None,
+    *,
+    hashes: Mapping[str, str],
+    offline: bool,
+    token: str | None,
+    cache_dir: str | Path | None,
 ) -> Path:
-    """A file in the cache with the hash that the Hub has of it, or that names it in the cache."""
+    """A file in the cache, compared with the hash that the Hub has of it, or else with the one that names it."""
     path = Path()
-    for force in (False,) if local_files_only else (False, True):
+    attempts = [False]
+    if not offline:
+        attempts.append(True)
+    for force in attempts:
         path = Path(
             hf_hub_download(
-                repo_id, name, revision=revision, force_download=force, local_files_only=local_files_only,
-                library_name="timm_nf", **options,
+                repo_id, name, revision=revision, force_download=force, local_files_only=offline,
+                library_name="timm_nf", token=token, cache_dir=cache_dir,
             )
         )  # fmt: skip
-        # the first link: files that came through Xet are links themselves, named by another hash
-        expected = hashes.get(name) or (path.readlink() if path.is_symlink() else path).name
+        expected = hashes.get(name)
+        if not expected:
+            # Only the first link: a file that came through Xet is a link itself, named by another hash.
+            expected = path.readlink().name if path.is_symlink() else path.name
         if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
             raise HubError(f"{path} cannot be checked: this cache does not name its files by their hash; pull online")
-        if digest(path, "git" if len(expected) == 40 else "sha256") == expected:
+        found = git_blob_id(path) if len(expected) == 40 else sha256_of(path)
+        if found == expected:
             return path
         _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
-        _remove(path)  # timm, which does not look at hashes, would load it
+        _remove(path)  # timm does not look at hashes, and would load it
     raise HubError(f"{path} is damaged and was removed, its hash is not what the Hub says: pull again with a network")
 
 
 def _remove(path: Path) -> None:
-    """Remove a file of a snapshot, and what it links to if that is in the repository's cache as well."""
+    """Remove a file of a snapshot, and the file that it links to if that is in the repository's cache too."""
     target, cache = path.resolve(), path.parents[2].resolve()
-    path.unlink()  # the client would leave a link that points somewhere else
+    path.unlink()  # also a link that points out of the cache, which the client would keep
     if target.is_relative_to(cache):
         target.unlink(missing_ok=True)
 
@@ -252,11 +276,12 @@ def _remove(path: Path) -> None:
 def _load(folder: Path, origin: str) -> nn.Module:
     try:
         model: Any = skeleton(f"local-dir:{folder}")
-        # timm believes the inner one, if there is one
+        # If `pretrained_cfg` names an architecture too, timm prefers it.
         model.pretrained_cfg["architecture"] = json.loads((folder / CONFIG).read_text("utf-8"))["architecture"]
     except Exception as error:  # whatever a config.json makes timm raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{CONFIG} of {origin} describes no network that timm can build here ({reason})") from error
+        raise ValueError(
+            f"{CONFIG} of {origin} describes no network that timm can build here ({reason(error)})"
+        ) from error
     try:
         tensors = load_tensors(folder / WEIGHTS)
     except SafetensorError as error:

@@ -1,8 +1,11 @@
-"""What the Hub's client raises, as one line that says what to do; neither tokens nor signed addresses get into it."""
+"""Errors of the Hub's client as one line that says what to do. It contains no token and no signed address."""
+
+# huggingface_hub.errors re-exports HTTPError without saying so.
+# pyright: reportPrivateImportUsage=false
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from huggingface_hub import constants, get_token
@@ -20,7 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+__all__ = ["LOGIN_HINT", "HubError", "explained"]
+
+LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class HubError(RuntimeError):
@@ -28,7 +33,7 @@ class HubError(RuntimeError):
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
+def explained(repo_id: str, revision: str | None, token: str | None) -> Generator[None]:
     """Turn what the Hub's client raises inside into a `HubError`; everything else passes."""
     try:
         yield
@@ -41,18 +46,18 @@ def explained(repo_id: str, revision: str | None, token: str | None) -> Iterator
 
 
 def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool) -> str | None:
-    """The line for an error, or for what the client wrapped it around; None for what is not the client's."""
+    """The line for an error or for its cause; None for an error that is not the client's."""
     url = f"{constants.ENDPOINT}/{repo_id}"
     match error:
         case LocalTokenNotFoundError():
-            return f"not logged in: {_LOGIN}"
+            return f"not logged in: {LOGIN_HINT}"
         case HFValidationError():
             return f"expected a repository as user/name, got {repo_id!r}"
         case GatedRepoError():
-            return f"{repo_id} is gated: ask for access on {url}, and {_LOGIN} as who was granted it"
+            return f"{repo_id} is gated: ask for access on {url}, and {LOGIN_HINT} as who was granted it"
         case RepositoryNotFoundError():
-            private = "has no access to it" if logged_in else f"it is private: {_LOGIN}"
-            return f"there is no repository {repo_id} at {constants.ENDPOINT}, or {'this login ' * logged_in}{private}"
+            hidden = "this login has no access to it" if logged_in else f"it is private: {LOGIN_HINT}"
+            return f"there is no repository {repo_id} at {constants.ENDPOINT}, or {hidden}"
         case RevisionNotFoundError():
             return f"{repo_id} has no revision {revision!r}: {url}/tree/main lists branches and tags"
         case RemoteEntryNotFoundError():
@@ -73,6 +78,8 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
             return f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room and try again"
         case ValueError() if str(error).startswith("Invalid metadata in README.md"):
             return f"the Hub refuses the card: {str(error).partition(chr(10))[2]}"
+        case _:
+            pass
     return _explain(error.__cause__, repo_id, revision, logged_in) if error.__cause__ else None
 
 
@@ -80,11 +87,11 @@ def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str
     status, said = error.response.status_code, _said(error)
     match status:
         case 401 if logged_in:
-            return f"the Hub does not accept this login ({said}): {_LOGIN} with a token that is valid"
+            return f"the Hub does not accept this login ({said}): {LOGIN_HINT} with a token that is valid"
         case 401:
-            return f"not logged in: {_LOGIN}"
+            return f"not logged in: {LOGIN_HINT}"
         case 403:
-            return f"this login may not do that with {repo_id} ({said}): {_LOGIN} as its owner, with write access"
+            return f"this login may not do that with {repo_id} ({said}): {LOGIN_HINT} as its owner, with write access"
         case 409:
             return f"{repo_id} is taken ({said}): choose another name, or log in as its owner"
         case 412:
@@ -94,16 +101,16 @@ def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str
         case _ if status >= 500:
             return f"the Hub has a problem of its own (status {status}): try again later"
         case _:
-            kind = "does not understand" if isinstance(error, BadRequestError) else "refuses"
-            return f"the Hub {kind} what was sent about {repo_id} (status {status}: {said})"
+            answer = "does not understand" if isinstance(error, BadRequestError) else "refuses"
+            return f"the Hub {answer} what was sent about {repo_id} (status {status}: {said})"
 
 
 def _said(error: HfHubHTTPError) -> str:
-    """What the server gave as a reason, in at most a line."""
+    """The server's reason, in at most one line."""
     said = error.response.headers.get("X-Error-Message", "")
     if not said:
         try:
             said = str(error.response.json().get("error", ""))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, HTTPError, RuntimeError):
-            said = ""  # a body that is no object, or was never read
+            said = ""  # the body is no object, or was never read
     return " ".join(said.split())[:200] or f"status {error.response.status_code}"

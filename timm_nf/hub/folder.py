@@ -1,4 +1,7 @@
-"""A network as the folder of files that a Hub repository is, each of them read back and compared."""
+"""A network as the folder of files that a Hub repository is. Every file is read back and compared."""
+
+# timm and safetensors type only a part of what they export.
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import copy
 import hashlib
@@ -7,27 +10,33 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
+import safetensors
 import timm
 import torch
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
-from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
+from timm.models._hub import save_config_for_hf  # timm.models has only save_for_hf, which writes weights too
 from torch import Tensor, nn
 
+from .._relative_error import relative_error
+from .._text import reason
+from .._wrappers import innermost
 from ..checkpoint import assign, fitted, skeleton
 from ..version import __version__
-from . import card as cards
+from .card import Facts, metadata, network_card
+
+__all__ = ["CONFIG", "README", "WEIGHTS", "Written", "git_blob_id", "sha256_of", "write_folder"]
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
 _PINNED = re.compile(r"[^@]+@[0-9a-f]{40}")  # as `hub.pull` records it
+# Every network has these arguments. The card names them only where they have another value.
+_USUAL_ARGUMENTS = {"fused": False, "in_chans": 3, "global_pool": "avg", "num_classes": 1000}
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class Written:
     Attributes:
         files: Sizes in bytes by name.
         sha256: Of model.safetensors.
-        checks: What was compared and what came of it, in words.
-        card: Text of README.md, also where an older one stays; empty if there is none.
+        checks: What was compared, and the result, in words.
+        card: Text of README.md, also where an older one stays; empty without a card.
         url: Of the commit or the pull request; None if nothing was uploaded.
         commit: Its id.
     """
@@ -62,98 +71,93 @@ def write_folder(
     repo_id: str | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Write a network as a Hub repository: model.safetensors, config.json and README.md, each read back and compared.
+    """Write a network as a Hub repository: model.safetensors, config.json and README.md, read back and compared.
 
     Args:
         model: Any model that timm's factory made; not changed.
-        folder: Made if it is not there, whole or not at all; in one that is there, each file is replaced whole.
+        folder: A new folder appears whole or not at all. In an existing one, each file is replaced whole.
         card: Fields of the card's metadata, the license among them; None for no README.md.
-        dtype: To round floating weights to, as they are by default.
-        architecture: Of timm's registry, to be loaded as by others; by default the model's own.
-        overwrite_card: Replace a README.md that is there.
-        repo_id: What the card's snippet loads, the folder by default.
+        dtype: Round floating weights to it; by default they stay as they are.
+        architecture: A name in timm's registry, under which others load the files; by default the model's own.
+        overwrite_card: Replace an existing README.md.
+        repo_id: What the card's snippet loads; by default the folder.
         recipe: Settings of the training, for the card.
 
     Raises:
         ValueError: if the model cannot be saved so, or the card has no license.
-        RuntimeError: if what was written does not give the same tensors and logits.
+        RuntimeError: if the files do not give the same tensors and logits.
     """
     folder = Path(folder)
-    source: Any = unwrap_model(model)
+    source: Any = innermost(model)
     own = _own_architecture(source)
     architecture = architecture or own
     if not timm.is_model(architecture):
         raise ValueError(f"timm knows no architecture {architecture!r}")
-    hf_hub_id = str(source.pretrained_cfg.get("hf_hub_id"))
-    base = hf_hub_id if _PINNED.fullmatch(hf_hub_id) else None
+    base = _pinned_base(source)
     name = repo_id or folder.resolve().name
-    data = None
-    if card is not None:
-        data = cards.metadata(card, name.rpartition("/")[2], base and base.partition("@")[0])
-    state = _state(source, dtype)
+    data = None if card is None else metadata(card, name.rpartition("/")[2], base and base.partition("@")[0])
+    tensors = _publishable(source, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         _write_config(source, new / CONFIG, architecture, str(data.license) if data else None)
-        state = _as_loaded(state, new, architecture)
-        try:
-            save_file(state, new / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            size = sum(t.nbytes for t in state.values())
-            raise RuntimeError(f"{size:,} bytes could not be written to {new}: {error}; make room there") from error
-        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors' own is for nobody but the owner
-        checks = [_compare_tensors(state, new / WEIGHTS)]
-        features, logits = _deviations(source, state, new)
+        tensors = _as_loaded(tensors, new, architecture)
+        _write_weights(tensors, new)
+        tensor_check = _compare_tensors(tensors, new / WEIGHTS)
+        features, logits = _deviations(source, tensors, new)
         if architecture == own:
-            if features or logits:
-                raise RuntimeError(
-                    f"the network read back gives other features by {features:.1e} and logits by {logits:.1e}; please "
-                    "report this with the output of `timm-nf env`"
-                )
-            checks.append(("features and logits of the network read back", "equal to the bit"))
+            _require_equal(features, logits)
+            output_check = "features and logits of the network read back", "equal to the bit"
         else:
-            checks.append((f"logits as {architecture}, deviation", f"{logits:.1e}"))
-        facts = cards.Facts(
+            output_check = f"logits as {architecture}, deviation", f"{logits:.1e}"
+        facts = Facts(
             architecture=architecture,
-            arguments=_arguments(new / CONFIG),
+            arguments=_unusual_arguments(new / CONFIG),
             source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}",
             parameters=sum(p.numel() for p in source.parameters()),
-            dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
-            sha256=digest(new / WEIGHTS, "sha256"),
+            dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+            sha256=sha256_of(new / WEIGHTS),
             size=(new / WEIGHTS).stat().st_size,
-            versions={"timm_nf": __version__}
-            | {package: version(package) for package in ("timm", "torch", "safetensors")},
+            versions=_versions(),
             base=base,
             deviation=None if architecture == own else logits,
             recipe=recipe or {},
         )
-        text = cards.network(data, name, facts) if data else ""
+        text = network_card(data, name, facts) if data else ""
         if data and (overwrite_card or not (folder / README).exists()):
             (new / README).write_text(text, encoding="utf-8")
-        files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-        if folder.exists():
-            for file in files:
-                os.replace(new / file, folder / file)
-        else:
-            new.rename(folder)
-    return Written(files, facts.sha256, checks, text)
+        files = _move_into_place(new, folder)
+    return Written(files, facts.sha256, [tensor_check, output_check], text)
 
 
-def digest(file: Path, kind: str) -> str:
-    """Of a file's content: `sha256`, or `git` for what git calls a blob of it."""
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's content."""
     with file.open("rb") as stream:
-        if kind == "git":
-            header = b"blob %d\0" % file.stat().st_size
-            return hashlib.file_digest(stream, lambda: hashlib.sha1(header)).hexdigest()
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def git_blob_id(file: Path) -> str:
+    """The id that git gives to a blob with a file's content."""
+    header = b"blob %d\0" % file.stat().st_size
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.sha1(header)).hexdigest()
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
 def _own_architecture(model: Any) -> str:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    """The model's name in timm's registry.
+
+    Raises:
+        ValueError: if timm's factory did not make it, or cannot make it as it is.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture") or not hasattr(model, "forward_head"):
         raise ValueError(f"expected a classifier made by timm.create_model, got {type(model).__name__}")
-    if vars(model).get("fused"):  # which `fuse` sets on networks that cannot be built fused; ours look it up
+    # `fuse` sets this attribute on networks of timm's own. Ours have a property of that name, and can be built fused.
+    if vars(model).get("fused"):
         raise ValueError(
             f"a fused model of timm's own {cfg['architecture']} has no architecture in timm that loads it: save it "
             "before fusing, or write it with `timm-nf export` as .onnx, .pt2 or .ts"
@@ -161,94 +165,186 @@ def _own_architecture(model: Any) -> str:
     return cfg["architecture"]
 
 
-def _state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors to write: on the CPU, in one memory layout, finite and in one floating dtype."""
+def _pinned_base(model: Any) -> str | None:
+    """The repository and commit that the weights were pulled from, `user/repo@commit`."""
+    recorded = str(model.pretrained_cfg.get("hf_hub_id"))
+    return recorded if _PINNED.fullmatch(recorded) else None
+
+
+def _publishable(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors to write: on the CPU, contiguous, finite, and in one floating dtype.
+
+    Raises:
+        ValueError: if they are not finite, of several floating dtypes, or on the meta device.
+    """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"expected a floating dtype, got {dtype}")
-    state = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"expected a model with weights, {name} is on the meta device")
-        rounded = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
+        rounded = tensor.detach().cpu()
+        if dtype is not None and rounded.is_floating_point():
+            rounded = rounded.to(dtype)
         if not torch.isfinite(rounded).all():
-            why = "NaN or infinite" if not torch.isfinite(tensor).all() else f"too large for {dtype}"
+            why = f"too large for {dtype}" if torch.isfinite(tensor).all() else "NaN or infinite"
             raise ValueError(f"{name} is {why}: such a network is not published")
-        state[name] = rounded
-    if len(kinds := sorted({str(t.dtype) for t in state.values() if t.is_floating_point()})) > 1:
-        raise ValueError(f"expected weights in one floating dtype, got {', '.join(kinds)}: give dtype to choose one")
-    return state
+        tensors[name] = rounded.contiguous()
+    dtypes = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()})
+    if len(dtypes) > 1:
+        raise ValueError(f"expected weights in one floating dtype, got {', '.join(dtypes)}: give dtype to choose one")
+    return tensors
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def _write_config(model: Any, file: Path, architecture: str, license: str | None) -> None:
-    own, cfg = _own_architecture(model), model.pretrained_cfg
+    """Write what timm writes, corrected.
+
+    - `architecture` may be another one than the model's.
+    - The license is the card's. timm would copy tag and license of the published weights of the same architecture.
+    - The number of classes stands at the top level alone. timm repeats it in `model_args`, and transformers' Auto
+      classes then pass it twice. timm reads the one at the top level where `model_args` has none.
+
+    Raises:
+        ValueError: if the network is fused and the architecture is another one.
+    """
+    cfg = model.pretrained_cfg
     labels: dict[str, Any] = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
-    if labels and len(labels.get("label_names") or ()) != model.num_classes:
-        labels = {}  # of the weights this one started from
+    if len(labels.get("label_names") or ()) != model.num_classes:
+        labels = {}  # the labels of the weights that this network started from
     save_config_for_hf(model, str(file), labels)
-    config = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text())
     config["architecture"] = architecture
-    # timm takes over those of the published weights of the same architecture
     for key in ("tag", "license"):
         config["pretrained_cfg"].pop(key, None)
     if license:
         config["pretrained_cfg"]["license"] = license
-    # The key keeps stock timm's nfnet_f0 from loading our weights, and other networks of stock timm as well.
-    if architecture != own and config["model_args"].pop("fused", False):
+    arguments: dict[str, Any] = config.get("model_args", {})
+    arguments.pop("num_classes", None)
+    # Stock timm stops at the key `fused`, so that its nfnet_f0 does not load our weights. Its other networks do too.
+    if architecture != _own_architecture(model) and arguments.pop("fused", False):
         raise ValueError(f"a fused network cannot be loaded as {architecture}: push it before fusing")
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _arguments(config: Path) -> dict[str, Any]:
-    """What a config has `timm.create_model` called with, but for what every one has."""
-    args: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("model_args", {})
-    usual = {"fused": False, "in_chans": 3, "global_pool": "avg", "num_classes": 1000}
-    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
-    return {key: value for key, value in tuples.items() if key not in usual or value != usual[key]}
+def _unusual_arguments(file: Path) -> dict[str, Any]:
+    """The arguments with which a config has `timm.create_model` called, without those of every network."""
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    arguments: dict[str, Any] = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
+    unusual: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if isinstance(value, list):
+            unusual[key] = tuple(cast(list[Any], value))  # as the caller wrote it
+        elif key not in _USUAL_ARGUMENTS or value != _USUAL_ARGUMENTS[key]:
+            unusual[key] = value
+    return unusual
 
 
-def _as_loaded(state: Mapping[str, Tensor], folder: Path, architecture: str) -> dict[str, Tensor]:
-    """The tensors in the shapes of the network in the folder's config, which has to be able to load them."""
+def _as_loaded(tensors: Mapping[str, Tensor], folder: Path, architecture: str) -> dict[str, Tensor]:
+    """The tensors in the shapes of the network that the folder's config describes.
+
+    Raises:
+        ValueError: if that network cannot be built, or cannot load them.
+    """
     try:
         described = skeleton(f"local-dir:{folder}")
-        state = fitted(state, described.state_dict())
-        assign(described, state, "the model")
+        shaped = fitted(tensors, described.state_dict())
+        assign(described, shaped, "the model")
     except Exception as error:  # timm's, torch's and the networks' own
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"as {architecture}, with the arguments that timm.create_model recorded, the model could not be loaded "
-            f"again ({reason}): create it with timm.create_model, and push it as an architecture with its shapes"
+            f"again ({reason(error)}): create it with timm.create_model, and push it as an architecture with its shapes"
         ) from error
-    return state
+    return shaped
 
 
-def _compare_tensors(state: Mapping[str, Tensor], file: Path) -> tuple[str, str]:
+def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the tensors beside the config, readable for whom the config is.
+
+    Raises:
+        RuntimeError: if safetensors cannot write them.
+    """
+    file = folder / WEIGHTS
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        size = sum(t.nbytes for t in tensors.values())
+        raise RuntimeError(f"{size:,} bytes could not be written to {folder}: {error}; make room there") from error
+    file.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
+
+
+def _move_into_place(new: Path, folder: Path) -> dict[str, int]:
+    """Move the files to where they belong; their sizes by name."""
+    sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
+    if not folder.exists():
+        new.rename(folder)
+    else:
+        for name in sizes:
+            os.replace(new / name, folder / name)
+    return sizes
+
+
+def _versions() -> dict[str, str]:
+    """The versions that wrote the files, also of packages that run from a checkout."""
+    return {
+        "timm_nf": __version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__.partition("+")[0],  # without the device that it was built for
+        "safetensors": safetensors.__version__,
+    }
+
+
+# -- reading back ------------------------------------------------------------------------------------------------------
+
+
+def _compare_tensors(tensors: Mapping[str, Tensor], file: Path) -> tuple[str, str]:
+    """Compare a file of weights with the tensors that were written to it.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
     read = load_file(file)
-    wrong = [name for name, t in state.items() if name not in read or t.dtype != read[name].dtype]
-    wrong += [name for name, t in state.items() if name not in wrong and not torch.equal(t, read[name])]
-    if wrong or len(read) != len(state):
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name])
+    ]
+    if wrong or len(read) != len(tensors):
         raise RuntimeError(
-            f"{len(wrong)} of {len(state)} tensors are not what was written ({wrong[:1]}): the disk or its driver "
+            f"{len(wrong)} of {len(tensors)} tensors are not what was written ({wrong[:1]}): the disk or its driver "
             "loses data, or please report this"
         )
-    return "tensors read back", f"{len(read)} of {len(state)} equal"
+    return "tensors read back", f"{len(read)} of {len(tensors)} equal"
 
 
 @torch.no_grad()
-def _deviations(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> tuple[float, float]:
-    """Relative errors of features and of logits, the folder loaded by timm against the model with `state`.
+def _deviations(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> tuple[float, float]:
+    """Relative errors of features and of logits: the folder as timm loads it, against the model with `tensors`.
 
-    Features too: the logits of a classifier that starts at zero say nothing.
+    Logits alone do not suffice: some classifiers start at zero.
     """
-    reference: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
-    reference.load_state_dict(fitted(state, reference.state_dict()))
+    expected: Any = copy.deepcopy(model)
+    expected = expected.cpu().float().to(memory_format=torch.contiguous_format).eval()
+    expected.load_state_dict(fitted(tensors, expected.state_dict()))
     loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     noise = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *resolve_model_data_config(loaded)["input_size"], generator=noise)
-    got, want = loaded.forward_features(x), reference.forward_features(x)
-    return _relative(got, want), _relative(loaded.forward_head(got), reference.forward_head(want))
+    size = cast(tuple[int, int, int], resolve_model_data_config(loaded)["input_size"])
+    x = torch.randn(1, *size, generator=noise)
+    features, expected_features = loaded.forward_features(x), expected.forward_features(x)
+    logits, expected_logits = loaded.forward_head(features), expected.forward_head(expected_features)
+    return _deviation(features, expected_features), _deviation(logits, expected_logits)
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    if torch.equal(got, want):
-        return 0.0
-    return float((got - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
+def _deviation(measured: Tensor, expected: Tensor) -> float:
+    """Their relative error; 0 for equal ones, also where all are 0."""
+    return 0.0 if torch.equal(measured, expected) else relative_error(measured, expected)
+
+
+def _require_equal(features: float, logits: float) -> None:
+    if features or logits:  # also if they are NaN
+        raise RuntimeError(
+            f"the network read back gives other features by {features:.1e} and logits by {logits:.1e}; please "
+            "report this with the output of `timm-nf env`"
+        )

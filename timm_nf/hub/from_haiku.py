@@ -1,4 +1,7 @@
-"""The authors' checkpoints as folders that the Hub and timm take, every array found again in what was written."""
+"""The authors' checkpoints as folders for the Hub and timm. Every array is found again in the written file."""
+
+# torch types only a part of what it exports.
+# pyright: reportUnknownMemberType=false
 
 import shutil
 from collections.abc import Mapping
@@ -18,14 +21,16 @@ from .client import upload
 from .errors import explained
 from .folder import WEIGHTS, Written, write_folder
 
+__all__ = ["Converted", "convert"]
+
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` made of a checkpoint.
+    """The network that `convert` found in a checkpoint, and the folder that it wrote.
 
     Attributes:
         name: Of the variant, as `timm.create_model` takes it.
-        overrides: Arguments with which it has the checkpoint's shapes.
+        overrides: Arguments that give the variant the checkpoint's shapes.
         parameters: Their number.
         written: The files, and what was compared.
     """
@@ -48,14 +53,14 @@ def convert(
 
     Args:
         file: For `convert.load_haiku`.
-        folder: A new one, or an empty one; after any error it is as it was.
-        license: Of the weights. Without one, which is never guessed, there is no README.md.
-        dtype: To round to, the file's by default.
-        repo_id: `user/name`, to be published there in one commit.
+        folder: A new or an empty one. After any error it is as before.
+        license: Of the weights, never guessed. Without one there is no README.md.
+        dtype: Round weights to it; by default they keep the file's.
+        repo_id: `user/name`, where one commit publishes the folder.
 
     Raises:
-        ValueError: if the file is no such checkpoint, or the folder has something in it.
-        RuntimeError: if what was written is not what was read.
+        ValueError: if the file is no such checkpoint, or the folder is not empty.
+        RuntimeError: if the folder does not hold the checkpoint's numbers.
         hub.HubError: if the Hub, the network or the disk did not allow it; says what to do.
     """
     folder = Path(folder)
@@ -85,11 +90,21 @@ def convert(
 def _compare_arrays(
     params: Mapping[str, Mapping[str, np.ndarray]], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> str:
-    """Convert what was read back into the authors' layout, where it has to be what their file has."""
+    """Compare tensors, in the authors' layout again, with the arrays of their file.
+
+    Args:
+        params: Of the checkpoint.
+        tensors: As read back.
+        dtype: To which the tensors were rounded, if they were.
+
+    Raises:
+        RuntimeError: if an array differs in a bit.
+    """
     # numpy has no bfloat16; float32 holds its values
     wide = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}
     back = timm_to_haiku(wide)
-    total, wrong = 0, []
+    total = 0
+    wrong: list[str] = []
     for module, entries in params.items():
         for name, array in entries.items():
             got = back[module][name]

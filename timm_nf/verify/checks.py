@@ -6,10 +6,10 @@ bound it has to keep; what a device cannot check is a row of its own and never c
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import timm
@@ -22,11 +22,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import convert
-from . import stock as twins
-from .golden import golden_model, image, load_golden, relative_error
+from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from .._progress import Progress, silent
+from .._relative_error import relative_error
+from .._text import reason
+from . import stock
+from .golden import golden_model, image, load_golden
+
+__all__ = ["FORWARD", "OURS", "STEPS", "STOCK", "Check", "run"]
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 FORWARD = {
     "nfnet_f0": "nfnet_F0_1x64x64",
@@ -42,16 +47,12 @@ _TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16,
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the verification; `ok` is None where this machine could not check it."""
+    """The result of one check; `ok` is None where this machine could not check it."""
 
     name: str
     measured: str
     bound: str
     ok: bool | None
-
-
-def _untracked(items: Iterable[_T], description: str) -> Iterable[_T]:
-    return items
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     imagenet_val: str | Path | None = None,
     weights: str | Path | None = None,
     use_ema: bool = False,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = _untracked,
+    track: Progress = silent,
 ) -> Iterator[Check]:
     """Run all checks and yield their rows; a part that stops with an exception is a failed row.
 
@@ -72,7 +73,7 @@ def run(
         imagenet_val: A folder of validation pictures in one folder per class, to compare accuracies as well.
         weights: A file of weights trained as one of timm's dm_nfnet_f*, to compare on these pictures instead.
         use_ema: The averaged weights in that file.
-        track: Shows progress: takes items (with a length) and a description, yields the items.
+        track: Shows progress.
 
     Raises:
         ValueError: before any row, if `weights` cannot be read, are another network's or come without `imagenet_val`.
@@ -81,7 +82,7 @@ def run(
         raise ValueError("weights need pictures to compare the networks on: give imagenet_val")
     where = torch.device(device)
     torch.empty(1, device=where)  # a device that is not there stops here, before any row
-    pair = None if weights is None else twins.load(weights, use_ema)
+    pair = None if weights is None else stock.load_pair(weights, use_ema)
     parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         (name, lambda name=name: _forward_checks(name, where)) for name in FORWARD
     ]
@@ -97,16 +98,15 @@ def run(
                 yield from part()
         except Exception as error:  # whatever it was, the other parts are still worth knowing
             _logger.debug("%s stopped", name, exc_info=True)
-            reason = " ".join(str(error).split())
-            yield Check(f"{name}: stopped", f"{type(error).__name__}: {reason}"[:200], "no exception", False)
+            yield Check(f"{name}: stopped", reason(error), "no exception", False)
 
 
 def _at_most(name: str, measured: float, bound: float) -> Check:
     return Check(name, f"{measured:.1e}", f"{bound:.0e}", measured <= bound)  # NaN fails
 
 
-def _not_checked(name: str, reason: str) -> Check:
-    return Check(name, reason, "", None)
+def _not_checked(name: str, why: str) -> Check:
+    return Check(name, why, "", None)
 
 
 def _has_float64(device: torch.device) -> bool:
@@ -128,7 +128,7 @@ def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
     model, x = golden_model(name), image(1, 64, 64)
 
     def error(model: nn.Module, x: Tensor) -> float:
-        return max(relative_error(y, golden[key]) for key, y in _outputs(model, x).items())
+        return max(relative_error(y, torch.from_numpy(golden[key])) for key, y in _outputs(model, x).items())
 
     if _has_float64(device):
         model, x = model.to(device), x.to(device)
@@ -156,7 +156,7 @@ def _step_checks(device: torch.device) -> Iterator[Check]:
     model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
     x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
     optimizer = create_optimizer_v2(
-        model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=0.01, clip_eps=1e-3
+        model, "agcsgd", lr=0.02, momentum=0.9, weight_decay=2e-5, clip_factor=CLIP_FACTOR, clip_eps=CLIP_EPS
     )
     losses: list[Tensor] = []
     measured: dict[str, np.ndarray] = {}
@@ -172,10 +172,12 @@ def _step_checks(device: torch.device) -> Iterator[Check]:
         losses.append(F.cross_entropy(model(x), labels))
     measured |= _facts("param3", model.state_dict())
     kind = str(dtype).removeprefix("torch.")
-    yield _at_most(f"agcsgd, {kind}, losses", relative_error(torch.stack(losses), golden["losses"]), bound)
+    yield _at_most(
+        f"agcsgd, {kind}, losses", relative_error(torch.stack(losses), torch.from_numpy(golden["losses"])), bound
+    )
     for prefix, what in (("grad0", "first gradient"), ("param3", "parameters after 3 steps")):
         keys = [key for key in golden if key.startswith(f"{prefix}|")]
-        worst = max(relative_error(torch.from_numpy(measured[key]), golden[key]) for key in keys)
+        worst = max(relative_error(torch.from_numpy(measured[key]), torch.from_numpy(golden[key])) for key in keys)
         yield _at_most(f"agcsgd, {kind}, {what}", worst, bound)
 
 
@@ -242,9 +244,9 @@ def _pretrained_checks(
     device: torch.device,
     image_file: str | Path | None,
     imagenet_val: str | Path | None,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
+    track: Progress,
 ) -> Iterator[Check]:
-    ours, stock = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
+    ours, theirs = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
     data = resolve_model_data_config(ours, use_test_size=True)
     if image_file is None:
         what, x = "noise", image(1, *data["input_size"][1:]).float()
@@ -254,29 +256,29 @@ def _pretrained_checks(
         with Image.open(image_file) as picture:
             x = transform(picture.convert("RGB"))[None]
     x = x.to(device)
-    a, b = ours(x), stock(x)
+    a, b = ours(x), theirs(x)
     # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
     yield _at_most(f"{OURS} against timm's {STOCK}, {what}", relative_error(a, b), 3e-2)
     top1 = f"{a.argmax().item()} and {b.argmax().item()}"
     yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
-    yield _accuracies(twins.compare(ours, stock, imagenet_val, device, track))
+    yield _accuracies(stock.compare(ours, theirs, imagenet_val, device, track))
 
 
 def _checkpoint_checks(
-    pair: twins.Twins,
+    pair: stock.NetworkPair,
     folder: str | Path,
     device: torch.device,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
+    track: Progress,
 ) -> Iterator[Check]:
-    seen = twins.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
+    seen = stock.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
     label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {seen.images} images"
     yield _at_most(label, seen.error, 3e-2)
     yield _accuracies(seen)
 
 
-def _accuracies(seen: twins.Seen) -> Check:
-    ours, stock = seen.top1
-    measured = f"{ours:.2f} % and {stock:.2f} %"
-    return Check(f"top-1 of {seen.images} images, ours and timm's", measured, "within 0.5 %", abs(ours - stock) <= 0.5)
+def _accuracies(seen: stock.Agreement) -> Check:
+    ours, theirs = seen.top1
+    measured = f"{ours:.2f} % and {theirs:.2f} %"
+    return Check(f"top-1 of {seen.images} images, ours and timm's", measured, "within 0.5 %", abs(ours - theirs) <= 0.5)

@@ -1,4 +1,4 @@
-"""The authors' numbers and the synthetic parameters that they belong to."""
+"""The authors' numbers, and the synthetic parameters and images that they belong to."""
 
 import importlib.resources
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import convert
+
+__all__ = ["fill", "golden_model", "golden_params", "image", "load_golden"]
 
 
 def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
@@ -54,7 +56,7 @@ def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def golden_model(name: str, **kwargs: Any) -> nn.Module:
     """The network with the synthetic parameters, in float64 and evaluation mode; arguments as `timm.create_model`'s."""
-    # without initialising what is overwritten
+    # On the meta device first: values that are overwritten need no initialisation.
     model = timm.create_model(name, device="meta", dtype=torch.float64, **kwargs).to_empty(device="cpu")
     model.load_state_dict(golden_params(model.state_dict()))
     return model.eval()
@@ -67,9 +69,3 @@ def load_golden(file: str) -> dict[str, np.ndarray]:
         np.load(stream) as npz,
     ):
         return dict(npz)
-
-
-def relative_error(measured: Tensor, expected: Tensor | np.ndarray) -> float:
-    """Norm of the difference over the norm of what was expected, in float64."""
-    measured, expected = measured.double().cpu(), torch.as_tensor(expected).double().cpu()
-    return (torch.linalg.vector_norm(measured - expected) / torch.linalg.vector_norm(expected)).item()

@@ -1,9 +1,8 @@
-"""One file of weights in two networks, ours and timm's, and what the difference does to one's own pictures.
+"""One file of weights in two networks, ours and timm's, compared on one's own pictures.
 
 timm's dm_nfnet_f* has the parameters of our nfnet_f* and computes another function with them, 1.8 % off on logits.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,14 @@ from timm.models import is_model
 from torch import nn
 
 from .. import checkpoint, convert
+from .._progress import Progress
 from ..convert.infer import infer_variant
+
+__all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
 
 @dataclass(frozen=True)
-class Twins:
+class NetworkPair:
     """The same weights in our network `name` and in timm's `dm_` + `name`, float32 and in evaluation mode."""
 
     name: str
@@ -28,13 +30,13 @@ class Twins:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What two networks made of the same pictures.
+class Agreement:
+    """How far two networks agree on the same pictures.
 
     Attributes:
         images: Their number.
         top1: Accuracy of both, in percent.
-        error: Of the first one's logits, all together: norm of the difference over the norm of the second one's.
+        error: Norm of the difference of all logits, over the norm of the second network's.
     """
 
     images: int
@@ -42,7 +44,7 @@ class Seen:
     error: float
 
 
-def load(file: str | Path, use_ema: bool = False) -> Twins:
+def load_pair(file: str | Path, use_ema: bool = False) -> NetworkPair:
     """Weights that were trained as one of timm's dm_nfnet_f*, which is recognised by their shapes.
 
     Args:
@@ -71,7 +73,7 @@ def load(file: str | Path, use_ema: bool = False) -> Twins:
     ours = build(name, fields)
     # which in timm's network do not follow the stages
     widths = {"stem_chs": ours.cfg.stem_out_chs(), "num_features": ours.cfg.final_chs()}
-    return Twins(name, content.origin, ours, build(f"dm_{name}", fields | widths))
+    return NetworkPair(name, content.origin, ours, build(f"dm_{name}", fields | widths))
 
 
 @torch.no_grad()
@@ -80,8 +82,8 @@ def compare(
     stock: nn.Module,
     folder: str | Path,
     device: torch.device,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
-) -> Seen:
+    track: Progress,
+) -> Agreement:
     """Show two networks the pictures of a folder, prepared as the first one's config says.
 
     Args:
@@ -90,7 +92,7 @@ def compare(
         folder: With a folder of pictures for every class: ImageNet's synsets, also a part of them, or as many as the
             networks have classes, which count in the order of their names.
         device: Of both networks.
-        track: Shows progress: takes items (with a length) and a description, yields the items.
+        track: Shows progress.
 
     Raises:
         ValueError: if the folders are neither.
@@ -113,4 +115,4 @@ def compare(
         sums += torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
         count += len(labels)
     ours_top1, stock_top1 = (100 * hits / count).tolist()
-    return Seen(count, (ours_top1, stock_top1), (sums[0] / sums[1]).sqrt().item())
+    return Agreement(count, (ours_top1, stock_top1), (sums[0] / sums[1]).sqrt().item())
