@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["FAMILIES", "haiku_to_timm", "layout", "timm_to_haiku"]
+
 # haiku name -> timm name, axes in haiku, axes in timm, where those beyond haiku's have length 1
 _CONV = {"w": ("weight", 4, 4), "gain": ("gain", 1, 4), "bias": ("bias", 1, 1)}
 _LINEAR = {"w": ("weight", 2, 2), "b": ("bias", 1, 1)}
@@ -149,7 +151,10 @@ def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
                     f"expected arrays of a dtype that torch has, got {copy.dtype} for {module}/{name}; convert them "
                     "first, array.astype(np.float32)"
                 ) from None
-            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.mT if value.ndim == 2 else value
+            if value.ndim == 4:  # HWIO
+                value = value.permute(3, 2, 0, 1)
+            elif value.ndim == 2:  # IO
+                value = value.mT
             state_dict[target] = value.reshape(*value.shape, *[1] * (axes - value.ndim)).contiguous()
     return state_dict
 
@@ -199,7 +204,10 @@ def timm_to_haiku(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.nd
     for target, tensor in state_dict.items():
         (module, name), axes = sources[target]
         value = tensor.detach().cpu().reshape(tensor.shape[:axes])
-        value = value.permute(2, 3, 1, 0) if axes == 4 else value.mT if axes == 2 else value
+        if axes == 4:
+            value = value.permute(2, 3, 1, 0)
+        elif axes == 2:
+            value = value.mT
         try:
             params.setdefault(module, {})[name] = np.array(value.numpy(), order="C")
         except TypeError:

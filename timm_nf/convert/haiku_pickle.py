@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+__all__ = ["load_haiku"]
+
 
 class _Name(enum.Enum):
     NDARRAY = enum.auto()
@@ -269,6 +271,15 @@ def _tree(value: Any, size: int) -> dict[str, dict[str, np.ndarray]]:
     return arrays
 
 
+def _other_file_type(head: bytes) -> str | None:
+    """What a file is that begins so, if it is known and no pickle."""
+    if not head:
+        return "empty"
+    if head[8:10] == b'{"':
+        return "a safetensors file"
+    return next((name for magic, name in _FILE_TYPES.items() if head.startswith(magic)), None)
+
+
 def load_haiku(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
     """The parameter tree in one of the authors' checkpoints; no code from the file runs, whatever is in it.
 
@@ -286,10 +297,8 @@ def load_haiku(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]
     with open(path, "rb") as file:
         head = file.read(32)
         file.seek(0)
-        kind = next((kind for magic, kind in _FILE_TYPES.items() if head.startswith(magic)), None)
-        kind = "a safetensors file" if head[8:10] == b'{"' else "empty" if not head else kind
-        if kind is not None:
-            raise ValueError(f"{path}: expected the authors' checkpoint, a pickle, but the file is {kind}")
+        if other := _other_file_type(head):
+            raise ValueError(f"{path}: expected the authors' checkpoint, a pickle, but the file is {other}")
         stream = _Stream(file)
         try:
             return _tree(_run(stream), stream.size)

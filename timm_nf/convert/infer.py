@@ -13,6 +13,8 @@ from ..variants import VARIANTS, NfCfg
 from .haiku import FAMILIES, haiku_to_timm, layout
 from .haiku_pickle import load_haiku
 
+__all__ = ["infer_variant", "load_haiku_into"]
+
 
 def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
     """Name and overrides with which `timm.create_model(name, **overrides)` has the shapes of an authors' tree.
