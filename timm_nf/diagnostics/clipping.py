@@ -19,17 +19,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_model_data_config
-from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._progress import Progress, silent
-from ..checkpoint import build, read
+from ..checkpoint import fill, read
 from ..optim import agc
 from ..optim.gradients import parameters_with_gradient
 from ..optim.groups import classifier_weights
-from ..variants import VARIANTS
 
 __all__ = [
     "QUANTILES",
@@ -203,14 +201,7 @@ def network_and_batches(
 
 def _trained(name: str, file: Path) -> nn.Module:
     """The network with the weights of a file, and a classifier of the file's size."""
-    if file.suffix == ".npz":  # the authors', which only our networks load
-        if name.partition(".")[0] not in VARIANTS:
-            raise ValueError(f"{file} cannot be loaded into {name}: expected a checkpoint of train.py or safetensors")
-        return timm.create_model(name, checkpoint_path=file)
-    weights = read(file)
-    cfg = get_pretrained_cfg(name)
-    classifier = weights.state_dict.get(f"{cfg.classifier}.weight") if cfg else None
-    return build(name, weights, None if classifier is None else len(classifier)).float()
+    return fill(name, read(file)).float()
 
 
 def measure_clip_range(

@@ -15,8 +15,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._progress import Progress, silent
 from .._relative_error import relative_error
 from .._text import reason
+from ..inference.images import reader
 from . import stock
 from .golden import golden_model, image, load_golden
 
@@ -252,9 +252,7 @@ def _pretrained_checks(
         what, x = "noise", image(1, *data["input_size"][1:]).float()
     else:
         what = Path(image_file).name
-        transform: Any = create_transform(**data, is_training=False)
-        with Image.open(image_file) as picture:
-            x = transform(picture.convert("RGB"))[None]
+        x = reader(ours)(image_file)[None]
     x = x.to(device)
     a, b = ours(x), theirs(x)
     # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.

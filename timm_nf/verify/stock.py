@@ -54,10 +54,7 @@ def load_pair(file: str | Path, use_ema: bool = False) -> NetworkPair:
     Raises:
         ValueError: if the file cannot be read, or timm has no such network.
     """
-    if Path(file).suffix == ".npz":
-        content = checkpoint.Checkpoint(convert.haiku_to_timm(convert.load_haiku(file)), str(file))
-    else:
-        content = checkpoint.read(file, use_ema)
+    content = checkpoint.read(file, use_ema)
     name, fields = infer_variant(convert.timm_to_haiku(content.state_dict))
     if not is_model(f"dm_{name}"):
         raise ValueError(f"expected weights of one of timm's dm_nfnet_f0 to f6 in {content.origin}, got a {name}'s")
