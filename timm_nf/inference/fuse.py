@@ -16,6 +16,8 @@ from torch import nn
 
 from ..layers.std_conv import ScaledStdConv2d, bake
 
+__all__ = ["fuse"]
+
 
 def _fuse_stock(conv: Any) -> nn.Conv2d:
     """One of timm's layers, which standardise by batch_norm over the fan-in: eps is added to the variance."""

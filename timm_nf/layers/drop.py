@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+__all__ = ["StochasticDepth"]
+
 
 class StochasticDepth(nn.Module):
     """Zeroes the residual branch of whole examples in training; the survivors are not rescaled.

@@ -1,5 +1,7 @@
 """TensorFlow's SAME rule, by which all convolutions and pools of the authors are padded."""
 
+__all__ = ["same_padding"]
+
 
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     """Zeros before and after one axis under TensorFlow's SAME rule, for a kernel at least as large as its stride."""
