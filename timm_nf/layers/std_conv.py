@@ -12,12 +12,23 @@ from torch import Tensor, nn
 
 from .padding import same_padding
 from .standardize import standardize_weight
+from .standardize_triton import standardize, takes_kernel
 
 __all__ = ["SameConv2d", "ScaledStdConv2d", "bake"]
 
 torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
 _Pair = int | tuple[int, int]
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """In which autocast would convolve with the weight, if a kernel can write that."""
+    # autocast leaves float64 alone and knows no meta tensors
+    if takes_kernel(weight) and not weight.is_meta and weight.dtype is not torch.float64:
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 def _both_axes(name: str, value: _Pair) -> int:
@@ -176,7 +187,12 @@ class ScaledStdConv2d(SameConv2d):
             nn.init.ones_(self.gain)
 
     def effective_weight(self) -> Tensor:
-        """(O, I, K, K): the standardised weight with gain and scale in it."""
+        """(O, I, K, K): the standardised weight with gain and scale in it.
+
+        On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
+        """
+        if (dtype := _autocast_dtype(self.weight)) is not None:
+            return standardize(self.weight, self.gain, out_dtype=dtype, scale=self.scale)
         return standardize_weight(self.weight, self.gain, scale=self.scale)
 
     def fuse(self) -> nn.Conv2d:
@@ -196,7 +212,7 @@ class ScaledStdConv2d(SameConv2d):
             self.groups,
             device="meta",
         )
-        return bake(plain, self, self.effective_weight())
+        return bake(plain, self, standardize_weight(self.weight, self.gain, scale=self.scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.4f}"

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
-_STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
-_EAGER_TYPES = (Tensor, nn.Parameter, FakeTensor)
+from ._eager import is_eager
+from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_dtype, vjp
+
 _NO_PROJECTION = 1e9  # its square is lost in float64
 
 _logger = logging.getLogger(__name__)
@@ -40,16 +40,11 @@ def takes_kernel(weight: Tensor) -> bool:
     Meta tensors, and fake ones of such a device, go the way of the device that they stand for. What traces, compiles or
     exports sees the formula, and so do subclasses of tensors, which may not hold their elements in one piece.
     """
-    return (
-        type(weight) in _EAGER_TYPES
-        and weight.device.type != "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    return is_eager(weight) and weight.device.type != "cpu"
 
 
 def standardize(
-    weight: Tensor, gain: Tensor, eps: float = _STD_EPS, out_dtype: torch.dtype | None = None, scale: float = 1.0
+    weight: Tensor, gain: Tensor, eps: float = STD_EPS, out_dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> Tensor:
     """Weight with zero mean and norm `gain * scale` over the fan-in of every output channel.
 
@@ -71,11 +66,7 @@ def standardize(
     Raises:
         ValueError: if there is not exactly one gain for every output channel.
     """
-    if gain.numel() != weight.shape[0]:
-        raise ValueError(
-            f"expected one gain for each of the {weight.shape[0]} output channels of a weight of shape "
-            f"{tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
-        )
+    check_gain(weight, gain)
     if _has_triton(weight.device.type):
         function = _Kernel if torch._C._are_functorch_transforms_active() else _EagerKernel
         return function.apply(weight, gain, eps, out_dtype or weight.dtype, scale)
@@ -103,14 +94,9 @@ def _has_triton(device_type: str) -> bool:
 
 @cache
 def _kernels() -> ModuleType:
-    from . import standardize_kernels
+    from . import _standardize_kernels
 
-    return standardize_kernels
-
-
-def _dtype(weight: Tensor, gain: Tensor) -> torch.dtype:
-    """Of the statistics."""
-    return torch.float64 if torch.float64 in (weight.dtype, gain.dtype) else torch.float32
+    return _standardize_kernels
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
@@ -145,14 +131,14 @@ def _backward_meta(grad: Tensor, weight: Tensor, gain: Tensor, eps: float, scale
 def _forward_triton(weight: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, scale: float) -> Tensor:
     out = _forward_meta(weight, gain, eps, dtype, scale)
     kernels = _kernels()
-    kernels.launch(kernels.FORWARD, (weight, gain, out), weight, eps, scale, _dtype(weight, gain))
+    kernels.launch(kernels.FORWARD, (weight, gain, out), weight, eps, scale, statistics_dtype(weight, gain))
     return out
 
 
 def _backward_triton(grad: Tensor, weight: Tensor, gain: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
     grads = _backward_meta(grad, weight, gain, eps, scale)
     kernels = _kernels()
-    kernels.launch(kernels.BACKWARD, (grad, weight, gain, *grads), weight, eps, scale, _dtype(weight, gain))
+    kernels.launch(kernels.BACKWARD, (grad, weight, gain, *grads), weight, eps, scale, statistics_dtype(weight, gain))
     return grads
 
 
@@ -163,49 +149,7 @@ _LIBRARY.impl("standardize", _forward_meta, "Meta")
 _LIBRARY.impl("standardize_backward", _backward_meta, "Meta")
 
 
-# --- what both ways have in common: derivatives that can be differentiated again, and batches ---
-
-
-def _unit_rows(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(O, N) centred rows over their floored norm, (O, 1) one over that norm, (O, 1) whether it is not the floor."""
-    rows = weight.flatten(1).to(dtype)
-    rows = rows - rows.mean(1, keepdim=True)
-    rows = rows - rows.mean(1, keepdim=True)
-    norm2 = rows.square().sum(1, keepdim=True)
-    inverse = norm2.clamp(min=eps).rsqrt()
-    return rows * inverse, inverse, norm2 >= eps
-
-
-def _vjp(grad: Tensor, weight: Tensor, gain: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    dtype = _dtype(weight, gain)
-    unit, inverse, free = _unit_rows(weight, eps, dtype)
-    grad = grad.reshape(unit.shape).to(dtype)  # torch has no batches of gradients for flatten
-    along = (grad * unit).sum(1, keepdim=True)  # under the floor the norm is a constant, nothing is projected out
-    inner = grad - grad.mean(1, keepdim=True) - torch.where(free, along, torch.zeros_like(along)) * unit
-    grad_weight = inner * (gain.view(-1, 1).to(dtype) * scale * inverse)
-    return grad_weight.view_as(weight).to(weight.dtype), (along * scale).view_as(gain).to(gain.dtype)
-
-
-def _jvp(ctx: Any, grad_weight: Tensor | None, grad_gain: Tensor | None) -> Tensor:
-    """The Jacobian of a row is symmetric in the weight, and the output is linear in the gain."""
-    weight, gain = ctx.saved_for_forward
-    dtype = _dtype(weight, gain)
-    out = torch.zeros_like(weight, dtype=dtype)
-    if grad_weight is not None:
-        out = out + _vjp(grad_weight.to(dtype), weight.to(dtype), gain, ctx.eps, ctx.scale)[0]
-    if grad_gain is not None:
-        unit = _unit_rows(weight, ctx.eps, dtype)[0]
-        out = out + (unit * (grad_gain.view(-1, 1).to(dtype) * ctx.scale)).view_as(weight)
-    return out.to(ctx.dtype)
-
-
-def _as_rows(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> list[Tensor]:
-    """Rows are independent, so a batch of weights is one weight with more rows."""
-    batch = [
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(args, in_dims, strict=False)
-    ]
-    return [x.flatten(0, 1) for x in batch]
+# --- the way of a device with Triton ---
 
 
 class _Kernel(torch.autograd.Function):
@@ -226,18 +170,19 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (weight, gain) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_vjp(grad, weight, gain, ctx.eps, ctx.scale), None, None, None
+            return *vjp(grad, weight, gain, ctx.eps, ctx.scale), None, None, None
         memory_format = _memory_format(weight)
         grad, weight = (x.contiguous(memory_format=memory_format) for x in (grad, weight))
         return *_backward(grad, weight, gain.contiguous(), ctx.eps, ctx.scale), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _jvp(ctx, *tangents[:2])
+        weight, gain = ctx.saved_for_forward
+        return jvp(weight, gain, tangents[0], tangents[1], ctx.eps, ctx.scale).to(ctx.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        out = _Kernel.apply(*_as_rows(info, in_dims, *args[:2]), *args[2:])
+        out = _Kernel.apply(*as_rows(info, in_dims, *args[:2]), *args[2:])
         return out.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -279,7 +224,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, scale: float) -> tuple[Tensor, ...]:
-        memory_format, stats_dtype = _memory_format(weight), _dtype(weight, gain)
+        memory_format, stats_dtype = _memory_format(weight), statistics_dtype(weight, gain)
         floor, constant = _constants(weight, eps, stats_dtype, scale)
         weight = weight.contiguous(memory_format=memory_format)
         rows = _rows(weight, memory_format)
@@ -306,7 +251,7 @@ class _Plain(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         if torch.is_grad_enabled():
-            return *_vjp(grad, weight, gain, ctx.eps, ctx.scale), None, None, None
+            return *vjp(grad, weight, gain, ctx.eps, ctx.scale), None, None, None
         memory_format = _memory_format(weight)
         floor, constant = _constants(weight, ctx.eps, mean.dtype, ctx.scale)
         grad, weight = (x.contiguous(memory_format=memory_format) for x in (grad, weight))
@@ -325,9 +270,10 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        return _jvp(ctx, *tangents[:2]), None, None, None
+        weight, gain = ctx.saved_for_forward
+        return jvp(weight, gain, tangents[0], tangents[1], ctx.eps, ctx.scale).to(ctx.dtype), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _Plain.apply(*_as_rows(info, in_dims, *args[:2]), *args[2:])
+        outputs = _Plain.apply(*as_rows(info, in_dims, *args[:2]), *args[2:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from timm_nf.standardize_triton import standardize
+from timm_nf.layers.standardize_triton import standardize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCALE = 1.7015043497085571

@@ -13,17 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf import standardize_triton
-from timm_nf.standardize_triton import standardize, takes_kernel
+from tests.support import ROOT, fake_cuda
+from tests.support.small_nets import create
+from timm_nf.layers import ScaledStdConv2d, standardize_triton, standardize_weight
+from timm_nf.layers.standardize_triton import standardize, takes_kernel
 
 HERE = Path(__file__).parent
 
 
 def python(*arguments: str, **environment: str) -> str:
     """What Python prints in a process of its own, which has to succeed."""
-    environment = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **environment}
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     run = subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
@@ -54,7 +57,7 @@ def compiled(kernel: Any, fan_in: int, weight: str, out: str, target: Any) -> An
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    from timm_nf.standardize_kernels import tiling
+    from timm_nf.layers._standardize_kernels import tiling
 
     types = {
         "weight": f"*{weight}", "grad_weight": f"*{weight}", "gain": f"*{weight}", "grad_gain": f"*{weight}",
@@ -78,7 +81,7 @@ def triton_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def targets(fan_in: int) -> list[Any]:
     """The two kernels for rows of this length."""
-    from timm_nf.standardize_kernels import BACKWARD, FORWARD, MAX_COLUMNS
+    from timm_nf.layers._standardize_kernels import BACKWARD, FORWARD, MAX_COLUMNS
 
     return [pair[fan_in > MAX_COLUMNS] for pair in (FORWARD, BACKWARD)]
 
@@ -147,7 +150,7 @@ def test_a_launch_gives_triton_the_arguments_that_the_kernel_has(
     shape: tuple[int, ...], names: list[str], programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
-    from timm_nf.standardize_kernels import BACKWARD, FORWARD, launch
+    from timm_nf.layers._standardize_kernels import BACKWARD, FORWARD, launch
 
     started = []
 
@@ -306,6 +309,37 @@ def test_what_is_traced_compiled_or_exported_takes_the_formula() -> None:
     assert seen == [False]
 
 
+def test_a_convolution_on_an_accelerator_takes_one_kernel_and_under_autocast_its_dtype() -> None:
+    with FakeTensorMode():
+        conv = ScaledStdConv2d(4, 8, 3, scale=1.7, device="cuda")
+        x = torch.empty(2, 4, 6, 6, device="cuda")
+        for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+            with fake_cuda.autocast(enabled), Operations() as operations:
+                assert conv(x).dtype is conv.effective_weight().dtype is dtype
+            casts = ["_to_copy"] * 2 * enabled  # of the input and of the bias
+            names = [name for name in operations.names if name != "device"]
+            assert sorted(names) == [*casts, "standardize", "standardize"]
+            with fake_cuda.autocast(enabled):
+                assert conv.fuse().weight.dtype is torch.float32
+
+
+def test_what_make_fx_records_of_cpu_tensors_holds_no_operation_of_ours() -> None:
+    weight, gain = torch.empty(8, 4, 3, 3), torch.empty(8, 1, 1, 1)
+    graph = make_fx(lambda w, g: standardize_weight(w, g), tracing_mode="fake")(weight, gain)
+    assert "timm_nf" not in graph.code
+    assert "addcmul" in graph.code
+
+
+def test_a_network_on_the_meta_device_exports_without_operations_of_ours() -> None:
+    # Its tensors would take the kernels, but what records them sees the formula.
+    model, x = create("NFNet", device="meta").eval(), torch.empty(1, 3, 32, 32, device="meta")
+    with Operations() as operations:
+        model(x)
+    assert "standardize" in operations.names
+    exported = torch.export.export(model, (x,), strict=False).run_decompositions()
+    assert "timm_nf" not in exported.graph_module.code
+
+
 # --- without Triton ---
 
 
@@ -316,7 +350,7 @@ def test_without_triton_the_operations_exist_and_the_plain_way_is_taken() -> Non
 import sys
 sys.modules["triton"] = None
 import torch
-from timm_nf.standardize_triton import _has_triton, standardize
+from timm_nf.layers.standardize_triton import _has_triton, standardize
 weight = torch.empty(4, 3, 3, 3, device="meta", requires_grad=True)
 out = standardize(weight, torch.empty(4, 1, 1, 1, device="meta"))
 out.backward(torch.empty_like(out))
