@@ -22,7 +22,7 @@ ORDER = [
     "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers", "_gain_names",
     "layers._eager", "layers._standardize_formula", "layers._standardize_kernels", "layers.standardize_triton",
     "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
-    "layers.squeeze_excite", "layers.drop", "layers",
+    "layers.residual", "layers.squeeze_excite", "layers.drop", "layers",
     "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",
     "models.blocks", "models.nfnets", "models", "nfnets",
     "optim.sharded", "optim.gradients", "optim.agc", "optim.groups", "optim.fused_sgd", "optim.optimizer",

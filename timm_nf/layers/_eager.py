@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 _TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
+@torch.jit.unused  # TorchScript compiles also what it will not call
 def is_eager(x: Tensor) -> bool:
     """Whether `x` is an ordinary tensor and nothing compiles, exports or traces.
 

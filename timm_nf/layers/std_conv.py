@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._eager import is_eager
 from .padding import same_padding
 from .standardize import standardize_weight
 from .standardize_triton import standardize, takes_kernel
@@ -112,9 +113,37 @@ class SameConv2d(nn.Conv2d):
         if self.same_pad:
             top, bottom = same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
             left, right = same_padding(input.shape[-1], self.kernel_size[1], self.stride[1])
+            if not torch.jit.is_scripting() and self._cuts(input, (top, left), (bottom, right)):
+                return self._unpadded(input, (top, left), (bottom, right))
             input = F.pad(input, (left, right, top, bottom))
         weight = self.effective_weight()
         return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @torch.jit.unused
+    def _cuts(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> bool:
+        """Whether `_unpadded` is the way, since it costs less than a padded copy of the input.
+
+        On CPUs a row and a column of outputs more do not: the activation behind them takes longer over the part that
+        is left.
+        """
+        if not is_eager(input):
+            return False
+        return before == after or (
+            input.device.type != "cpu" and self.in_channels * self.stride[0] ** 2 > self.out_channels
+        )
+
+    @torch.jit.unused
+    def _unpadded(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+        """The convolution without a padded copy of its input.
+
+        torch pads both ends alike. Where SAME wants one zero more at the end, a stride more at either end moves no
+        window and adds one in front, whose output is cut off.
+        """
+        more = [int(a != b) for a, b in zip(before, after, strict=True)]
+        padding = [b + m * s for b, m, s in zip(before, more, self.stride, strict=True)]
+        weight = self.effective_weight()
+        out = F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return out[..., more[0] :, more[1] :] if any(more) else out
 
 
 class ScaledStdConv2d(SameConv2d):
