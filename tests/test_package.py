@@ -23,7 +23,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
     "_gain_names",
-    "layers": "standardize padding activations std_conv pool2d_same squeeze_excite drop",
+    "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
+    "residual std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
     "optim": "sharded gradients agc groups fused_sgd optimizer factory",

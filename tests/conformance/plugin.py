@@ -43,6 +43,7 @@ OURS_INSTEAD: dict[str, tuple[Any, ...]] = {
     "test_prune_to_stem_feature": (),
     "test_reset_classifier_keeps_pool": (),
     "test_resnetv2_stem_feature_odd_size": ({},),
+    "test_model_init_weights_after_to_empty": ({},),
 }
 # On the meta device, where even the largest variants fit: run on all of them with --every-config.
 ON_META = "test_model_default_cfgs"
@@ -62,7 +63,6 @@ EXCLUDED: dict[str, dict[str, str]] = {
         "test_model_features_pretrained": _NETWORK,
         "test_model_default_cfgs_non_std": "transformers and hybrids; ours take test_model_default_cfgs",
         "test_catavgmax_unsupported": "claims that a pooling is refused; ours support it",
-        "test_model_init_weights_after_to_empty": "needs init_weights(), which timm's convolutional networks lack",
         "test_forward_after_prune_intermediate_layers": "claims that nothing follows the last stage",
         "test_headless_checkpoint_reload": "tests the checkpoint_filter_fn of other architectures",
         "test_feature_hook_net_grad_checkpointing_order": "feature hooks on Xception; ours are read by wrapped lists",

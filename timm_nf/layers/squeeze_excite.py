@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..variants import squeeze_chs
+from .residual import global_mean
 
 __all__ = ["GateConv2d", "SqueezeExcite"]
 
@@ -112,5 +113,4 @@ class SqueezeExcite(nn.Module):
         >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
         torch.Size([2, 6, 1, 1])
         """
-        x = x.mean((2, 3), keepdim=True)
-        return self.gate(self.fc2(self.act(self.fc1(x))))
+        return self.gate(self.fc2(self.act(self.fc1(global_mean(x)))))

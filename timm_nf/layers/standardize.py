@@ -13,51 +13,20 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ._eager import is_eager
+from ._standardize_formula import STD_EPS, as_rows, check_gain, formula, jvp, vjp
+from .standardize_triton import standardize, takes_kernel
+
 __all__ = ["destandardize_weight", "standardize_weight"]
 
-_STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
 _MAX_MEAN_TO_STD = 4.0  # group_norm computes w * a + b: a row whose mean is larger than this loses more than 2 bits
 
 
-def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula in plain tensor operations: four kernels over the weight, one temporary of its size.
-
-    Args:
-        weight: (O, I, K, K).
-        gain: (O, 1, 1, 1).
-        eps: Floor on N * variance.
-
-    Returns:
-        (O, I, K, K).
-    """
-    rows = weight.flatten(1)
-    # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
-    rows = rows - rows.mean(1, keepdim=True)
-    var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-    scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # not every converter knows addcmul
-        return (rows * scale - mean * scale).view_as(weight)
-    return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
-
-
-def _standardize_vjp(grad: Tensor, weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of `_standardize` as an expression that can be differentiated again."""
-    rows, grad = weight.flatten(1), grad.flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    rows = rows - rows.mean(1, keepdim=True)
-    norm2 = rows.square().sum(1, keepdim=True)  # N * variance
-    inverse = norm2.clamp(min=eps).rsqrt()
-    unit = rows * inverse
-    along = (grad * unit).sum(1, keepdim=True)  # under the floor the scale is a constant and nothing is projected out
-    inner = grad - grad.mean(1, keepdim=True) - torch.where(norm2 >= eps, along, torch.zeros_like(along)) * unit
-    return (inner * (gain.view(-1, 1) * inverse)).view_as(weight), along.view_as(gain)
-
-
 class _StandardizeOnCPU(torch.autograd.Function):
-    """`_standardize` through the group_norm kernels: one fused pass forward, one backward.
+    """The formula through the group_norm kernels: one fused pass forward, one backward.
 
     group_norm divides by sqrt(var + eps), not by sqrt(max(N * var, eps)): the two agree unless a row lies under the
-    floor. Weights with such a row, or with a row whose mean dwarfs its spread, go through `_standardize`, as does a
+    floor. Weights with such a row, or with a row whose mean dwarfs its spread, go through the formula, as does a
     backward pass that is itself differentiated. Looking at the statistics costs nothing on a CPU.
     """
 
@@ -80,7 +49,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
         except RuntimeError:  # under FakeTensorMode and make_fx the statistics have no values to look at
             exact = False
         if not exact:
-            out, rstd = _standardize(weight, gain, eps), rstd[:, :0]  # of no elements, which tells backward
+            out, rstd = formula(weight, gain, eps), rstd[:, :0]  # of no elements, which tells backward
         return out.view_as(weight), mean.view(-1), rstd.view(-1)
 
     @staticmethod
@@ -95,7 +64,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
         grad, _, _ = grads
         weight, gain, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled() or rstd.numel() == 0:
-            return *_standardize_vjp(grad, weight, gain, ctx.eps), None
+            return *vjp(grad, weight, gain, ctx.eps), None
         out_chs, fan_in = weight.shape[0], weight[0].numel()
         rows = (1, out_chs, fan_in)
         grad_weight, grad_scale, _ = torch.ops.aten.native_group_norm_backward(
@@ -106,28 +75,16 @@ class _StandardizeOnCPU(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
-        """Forward mode: the Jacobian of a row is symmetric in the weight, and the output is linear in the gain."""
-        (weight, gain), (grad_weight, grad_gain, _) = ctx.saved_for_forward, tangents
-        out = torch.zeros_like(weight)
-        if grad_weight is not None:
-            out = out + _standardize_vjp(grad_weight, weight, gain, ctx.eps)[0]
-        if grad_gain is not None:
-            out = out + _standardize(weight, grad_gain, ctx.eps)
-        return out, None, None
+        weight, gain = ctx.saved_for_forward
+        return jvp(weight, gain, tangents[0], tangents[1], ctx.eps), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Rows are independent, so a batch of weights is one weight with more rows."""
-        weight, gain, eps = args
-        batch = [
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip((weight, gain), in_dims, strict=False)
-        ]
-        outputs = _StandardizeOnCPU.apply(*(x.flatten(0, 1) for x in batch), eps)
+        outputs = _StandardizeOnCPU.apply(*as_rows(info, in_dims, *args[:2]), args[2])
         return tuple(x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in outputs), (0, 0, 0)
 
 
-def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS, scale: float = 1.0) -> Tensor:
+def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale: float = 1.0) -> Tensor:
     """Weight with zero mean and norm `gain * scale` over the fan-in of every output channel.
 
     `w_hat = (w - mean(w)) * gain * scale / sqrt(max(N * var(w), eps))` with N = I * K * K and the population variance.
@@ -150,11 +107,10 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS, scal
 
     Source: arXiv:2101.08692, section 4.2; nfnets/base.py, WSConv2D.standardize_weight.
     """
-    if not torch.jit.is_tracing() and gain.numel() != weight.shape[0]:  # sizes are tensors while torch.jit traces
-        raise ValueError(
-            f"expected one gain for each of the {weight.shape[0]} output channels of a weight of shape "
-            f"{tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
-        )
+    if takes_kernel(weight):
+        return standardize(weight, gain, eps, scale=scale)
+    if not torch.jit.is_tracing():  # where sizes are tensors
+        check_gain(weight, gain)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gain.dtype), torch.float32)
     if dtype != weight.dtype:
         return standardize_weight(weight.to(dtype), gain, eps, scale).to(weight.dtype)
@@ -162,13 +118,12 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS, scal
     if scale != 1.0:
         gain = gain * scale
     # Fake, distributed, traced and compiled tensors have no values to look at.
-    eager = type(weight) in (Tensor, nn.Parameter) and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
-    if eager and weight.device.type == "cpu":
+    if is_eager(weight) and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu":
         return _StandardizeOnCPU.apply(weight, gain, eps)[0]
-    return _standardize(weight, gain, eps)
+    return formula(weight, gain, eps)
 
 
-def destandardize_weight(weight: Tensor, eps: float = _STD_EPS) -> tuple[Tensor, Tensor]:
+def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, Tensor]:
     """A weight and a gain whose standardised weight is the given one, less its mean over the fan-in.
 
     Args:

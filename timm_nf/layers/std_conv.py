@@ -10,14 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._eager import is_eager
 from .padding import same_padding
 from .standardize import standardize_weight
+from .standardize_triton import standardize, takes_kernel
 
 __all__ = ["SameConv2d", "ScaledStdConv2d", "bake"]
 
 torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
 _Pair = int | tuple[int, int]
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """In which autocast would convolve with the weight, if a kernel can write that."""
+    # autocast leaves float64 alone and knows no meta tensors
+    if takes_kernel(weight) and not weight.is_meta and weight.dtype is not torch.float64:
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 def _both_axes(name: str, value: _Pair) -> int:
@@ -101,9 +113,37 @@ class SameConv2d(nn.Conv2d):
         if self.same_pad:
             top, bottom = same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
             left, right = same_padding(input.shape[-1], self.kernel_size[1], self.stride[1])
+            if not torch.jit.is_scripting() and self._cuts(input, (top, left), (bottom, right)):
+                return self._unpadded(input, (top, left), (bottom, right))
             input = F.pad(input, (left, right, top, bottom))
         weight = self.effective_weight()
         return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @torch.jit.unused
+    def _cuts(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> bool:
+        """Whether `_unpadded` is the way, since it costs less than a padded copy of the input.
+
+        On CPUs a row and a column of outputs more do not: the activation behind them takes longer over the part that
+        is left.
+        """
+        if not is_eager(input):
+            return False
+        return before == after or (
+            input.device.type != "cpu" and self.in_channels * self.stride[0] ** 2 > self.out_channels
+        )
+
+    @torch.jit.unused
+    def _unpadded(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+        """The convolution without a padded copy of its input.
+
+        torch pads both ends alike. Where SAME wants one zero more at the end, a stride more at either end moves no
+        window and adds one in front, whose output is cut off.
+        """
+        more = [int(a != b) for a, b in zip(before, after, strict=True)]
+        padding = [b + m * s for b, m, s in zip(before, more, self.stride, strict=True)]
+        weight = self.effective_weight()
+        out = F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return out[..., more[0] :, more[1] :] if any(more) else out
 
 
 class ScaledStdConv2d(SameConv2d):
@@ -176,7 +216,12 @@ class ScaledStdConv2d(SameConv2d):
             nn.init.ones_(self.gain)
 
     def effective_weight(self) -> Tensor:
-        """(O, I, K, K): the standardised weight with gain and scale in it."""
+        """(O, I, K, K): the standardised weight with gain and scale in it.
+
+        On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
+        """
+        if (dtype := _autocast_dtype(self.weight)) is not None:
+            return standardize(self.weight, self.gain, out_dtype=dtype, scale=self.scale)
         return standardize_weight(self.weight, self.gain, scale=self.scale)
 
     def fuse(self) -> nn.Conv2d:
@@ -196,7 +241,7 @@ class ScaledStdConv2d(SameConv2d):
             self.groups,
             device="meta",
         )
-        return bake(plain, self, self.effective_weight())
+        return bake(plain, self, standardize_weight(self.weight, self.gain, scale=self.scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.4f}"

@@ -2,7 +2,7 @@
 
 Constants live in weights, not in activations: gamma and beta scale the standardised weight of the convolution that
 follows (also through the average pool of a shortcut), alpha, the skip gain and the 2 of squeeze-excite scale its gate,
-so that a block ends in one addcmul (a product and a sum where it is traced, as not every converter knows addcmul).
+so that a block ends in one addcmul, see `add_scaled`.
 
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layers.activations import activation_gain, create_activation
 from ..layers.drop import StochasticDepth
 from ..layers.pool2d_same import SameAvgPool2d, SameMaxPool2d
+from ..layers.residual import add_scaled
 from ..layers.squeeze_excite import SqueezeExcite
 from ..layers.std_conv import ScaledStdConv2d
 from ..variants import DEEP_STEM, NfCfg
@@ -119,16 +120,13 @@ class NormFreeBlock(nn.Module):
         if self.attn is not None:
             out = out * (2 * self.attn(out))
         out = self.conv3(self.act3(out))
-        coefficient = self.alpha * self.skipinit_gain
-        if self.attn_last is not None:
-            coefficient = 2 * coefficient * self.attn_last(out)
+        gain = (self.alpha if self.attn_last is None else 2 * self.alpha) * self.skipinit_gain
         if self.drop_path is not None:
-            coefficient = self.drop_path(coefficient, out)
-        # The gain is float32 under autocast and, with one element, would make the block's output float32.
-        coefficient = coefficient.to(out.dtype)
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return shortcut + out * coefficient
-        return torch.addcmul(shortcut, out, coefficient)
+            gain = self.drop_path(gain, out)
+        gate: Tensor | None = None
+        if self.attn_last is not None:
+            gate = self.attn_last(out)
+        return add_scaled(shortcut, out, gain, gate)
 
 
 def make_stem(cfg: NfCfg, in_chans: int, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:

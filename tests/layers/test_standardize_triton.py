@@ -1,0 +1,311 @@
+"""What `standardize` promises, of whichever way it takes on this machine's CPU.
+
+That is the plain way as a rule, and the kernels under TRITON_INTERPRET=1: test_standardize_triton_targets.py runs this
+file once more so, in a process of its own, since Triton decides when it is imported.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from timm_nf.layers.standardize_triton import standardize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SCALE = 1.7015043497085571
+FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+
+
+def formula(weight: Tensor, gain: Tensor, eps: float = 1e-4, scale: float = 1.0) -> Tensor:
+    """Plain differentiable operations, for weights of any rank."""
+    axes = tuple(range(1, weight.ndim))
+    centred = weight - weight.mean(axes, keepdim=True)
+    centred = centred - centred.mean(axes, keepdim=True)
+    norm = centred.square().sum(axes, keepdim=True).clamp(min=eps).sqrt()
+    return centred * gain.view(norm.shape) * scale / norm
+
+
+def gain_like(weight: Tensor, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 1 + 0.3 * torch.randn(weight.shape[0], *[1] * (weight.ndim - 1), generator=generator, dtype=weight.dtype)
+
+
+def mixed_rows(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Ordinary, floored, constant, zero and mean-heavy rows, (5, 3, 2, 2)."""
+    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[1] *= 1e-3
+    weight[2] = 0.5
+    weight[3] = 0
+    weight[4] += 100
+    return weight.to(dtype)
+
+
+def norm(x: Tensor) -> float:
+    return float(x.detach().double().norm())
+
+
+def assert_equals_the_formula(
+    weight: Tensor, gain: Tensor, tolerance: float, eps: float = 1e-4, out_dtype: torch.dtype | None = None
+) -> None:
+    """Values and gradients, relative to their size, against float64."""
+    weight, gain = weight.detach().requires_grad_(), gain.detach().requires_grad_()
+    exact = weight.detach().double().requires_grad_(), gain.detach().double().requires_grad_()
+    out, expected = standardize(weight, gain, eps, out_dtype, SCALE), formula(*exact, eps, SCALE)
+    # A seed that no weight is drawn with: of a gradient along the weight rounding is all that would be left.
+    generator = torch.Generator().manual_seed(2**32 - 1)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    gradients = torch.autograd.grad(out, (weight, gain), cotangent)
+    expected_gradients = torch.autograd.grad(expected, exact, cotangent.double())
+    assert [x.dtype for x in (out, *gradients)] == [out_dtype or weight.dtype, weight.dtype, gain.dtype]
+    # That of the gain is a sum of N products, which may cancel.
+    sizes = norm(expected), norm(expected_gradients[0]), norm(cotangent)
+    for got, true, size in zip((out, *gradients), (expected, *expected_gradients), sizes, strict=True):
+        assert got.shape == true.shape
+        assert norm(got.double() - true) <= tolerance * size + 1e-30
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 9), st.sampled_from([1, 2, 3, 5])),
+    log_scale=st.floats(-6, 4),
+    mean_to_std=st.sampled_from([0.0, 0.5, 3.0, 1e4]),
+    constant=st.booleans(),
+    eps=st.sampled_from([1e-4, 1e-8, 10.0]),
+    memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    seed=st.integers(0, 2**31),
+)
+def test_values_and_gradients_equal_the_formula(
+    shape: tuple[int, int, int],
+    log_scale: float,
+    mean_to_std: float,
+    constant: bool,
+    eps: float,
+    memory_format: torch.memory_format,
+    seed: int,
+) -> None:
+    out_chs, in_chs, kernel = shape
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_chs, in_chs, kernel, kernel, generator=generator, dtype=torch.float64) + mean_to_std
+    weight *= 10**log_scale
+    if constant:
+        weight[0] = 0.25  # its mean is exact at any number of elements
+    # A row of one element has no gradient; a row of two has one of rounding only, so it is not compared.
+    if weight[0].numel() > 2:
+        assert_equals_the_formula(
+            weight.to(memory_format=memory_format), gain_like(weight, seed), 1e-11 * max(1, mean_to_std), eps
+        )
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.1, 10.0, 100.0])
+@FORMATS
+def test_a_mean_far_above_the_spread_loses_no_digits_in_float32(
+    mean: float, memory_format: torch.memory_format
+) -> None:
+    weight = mean + 0.01 * torch.randn(24, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert_equals_the_formula(weight.to(memory_format=memory_format), gain_like(weight), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "gain_dtype", "out_dtype"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float16),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float64, torch.float64, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+)
+@FORMATS
+def test_every_dtype_is_rounded_once(
+    weight_dtype: torch.dtype, gain_dtype: torch.dtype, out_dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    weight = 0.02 + 0.05 * torch.randn(6, 64, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gain = gain_like(weight).to(gain_dtype)
+    weight = weight.to(weight_dtype).to(memory_format=memory_format)
+
+    def unit(dtype: torch.dtype) -> float:
+        # Triton's interpreter cuts off what bfloat16 has no room for; test_standardize_triton_targets.py sees in the
+        # code of a GPU that it rounds to nearest.
+        half = 1.0 if INTERPRETED and dtype is torch.bfloat16 else 0.5
+        return half * torch.finfo(dtype).eps
+
+    out = standardize(weight, gain, out_dtype=out_dtype, scale=SCALE)
+    expected = formula(weight.double(), gain.double(), scale=SCALE)
+    statistics = 1e-6 if torch.float64 not in (weight_dtype, gain_dtype) else 1e-14
+    room = (unit(out_dtype) + statistics) * expected.abs() + statistics * expected.abs().max() + 3e-8
+    assert ((out.double() - expected).abs() <= room).all()
+    tolerance = max(unit(x) for x in (weight_dtype, gain_dtype, out_dtype)) + 1e-6
+    assert_equals_the_formula(weight, gain, tolerance, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 8193),
+        (2, 1024, 3, 3),
+        (4, 911, 3, 3),
+        (3, 8192),
+        (2, 2, 4097),
+        (300, 4),
+        (70, 3, 3),
+        (1, 5),
+        (6, 2, 2, 2, 3),
+    ],
+    ids=str,
+)
+def test_rows_of_any_number_and_length(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    assert_equals_the_formula(weight, gain_like(weight), 1e-11)
+    assert_equals_the_formula(weight.float(), gain_like(weight).float(), 1e-6)
+
+
+def test_a_long_row_loses_no_digits_to_its_mean_and_keeps_its_floor() -> None:
+    weight = torch.randn(5, 9000, generator=torch.Generator().manual_seed(0)) + 1e4
+    weight[1] = 1e-5 * torch.randn(9000, generator=torch.Generator().manual_seed(1))
+    weight[2] = 0.25
+    assert_equals_the_formula(weight, gain_like(weight), 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_rows_of_every_kind_in_one_weight(scale: float) -> None:
+    weight = mixed_rows() * scale
+    assert_equals_the_formula(weight, gain_like(weight), 1e-11)
+    assert not standardize(weight, gain_like(weight))[2:4].any()  # constant rows become exactly zero
+
+
+def test_a_gain_of_zero_has_a_gradient() -> None:
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_equals_the_formula(weight, torch.zeros(4, 1, 1, 1, dtype=torch.float64), 1e-12)
+
+
+def test_nan_in_one_row_stays_in_that_row() -> None:
+    weight = torch.randn(3, 4, 3, 3)
+    weight[1, 0, 0, 0] = math.nan
+    out = standardize(weight, gain_like(weight))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["nchw", "nhwc", "ndhwc", "transposed", "every second", "expanded", "part"])
+def test_strides_are_the_weights_and_odd_ones_are_copied(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, 4, 4, generator=generator, dtype=torch.float64)
+    weight = {
+        "nchw": lambda x: x,
+        "nhwc": lambda x: x.to(memory_format=torch.channels_last),
+        "ndhwc": lambda x: x[..., None].expand(-1, -1, -1, -1, 2).contiguous(memory_format=torch.channels_last_3d),
+        "transposed": lambda x: x.transpose(0, 1),
+        "every second": lambda x: x[:, :, ::2, 1::2],
+        "expanded": lambda x: x[:1].expand(5, -1, -1, -1),
+        "part": lambda x: x.to(memory_format=torch.channels_last)[1:5],
+    }[kind](weight)
+    assert_equals_the_formula(weight, gain_like(weight), 1e-12)
+    weight.requires_grad_()
+    out = standardize(weight, gain_like(weight).detach())
+    (grad,) = torch.autograd.grad(out.square().sum(), weight)
+    expected = weight.stride() if kind in ("nchw", "nhwc", "ndhwc", "part") else weight.contiguous().stride()
+    assert out.stride() == grad.stride() == expected
+
+
+def test_a_gain_between_other_numbers_is_read_where_it_is() -> None:
+    weight, gains = torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.randn(10, 1, 1, 1, dtype=torch.float64)
+    assert_equals_the_formula(weight, gains[::2], 1e-12)
+
+
+def test_a_gradient_of_other_strides_is_the_same_gradient() -> None:
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn(4, 3, 3, 3)
+    out = standardize(weight, gain_like(weight).detach())
+    (expected,) = torch.autograd.grad(out, weight, cotangent.to(memory_format=torch.channels_last), retain_graph=True)
+    (got,) = torch.autograd.grad(out, weight, cotangent)
+    assert torch.equal(got, expected)
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    weight, gain = torch.randn(33, 40, 3, 3, requires_grad=True), torch.ones(33, 1, 1, 1, requires_grad=True)
+    cotangent = torch.randn(33, 40, 3, 3)
+
+    def call() -> tuple[Tensor, ...]:
+        out = standardize(weight, gain)
+        return out, *torch.autograd.grad(out, (weight, gain), cotangent)
+
+    assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
+
+
+@pytest.mark.parametrize("gain", [torch.ones(3, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(())])
+def test_a_gain_of_another_length_is_refused_with_both_shapes(gain: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"\(4, 2, 3, 3\)") as error:
+        standardize(torch.ones(4, 2, 3, 3), gain)
+    assert str(tuple(gain.shape)) in str(error.value)
+
+
+# --- derivatives and transforms ---
+
+
+def scaled(weight: Tensor, gain: Tensor) -> Tensor:
+    return standardize(weight, gain, scale=SCALE)
+
+
+def scaled_formula(weight: Tensor, gain: Tensor) -> Tensor:
+    return formula(weight, gain, scale=SCALE)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # torch's own, on its way to jvp
+def test_first_and_second_derivatives_pass_the_numerical_check() -> None:
+    weight = mixed_rows()[..., :1].contiguous()
+    inputs = weight.requires_grad_(), gain_like(weight.detach()).requires_grad_()
+    assert gradcheck(scaled, inputs, atol=1e-6, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(scaled, inputs, atol=1e-5)
+
+
+def test_function_transforms_equal_those_of_the_formula() -> None:
+    weights = torch.stack([mixed_rows(), mixed_rows().flip(0), torch.randn(5, 3, 2, 2, dtype=torch.float64)])
+    gain = gain_like(weights[0])
+    gains = torch.stack([gain, 2 * gain, -gain])
+    target = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+
+    def loss(function: Callable) -> Callable:
+        return lambda w, g: (function(w, g) * target).sin().sum()
+
+    def transforms(function: Callable) -> list[Any]:
+        return [
+            torch.func.vmap(function)(weights, gains),
+            torch.func.vmap(function, (0, None))(weights, gain),
+            torch.func.vmap(function, (None, 0))(weights[0], gains),
+            torch.func.vmap(function, (1, 0), 1)(weights.movedim(0, 1), gains),
+            *torch.func.grad(loss(function), (0, 1))(weights[0], gain),
+            *torch.func.vmap(torch.func.grad(loss(function), (0, 1)))(weights, gains),
+            *torch.func.grad(lambda w, g: torch.func.vmap(loss(function))(w, g).sum(), (0, 1))(weights, gains),
+            *torch.func.jacrev(function, (0, 1))(weights[0], gain),
+            torch.func.vmap(torch.func.vmap(function))(weights[None], gains[None]),
+            torch.func.jacrev(torch.func.grad(loss(function)))(weights[2], gain),
+        ]
+
+    for got, expected in zip(transforms(scaled), transforms(scaled_formula), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_forward_mode_equals_that_of_the_formula_also_over_reverse_mode() -> None:
+    weight, gain = mixed_rows()[:3], gain_like(mixed_rows())[:3]
+    tangents = torch.randn(weight.shape, dtype=torch.float64), torch.randn(gain.shape, dtype=torch.float64)
+
+    def derivatives(function: Callable) -> list[Any]:
+        def slope(w: Tensor, g: Tensor) -> Any:
+            return torch.func.grad(lambda w, g: function(w, g).sin().sum(), (0, 1))(w, g)
+
+        return [torch.func.jvp(f, (weight, gain), tangents) for f in (function, slope)]
+
+    torch.testing.assert_close(derivatives(scaled), derivatives(scaled_formula), rtol=1e-9, atol=1e-10)

@@ -1,0 +1,18 @@
+"""What fake tensors of a CUDA device need on a machine without one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def autocast(enabled: bool = True) -> Iterator[None]:
+    """Autocast to bfloat16 on CUDA, which `torch.autocast` refuses where there is no such device."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+    torch.clear_autocast_cache()

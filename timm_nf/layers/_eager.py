@@ -1,0 +1,17 @@
+"""Whether a tensor is computed with now, or recorded for later."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_TYPES = (Tensor, nn.Parameter, FakeTensor)
+
+
+@torch.jit.unused  # TorchScript compiles also what it will not call
+def is_eager(x: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor and nothing compiles, exports or traces.
+
+    What records a computation sees plain tensor operations instead of our own, since compilers fuse those and files
+    hold nothing else. So do subclasses of tensors, which may not hold their elements in one piece.
+    """
+    return not torch.compiler.is_compiling() and type(x) in _TYPES and not torch.jit.is_tracing()

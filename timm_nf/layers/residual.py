@@ -1,0 +1,110 @@
+"""The end of a residual branch: the mean that its gate looks at, and the sum with the shortcut.
+
+Both are plain operations with a backward pass of their own, since torch's moves 13 tensors of the branch's size where 9
+do: `mean` divides the expanded gradient, not the small one, and `addcmul` multiplies by its `value` of 1. What
+compiles, exports, traces or scripts sees torch's own operations.
+
+Shapes: N examples, C channels, H and W.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._eager import is_eager
+
+__all__ = ["add_scaled", "global_mean"]
+
+
+class _GlobalMean(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.mean((-2, -1), keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return (grads[0] / (ctx.shape[-2] * ctx.shape[-1])).expand(ctx.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].mean((-2, -1), keepdim=True)
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
+    if not torch.jit.is_scripting() and is_eager(x):
+        return _GlobalMean.apply(x)
+    return x.mean((2, 3), keepdim=True)
+
+
+class _AddScaled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
+        return torch.addcmul(shortcut, out, _coefficient(out, gain, gate))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (out, gain, gate) = grads, ctx.saved_tensors
+        grad_shortcut = grad_out = grad_gain = grad_gate = None
+        if ctx.needs_input_grad[0]:
+            grad_shortcut = grad.to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_out = (grad * _coefficient(out, gain, gate)).to(out.dtype)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            along = _sum_to(grad * out, gain if gate is None else gate, gain.dtype)
+            grad_gain = _sum_to(along if gate is None else along * gate, gain, gain.dtype)
+            grad_gate = None if gate is None else (along * gain).to(gate.dtype)
+        return grad_shortcut, grad_out, grad_gain, grad_gate
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (out, gain, gate), (shortcut_t, out_t, gain_t, gate_t) = ctx.saved_for_forward, tangents
+        coefficient_t = gain_t if gate is None else gain_t * gate + gain * gate_t
+        return shortcut_t + out_t * _coefficient(out, gain, gate) + out * coefficient_t.to(out.dtype)
+
+
+def _coefficient(out: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
+    """In the dtype of `out`: the gain is float32 under autocast and, with one element, would make the sum float32."""
+    return (gain if gate is None else gain * gate).to(out.dtype)
+
+
+def _sum_to(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` summed over the axes along which `like` was broadcast to it, in the shape of `like`."""
+    shape = (1,) * (x.ndim - like.ndim) + like.shape
+    axes = [axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] > 1]
+    return (x.sum(axes, keepdim=True, dtype=dtype) if axes else x.to(dtype)).view(like.shape)
+
+
+def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`shortcut + out * gain * gate`, in the dtype of the first two.
+
+    Args:
+        shortcut: (N, C, H, W).
+        out: (N, C, H, W), of the branch.
+        gain: One for all, (1,), or one for each example, (N, 1, 1, 1).
+        gate: (N, C, 1, 1), none for 1.
+
+    Returns:
+        (N, C, H, W).
+    """
+    if not torch.jit.is_scripting() and is_eager(out):
+        return _AddScaled.apply(shortcut, out, gain, gate)
+    coefficient = _coefficient(out, gain, gate)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # not every converter knows addcmul
+        return shortcut + out * coefficient
+    return torch.addcmul(shortcut, out, coefficient)
