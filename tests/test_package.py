@@ -19,12 +19,13 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # A file may import those before it, never one after it. A package comes after the files in it that it re-exports.
 # fmt: off
 ORDER = [
-    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "variants", "_wrappers",
+    "version", "_progress", "_text", "_relative_error", "_clip_defaults", "_gain_names", "variants", "_wrappers",
     "layers.standardize", "layers.padding", "layers.activations", "layers.std_conv", "layers.pool2d_same",
     "layers.squeeze_excite", "layers.drop", "layers",
     "convert.haiku_pickle", "convert.haiku", "convert.infer", "convert",
     "models.blocks", "models.nfnets", "models", "nfnets",
-    "optim.sharded", "optim.gradients", "optim.agc", "optim.groups", "optim.fused_sgd", "optim.optimizer",
+    "optim.units", "optim.sharded", "optim.gradients", "optim.agc", "optim.exempt", "optim.groups",
+    "optim.fused_where_equal", "optim.optimizer",
     "optim.factory", "optim",
     "recipes", "env", "checkpoint",
     "inference.fuse", "inference.images", "inference.classify", "inference.export", "export", "inference.bench",
@@ -173,6 +174,8 @@ def test_imports_point_one_way(source: Path):
 def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
+        "_clip_defaults",
+        "_gain_names",
         "_wrappers",
     }
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .. import checkpoint as checkpoints
 from ..optim import agc
+from ..optim.exempt import classifier_weights
 from ..optim.gradients import parameters_with_gradient
-from ..optim.groups import classifier_weights
+from ..optim.units import unit_axes
 from ..variants import VARIANTS
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
@@ -156,6 +157,7 @@ def measure(
     endless = _again_and_again(batches)
     names = {id(p): name for name, p in model.named_parameters()}
     exempt = {id(p) for p in classifier_weights(model)}
+    axes = unit_axes(model)
     model.train()
 
     def backward() -> tuple[float, int]:
@@ -183,7 +185,7 @@ def measure(
             raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
         clipped = (p for p in model.parameters() if id(p) not in exempt)
         checked = parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
-        for units in agc.measure(checked, 0.01, _EPS):
+        for units in agc.measure(checked, 0.01, _EPS, lambda p: axes.get(id(p), 0)):
             for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
                 if not ratio.isfinite().all():
                     raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")
@@ -228,7 +230,13 @@ def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("expected at least one batch, got none")
 
 
-def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) -> list[dict[str, Any]]:
+class ParameterClipStats(agc.ClipStats):
+    """What would be clipped of the units of one parameter."""
+
+    name: str
+
+
+def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) -> list[ParameterClipStats]:
     """What adaptive clipping would do to the gradients that a backward pass has left; nothing is changed.
 
     Args:
@@ -246,12 +254,16 @@ def agc_stats(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
     Raises:
         ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
     """
-    agc.check_setting("clip_factor", clip_factor)
-    agc.check_setting("eps", eps)
+    clip_factor = agc.checked_setting("clip_factor", clip_factor)
+    eps = agc.checked_setting("eps", eps)
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     checked = parameters_with_gradient((p for _, p in named), lambda index, _: f"parameter {named[index][0]}")
-    rows = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
+    axes = unit_axes(model)
+    measured = agc.measure(checked, clip_factor, eps, lambda p: axes.get(id(p), 0))
     exempt = {id(p) for p in classifier_weights(model)}
-    for (_, p), row in zip(named, rows, strict=True):
-        row["clipped_fraction"] *= id(p) not in exempt
-    return [{"name": name, **row} for (name, _), row in zip(named, rows, strict=True)]
+    rows: list[ParameterClipStats] = []
+    for (name, p), row in zip(named, agc.summaries(measured, [[p] for _, p in named]), strict=True):
+        if id(p) in exempt:
+            row["clipped_fraction"] = 0.0
+        rows.append({"name": name, **row})
+    return rows

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .._wrappers import innermost
 from ..checkpoint import assign, fitted, skeleton
 from ..version import __version__
 from . import card as cards
@@ -79,7 +79,7 @@ def write_folder(
         RuntimeError: if what was written does not give the same tensors and logits.
     """
     folder = Path(folder)
-    source: Any = unwrap_model(model)
+    source: Any = innermost(model)
     own = _own_architecture(source)
     architecture = architecture or own
     if not timm.is_model(architecture):

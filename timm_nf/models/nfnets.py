@@ -28,6 +28,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .._gain_names import GAIN_NAMES
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation, activation_gain
 from ..layers.standardize import destandardize_weight, standardize_weight
@@ -196,7 +197,7 @@ class NormFreeNet(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the gains and skip gains, which the authors do not decay."""
-        return {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in ("gain", "skipinit_gain")}
+        return {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in GAIN_NAMES}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass instead of storing its activations."""
