@@ -27,7 +27,7 @@ WINGS = {
     "residual std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
-    "optim": "sharded gradients agc groups fused_sgd optimizer factory",
+    "optim": "units sharded gradients agc exempt groups fused_where_equal optimizer factory",
     "inference": "fuse images named classify export bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
@@ -180,8 +180,9 @@ def test_imports_point_one_way(source: Path):
 def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
-        "_wrappers",
+        "_clip_defaults",
         "_gain_names",
+        "_wrappers",
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nf.optim.agc import adaptive_clip_grad_, clip_checked_, unitwise_norm
+from timm_nf.optim.agc import Settings, adaptive_clip_grad_, clip_checked_, unitwise_norm
 
 SHAPES = [
     (8, 4, 3, 3),
@@ -302,7 +302,7 @@ def test_operations_on_lists_never_mix_devices_or_dtypes():
         parameter((4,), i, dtype, device=device) for i in range(2) for dtype in dtypes for device in ("meta", "cpu")
     ]
     with CountOperations() as count:  # behind the checks, which refuse meta beside others: it stands for an accelerator
-        clip_checked_([(params, 0.01, 1e-3)])
+        clip_checked_([(params, Settings())])
     assert sum(name == "_foreach_mul_" for name in count.names) == 6
     for tensors in count.lists:
         assert len(tensors) == 2

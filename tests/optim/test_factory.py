@@ -12,6 +12,8 @@ from torch import nn
 
 from timm_nf.optim.groups import param_groups_agc
 
+pytestmark = pytest.mark.filterwarnings("ignore:these parameters come without", "ignore:no classifier was found")
+
 
 def values(params):
     return [p.detach().clone() for p in params]

@@ -17,14 +17,28 @@ def parameter(grad, dtype=torch.float32):
     return p
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, -math.inf, None, "a", [0.1]])
+@pytest.mark.parametrize("value", [-0.1, math.nan, -math.inf, None, "a", "-1", "nan", "", True, False, [0.1]])
 @pytest.mark.parametrize("name", ["clip_factor", "eps"])
 def test_settings_that_are_negative_nan_or_no_number_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name} must be zero or positive, got {value!r}")):
         adaptive_clip_grad_(parameter(torch.ones(3, 2)), **{name: value})
 
 
-@pytest.mark.parametrize("value", [0, -1.0, -math.inf, math.nan, "fro", None])
+@pytest.mark.parametrize(("text", "number"), [("inf", math.inf), ("0.02", 0.02), (" 1e-2 ", 0.01)])
+def test_numbers_as_text_are_numbers(text, number):
+    results = []
+    for value in (text, number):
+        p = parameter(torch.ones(3, 2))
+        results.append((adaptive_clip_grad_(p, value, value), p.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_tensor_is_refused_as_a_setting_in_its_own_words():
+    with pytest.raises(ValueError, match=r"clip_factor must be a number, got a tensor: .*; use .item\(\)"):
+        adaptive_clip_grad_(parameter(torch.ones(3, 2)), torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, -math.inf, math.nan, "fro", None, True])
 def test_orders_that_are_no_norm_are_refused(value):
     with pytest.raises(ValueError, match=re.escape(f"norm_type must be above 0, got {value!r}")):
         adaptive_clip_grad_(parameter(torch.ones(3, 2)), norm_type=value)
@@ -58,13 +72,6 @@ BAD = {
     ),
     "a gradient of shape (3, 2)": of_another_shape,
     "its gradient on meta, others on cpu": parameter_on_meta,
-    "a gradient made in inference mode": lambda: parameter(in_inference_mode()),
-    # what autograd.grad gives of a sum
-    "entries that share memory": lambda: parameter(torch.ones(1, 1).expand(3, 2)),
-    # as_strided rows that lie half in each other
-    "share memory (strides (1, 1))": lambda: parameter(torch.ones(4).as_strided((3, 2), (1, 1))),
-    "the gradient tensor of another parameter": lambda: parameter(GOOD.grad),
-    "the gradient tensor of another parameter;": lambda: parameter(GOOD.grad.view(3, 2)),
 }
 
 
@@ -75,6 +82,47 @@ def test_a_bad_gradient_is_refused_by_index_and_shape_before_anything_is_written
     with pytest.raises(ValueError, match=f"^{opening}.*{re.escape(problem)}"):
         adaptive_clip_grad_([GOOD, bad])
     assert torch.equal(GOOD.grad, torch.ones(3, 2))
+
+
+def half_in_each_other():
+    return torch.ones(4).as_strided((3, 2), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "grad", [lambda: torch.ones(1, 1).expand(3, 2), half_in_each_other, in_inference_mode], ids=lambda f: f.__name__
+)
+def test_gradients_that_cannot_be_written_to_are_cloned_and_clipped_as_the_formula_says(grad):
+    p, given = parameter(None), grad()
+    p.grad = given
+    before = given.clone()
+    assert adaptive_clip_grad_(p) == 1
+    torch.testing.assert_close(p.grad, torch.full((3, 2), 0.01))
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("second", [lambda g: g, lambda g: g.view(3, 2)], ids=["the same", "a view"])
+def test_a_gradient_that_two_parameters_share_is_clipped_for_each_by_its_own_weight(second):
+    shared = torch.ones(3, 2)
+    first, other = parameter(shared), parameter(second(shared))
+    other.data.fill_(5.0)
+    assert adaptive_clip_grad_([first, other]) == 1
+    torch.testing.assert_close(first.grad, torch.full((3, 2), 0.01))
+    torch.testing.assert_close(other.grad, torch.full((3, 2), 0.05))
+
+
+def test_nothing_is_cloned_where_another_gradient_is_refused():
+    p = parameter(torch.ones(1, 1).expand(3, 2))
+    with pytest.raises(ValueError, match="layout"):
+        adaptive_clip_grad_([p, parameter(torch.eye(3, 2).to_sparse())])
+    assert p.grad.stride() == (0, 0)
+
+
+def test_a_cloned_gradient_keeps_its_graph_for_second_order_optimizers():
+    p = parameter(None)
+    (grad,) = torch.autograd.grad(p.square().sum(), p, create_graph=True)
+    p.grad = grad[:1, :1].expand(3, 2)
+    adaptive_clip_grad_(p)
+    assert p.grad.requires_grad
 
 
 def test_gradients_made_in_inference_mode_are_clipped_inside_it():

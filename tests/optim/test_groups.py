@@ -5,7 +5,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_nf.optim.groups import classifier_weights, param_groups_agc
+from timm_nf.optim.exempt import classifier_weights
+from timm_nf.optim.groups import param_groups_agc
 
 # Who is clipped and who decays
 

@@ -1,4 +1,3 @@
-import logging
 import math
 import pickle
 import subprocess
@@ -21,7 +20,10 @@ from timm_nf import optim
 from timm_nf.optim.agc import adaptive_clip_grad_
 from timm_nf.optim.optimizer import AdaptiveClipping, agc_class
 
-pytestmark = pytest.mark.usefixtures("no_compiler", "known_optimizer_warnings")
+pytestmark = [
+    pytest.mark.usefixtures("no_compiler", "known_optimizer_warnings"),
+    pytest.mark.filterwarnings("ignore:these parameters come without their model", "ignore:no classifier was found"),
+]
 
 NAMES = list_optimizers("agc*")
 
@@ -172,7 +174,8 @@ def test_lookahead_takes_an_agc_form(name):
     state = optimizer.state_dict()
     params, _ = target_problem()
     resumed = create(name, params, lr=0.1, clip_factor=0.5)
-    resumed.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"the checkpoint's clip_factor=0.01 replaces 0.5 in parameter group 0"):
+        resumed.load_state_dict(state)
     assert resumed.param_groups[0]["lookahead_step"] == 8
     assert resumed.param_groups[0]["clip_factor"] == 0.01
 
@@ -224,24 +227,10 @@ def test_optimizers_registered_later_have_an_agc_form(monkeypatch):
     params, loss = target_problem()
     optimizer = create("agchomemade", params)
     assert isinstance(optimizer, SGD)
-    assert optim.AgcSGD.__mro__[2] is torch.optim.SGD
+    assert optim.AgcSGD.base_class is torch.optim.SGD
     assert agc_class(SGD) is not optim.AgcSGD
     train(optimizer, loss, 1)
     assert type(pickle.loads(pickle.dumps(optimizer))) is type(optimizer)
-
-
-def test_registering_again_is_silent_and_changes_nothing(caplog, capsys):
-    methods = ("create_optimizer", "get_optimizer_info", "get_optimizer_class")
-    originals = [getattr(default_registry, m)._timm_nf_original for m in methods]
-    classes = [get_optimizer_class(name, bind_defaults=False) for name in NAMES]
-    with caplog.at_level(logging.DEBUG), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optim.register()
-    assert not caplog.records
-    assert capsys.readouterr() == ("", "")
-    assert [getattr(default_registry, m)._timm_nf_original for m in methods] == originals
-    assert not any(hasattr(original, "_timm_nf_original") for original in originals)
-    assert [get_optimizer_class(name, bind_defaults=False) for name in NAMES] == classes
 
 
 def test_a_pickle_opens_in_a_process_that_has_built_no_optimizer(tmp_path):
@@ -257,17 +246,6 @@ def test_a_pickle_opens_in_a_process_that_has_built_no_optimizer(tmp_path):
     """
     run = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "optimizer.pkl")]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "AgcNAdamW\n"
-
-
-def test_timms_clip_mode_uses_our_function():
-    assert timm.utils.agc.adaptive_clip_grad is adaptive_clip_grad_
-    assert timm.utils.adaptive_clip_grad is adaptive_clip_grad_
-    gain = nn.Parameter(torch.ones(4, 1, 1, 1))
-    gain.grad = torch.tensor([3.0, 0.0, 4.0, 0.0]).view(4, 1, 1, 1)
-    timm.utils.dispatch_clip_grad([gain], 0.01, mode="agc")
-    # one unit of weight norm 2 and gradient norm 5; timm's own function clips every entry to 0.01
-    torch.testing.assert_close(gain.grad.flatten(), torch.tensor([0.012, 0.0, 0.016, 0.0]))
-    timm.utils.dispatch_clip_grad([gain], 1.0, mode="value")
 
 
 def test_a_base_whose_step_takes_no_closure_steps():

@@ -11,6 +11,8 @@ from timm_nf import optim
 from timm_nf.optim.agc import adaptive_clip_grad_
 from timm_nf.optim.optimizer import agc_class
 
+pytestmark = pytest.mark.filterwarnings("ignore:these parameters come without", "ignore:no classifier was found")
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["agcsgd", "agclion"])

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ pytestmark = pytest.mark.usefixtures("no_compiler", "known_optimizer_warnings")
 
 NAMES = list_optimizers("agc*")
 BARE = list_optimizers(exclude_filters=["agc*", "fused*", "bnb*"])
+RESUMED = (
+    "the checkpoint's clip_factor=0.2 replaces 0.7 in parameter group 0; to change it, "
+    "set optimizer.param_groups[0]['clip_factor'] after loading"
+)
 ELSEWHERE = list_optimizers(["fused*", "bnb*"])  # apex and bitsandbytes
 
 
@@ -95,7 +100,7 @@ def test_it_resumes_from_its_own_and_from_the_bare_checkpoint(name):
     own = copy.deepcopy(optimizer.state_dict())
     bare = copy.deepcopy(own)
     for group in bare["param_groups"]:
-        del group["clip_factor"], group["clip_eps"]
+        del group["clip_factor"], group["clip_eps"], group["clip_axis"]
     start, seed = values(params), torch.get_rng_state()
     hessians = [copy.deepcopy(getattr(p, "hess", None)) for p in params]  # Adahessian keeps them on the parameter
     train(optimizer, loss, 3)
@@ -104,7 +109,10 @@ def test_it_resumes_from_its_own_and_from_the_bare_checkpoint(name):
         saved = copy.deepcopy(checkpoint)
         params, loss = target_problem()
         resumed = create(name, params, clip_factor=clip_factor)
-        resumed.load_state_dict(checkpoint)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            resumed.load_state_dict(checkpoint)
+        assert [str(warning.message) for warning in seen] == [RESUMED] * (clip_factor == 0.7)
         assert repr(checkpoint) == repr(saved)
         torch.set_rng_state(seed)
         for p, value, hess in zip(params, start, hessians, strict=True):

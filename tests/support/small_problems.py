@@ -20,6 +20,8 @@ def target_problem(dtype=torch.float32):
 def create(name, params, **kwargs):
     if "kron" in name:
         kwargs.setdefault("deterministic", True)
+    if "agc" in name:
+        kwargs.setdefault("clip_exempt", ())  # plain parameters, all of which are clipped
     return create_optimizer_v2(params, name, **{"lr": 1e-2, **kwargs})
 
 
@@ -38,3 +40,27 @@ def values(params):
 
 def assert_identical(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def loop_of_the_formula(p, clip_factor, eps, axis=0, norm_type=2.0):
+    """The clipped gradient of a parameter, unit by unit in float64; how many units were clipped, of how many."""
+    weight, grad = p.detach().double(), p.grad.double().clone()
+    if sum(n > 1 for n in p.shape) <= 1:
+        units = [...]
+    elif isinstance(axis, tuple):
+        rows = p.shape[0] // axis[1]
+        units = [
+            (slice(block * rows, (block + 1) * rows), channel)
+            for block in range(axis[1])
+            for channel in range(p.shape[1])
+        ]
+    else:
+        units = [(*[slice(None)] * (axis % p.ndim), i) for i in range(p.shape[axis])]
+    clipped = 0
+    for unit in units:
+        limit = clip_factor * max(weight[unit].flatten().norm(norm_type).item(), eps)
+        norm = grad[unit].flatten().norm(norm_type).item()
+        if norm > limit:
+            grad[unit] *= limit / norm
+            clipped += 1
+    return grad, clipped, len(units)

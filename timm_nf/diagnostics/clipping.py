@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import timm
@@ -26,14 +26,15 @@ from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._progress import Progress, silent
 from ..checkpoint import fill, read
 from ..optim import agc
+from ..optim.exempt import classifier_weights
 from ..optim.gradients import parameters_with_gradient
-from ..optim.groups import classifier_weights
+from ..optim.units import unit_axes
 
 __all__ = [
     "QUANTILES",
     "SHARES",
     "ClipRange",
-    "ParameterClipping",
+    "ParameterClipStats",
     "Stage",
     "agc_stats",
     "measure_clip_range",
@@ -50,22 +51,13 @@ Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)
 # -- statistics of the gradients that are there ------------------------------------------------------------------------
 
 
-class ParameterClipping(TypedDict):
-    """What clipping would do to the gradient of one parameter.
-
-    `zero_grad_units` are those with a gradient of exactly zero. `non_finite_units` are those where it is infinite or
-    NaN. `ratio_quantiles` are of gradient norm over weight norm.
-    """
+class ParameterClipStats(agc.ClipStats):
+    """What clipping would do to the gradient of one parameter."""
 
     name: str
-    units: int
-    zero_grad_units: int
-    non_finite_units: int
-    clipped_fraction: float
-    ratio_quantiles: dict[float, float]
 
 
-def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = CLIP_EPS) -> list[ParameterClipping]:
+def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = CLIP_EPS) -> list[ParameterClipStats]:
     """What adaptive clipping would do to the gradients of a backward pass. Nothing is changed.
 
     Args:
@@ -83,24 +75,18 @@ def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = C
     Raises:
         ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
     """
-    agc.check_setting("clip_factor", clip_factor)
-    agc.check_setting("eps", eps)
+    clip_factor = agc.checked_setting("clip_factor", clip_factor)
+    eps = agc.checked_setting("eps", eps)
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     checked = parameters_with_gradient((p for _, p in named), lambda index, _: f"parameter {named[index][0]}")
-    summaries = agc.summaries(agc.measure(checked, clip_factor, eps), [[p] for _, p in named])
+    axes = unit_axes(model)
+    measured = agc.measure(checked, clip_factor, eps, lambda p: axes.get(id(p), 0))
     exempt = {id(p) for p in classifier_weights(model)}
-    rows: list[ParameterClipping] = []
-    for (name, p), summary in zip(named, summaries, strict=True):
-        rows.append(
-            {
-                "name": name,
-                "units": summary["units"],
-                "zero_grad_units": summary["zero_grad_units"],
-                "non_finite_units": summary["non_finite_units"],
-                "clipped_fraction": 0.0 if id(p) in exempt else summary["clipped_fraction"],
-                "ratio_quantiles": summary["ratio_quantiles"],
-            }
-        )
+    rows: list[ParameterClipStats] = []
+    for (name, p), row in zip(named, agc.summaries(measured, [[p] for _, p in named]), strict=True):
+        if id(p) in exempt:
+            row["clipped_fraction"] = 0.0
+        rows.append({"name": name, **row})
     return rows
 
 
@@ -268,6 +254,7 @@ def _ratios(model: nn.Module, batches: Iterator[Batch], count: int, track: Progr
     """By parameter, the ratios of its units (units,) in every batch that gave it a gradient."""
     names = {id(p): name for name, p in model.named_parameters()}
     exempt = {id(p) for p in classifier_weights(model)}
+    axes = unit_axes(model)
     found: dict[str, list[Tensor]] = {}
     for batch in track(range(count), "measuring"):
         loss = _backward(model, next(batches))
@@ -275,7 +262,7 @@ def _ratios(model: nn.Module, batches: Iterator[Batch], count: int, track: Progr
             raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
         clipped = (p for p in model.parameters() if id(p) not in exempt)
         checked = parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
-        for units in agc.measure(checked, CLIP_FACTOR, CLIP_EPS):
+        for units in agc.measure(checked, CLIP_FACTOR, CLIP_EPS, lambda p: axes.get(id(p), 0)):
             for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
                 if not ratio.isfinite().all():
                     raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")

@@ -11,14 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from numbers import Real
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .gradients import parameters_with_gradient
+from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from .gradients import check_gradients, clone_gradients_
 from .sharded import Shard, local_shard, reduce_norms
+from .units import Axis, checked_axis, layout_of
+
+__all__ = ["adaptive_clip_grad_", "unitwise_norm"]
 
 # Never acts on its own: a unit is only clipped above clip_factor * eps, 1e-5 by default. It bounds the division for
 # callers who set both far lower, exactly as the authors' code does.
@@ -28,35 +32,48 @@ _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright:
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-def unitwise_norm(x: Tensor, norm_type: float = 2.0) -> Tensor:
+def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
     """Norm of every output unit of a weight or of its gradient.
 
     Args:
         x: (O, I, K, K), (O, I) or any other shape; with at most one axis longer than 1 it is a single unit.
         norm_type: Order of the norm, `math.inf` included.
+        axis: Where the output units lie; `(1, groups)` for transposed convolutions, (I, O / groups, K, K).
 
     Returns:
-        (O, 1, 1, 1) or (O, 1), as many axes as `x`; 0-d for a single unit. At least float32, same device as `x`.
+        (O, 1, 1, 1) or (O, 1), as many axes as `x`, to which it broadcasts; with groups (I, O / groups, 1, 1), for
+        every input channel the norms of the units that it belongs to; 0-d for a single unit. At least float32, same
+        device as `x`.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
     """
-    single = _is_single_unit(x)
+    layout = layout_of(x.shape, axis)
+    view = layout.view(x)
     if not x.numel():  # torch has no infinity norm of nothing
-        return x.new_zeros(() if single else (x.shape[0],) + (1,) * (x.ndim - 1), dtype=_norm_dtype(x))
-    return _vector_norm(
-        x, norm_type, dim=None if single else tuple(range(1, x.ndim)), keepdim=not single, dtype=_norm_dtype(x)
-    )
+        norms = x.new_zeros(() if layout.single else layout.sizes(view), dtype=_norm_dtype(x))
+    else:
+        dim = None if layout.single else layout.reduced(view.ndim)
+        norms = _vector_norm(view, norm_type, dim=dim, keepdim=not layout.single, dtype=_norm_dtype(x))
+    if layout.blocks:
+        norms = norms.expand(-1, x.shape[0] // layout.blocks, *[-1] * (x.ndim - 1)).flatten(0, 1)
+    return norms
 
 
 def adaptive_clip_grad_(
-    parameters: Tensor | Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3, norm_type: float = 2.0
+    parameters: Tensor | Iterable[Tensor],
+    clip_factor: float = CLIP_FACTOR,
+    eps: float = CLIP_EPS,
+    norm_type: float = 2.0,
+    *,
+    axis: Axis = 0,
 ) -> Tensor:
     """Scale down, in place, the gradient of every unit whose norm exceeds `clip_factor * max(weight norm, eps)`.
 
     Every other gradient stays bit-identical, and so does every unit with an entry that is not finite: a loss scaler
-    has to see it. On accelerators, where nothing waits for the device, in a compiled function and for units spread over
-    processes, this holds for units whose norm overflows float32 as well, and everywhere if it overflows float64.
-    Parameters without a gradient are skipped, one given twice is clipped once.
+    has to see it. If a unit's norm overflows float32, CPUs recompute it in float64. Accelerators, compiled code and
+    sharded units do not, and leave that unit unchanged; so do all where it overflows float64.
+    Parameters without a gradient are skipped, one given twice is clipped once. A gradient that shares memory with
+    another one or within itself (`expand`), or was made in inference mode, is replaced by a clone first.
 
     Parameters sharded over several processes (`fully_shard`, tensor parallelism) are clipped as if they were whole,
     and no parameter is gathered: where a unit is spread over processes, its norm costs one all-reduce of one number.
@@ -67,34 +84,59 @@ def adaptive_clip_grad_(
         clip_factor: Largest ratio of gradient norm to weight norm; `math.inf` clips nothing.
         eps: Weight norms below this count as this, so that a unit at zero can leave it.
         norm_type: Order of the norm, above 0; `math.inf` for the largest entry.
+        axis: Where the output units of these parameters lie; `(1, groups)` for transposed convolutions.
 
     Returns:
         The fraction of units that were clipped: a 0-d tensor on the device of the first gradient, 0 without gradients.
         With sharded parameters it is that of the units this process holds or has a part of.
 
     Raises:
-        ValueError: A setting outside its range, or a gradient that cannot be clipped in place, see
-            `parameters_with_gradient`. Nothing has been written then.
+        ValueError: A setting outside its range, or a gradient that cannot be clipped, see `check_gradients`. Nothing
+            has been written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
     """
-    check_setting("clip_factor", clip_factor)
-    check_setting("eps", eps)
-    if not isinstance(norm_type, Real) or not norm_type > 0:
+    clip_factor, eps = checked_setting("clip_factor", clip_factor), checked_setting("eps", eps)
+    axis = checked_axis(axis)
+    order: Any = norm_type
+    if isinstance(order, bool) or not isinstance(order, Real) or not float(order) > 0:
         raise ValueError(f"norm_type must be above 0, got {norm_type!r}")
-    checked = parameters_with_gradient(parameters)
-    clipped = [units.clipped for units in clip_checked_([(checked, clip_factor, eps)], norm_type)]
-    device = _grad(checked[0]).device if checked else None
+    checked = check_gradients(parameters, axis_of=lambda _: axis)
+    clone_gradients_(checked.needs_clone)
+    settings = Settings(clip_factor, eps, axis)
+    clipped = [units.clipped for units in clip_checked_([(checked.parameters, settings)], norm_type)]
+    device = _grad(checked.parameters[0]).device if checked.parameters else None
     waits = device is None or device.type == "cpu"  # for what comes from an accelerator
     hits = sum((mask.sum().to(device, non_blocking=not waits) for mask in clipped), torch.zeros((), device=device))
     return hits / max(1, sum(mask.numel() for mask in clipped))
 
 
-def check_setting(name: str, value: float) -> None:
-    """Raise a ValueError that names the setting if its value is not a number, negative or NaN."""
-    if not isinstance(value, Real) or not value >= 0:  # false for NaN
-        hint = "; math.inf clips nothing" if name == "clip_factor" else ""
+def checked_setting(name: str, value: Any) -> float:
+    """The value as a number; numbers as text are numbers, as command lines give them.
+
+    Raises:
+        ValueError: It is no number, negative or NaN.
+    """
+    hint = "; inf clips nothing" if name == "clip_factor" else ""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    if isinstance(number, bool) or not isinstance(number, Real) or not float(number) >= 0:  # false for NaN
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
+    return cast(float, number)
+
+
+class Settings(NamedTuple):
+    """How some parameters are clipped."""
+
+    clip_factor: float = CLIP_FACTOR
+    eps: float = CLIP_EPS
+    axis: Axis = 0
 
 
 class Units(NamedTuple):
@@ -115,129 +157,193 @@ class Units(NamedTuple):
         """What the clip factor is the limit of."""
         return self.grad_norm / self.weight_norm
 
+    def pieces(self) -> Iterator["Pieces"]:
+        """Ratio, gradient norm and which are clipped, for one parameter after the other."""
+        values = (self.ratio, self.grad_norm, self.clipped)
+        yield from cast("Iterator[Pieces]", zip(*(v.split_with_sizes(self.counts) for v in values), strict=True))
 
-Settings = tuple[Sequence[Tensor], float, float]  # checked parameters, clip_factor, eps
+
+Pieces = tuple[Tensor, Tensor, Tensor]
+
+
+class ClipStats(TypedDict):
+    """What was clipped of the units of some parameters.
+
+    `zero_grad_units` have a gradient of exactly zero, `non_finite_units` one that is infinite or NaN. `ratio_quantiles`
+    are those of gradient norm over weight norm (at least eps) where it is finite, {0.05: ..., 0.99: ...}.
+    """
+
+    units: int
+    zero_grad_units: int
+    non_finite_units: int
+    clipped_fraction: float
+    ratio_quantiles: dict[float, float]
+
+
+Work = tuple[Sequence[Tensor], Settings]  # checked parameters
 
 
 @torch.no_grad()
-def clip_checked_(settings: Iterable[Settings], norm_type: float = 2.0) -> list[Units]:
+def clip_checked_(work: Iterable[Work], norm_type: float = 2.0) -> list[Units]:
     """`adaptive_clip_grad_` after its checks, for any number of settings with one all-reduce between them.
 
     Returns:
         What was measured, in no particular order; nothing where a clip factor is infinite.
     """
     measured: list[Units] = []
-    for shards, units in _measure([each for each in settings if not math.isinf(each[1])], norm_type):
+    for shards, units in _measure([each for each in work if not math.isinf(each[1].clip_factor)], norm_type):
         _scale_gradients_(shards, units)
         measured.append(units)
     return measured
 
 
 @torch.no_grad()
-def measure(parameters: Sequence[Tensor], clip_factor: float, eps: float = 1e-3) -> list[Units]:
+def measure(
+    parameters: Sequence[Tensor],
+    clip_factor: float,
+    eps: float = CLIP_EPS,
+    axes: Callable[[Tensor], Axis] | None = None,
+) -> list[Units]:
     """What `clip_checked_` would see of checked parameters; nothing is written."""
-    return [units for _, units in _measure([(parameters, clip_factor, eps)], 2.0)]
+    by_axis: dict[Axis, list[Tensor]] = {}
+    for p in parameters:
+        by_axis.setdefault(axes(p) if axes else 0, []).append(p)
+    work = [(members, Settings(clip_factor, eps, axis)) for axis, members in by_axis.items()]
+    return [units for _, units in _measure(work, 2.0)]
 
 
-def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> list[dict[str, Any]]:
-    """Statistics of the units of each group of parameters; the only place here that waits for an accelerator.
+def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> list[ClipStats]:
+    """Statistics of the units of each group of parameters; waits for an accelerator.
 
     Returns:
-        One dict a group: `units`; `zero_grad_units`, those with a gradient of exactly zero; `non_finite_units`, those
-        where it is infinite or NaN; `clipped_fraction`; `ratio_quantiles` of gradient norm over weight norm (at least
-        eps) of the others, {0.05: ..., 0.99: ...}. Without units in `measured` these are 0, 0, 0, 0.0 and {}.
+        One row a group; without units in `measured` its values are 0, 0, 0, 0.0 and {}.
     """
-    of_parameter: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    pieces: dict[int, Pieces] = {}
     for units in measured:
-        pieces = (values.split_with_sizes(units.counts) for values in (units.ratio, units.grad_norm, units.clipped))
-        of_parameter |= {id(p): found for p, *found in zip(units.parameters, *pieces, strict=True)}  # pyright: ignore
-    rows: list[dict[str, Any]] = []
-    for parameters in groups:
-        found = [of_parameter[id(p)] for p in parameters if id(p) in of_parameter]
-        row: dict[str, Any] = {"units": 0, "zero_grad_units": 0, "non_finite_units": 0}
-        row |= {"clipped_fraction": 0.0, "ratio_quantiles": {}}
-        if found:
-            ratio, norm, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
-            finite = ratio[ratio.isfinite()]
-            row["units"], row["zero_grad_units"] = norm.numel(), int((norm == 0).sum())
-            row["non_finite_units"] = int((~norm.isfinite()).sum())
-            row["clipped_fraction"] = clipped.float().mean().item()
-            at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
-            values = finite.quantile(at) if finite.numel() else at[:0]
-            row["ratio_quantiles"] = {q: value.item() for q, value in zip(_QUANTILES, values, strict=False)}
-        rows.append(row)
-    return rows
+        pieces |= zip(map(id, units.parameters), units.pieces(), strict=True)
+    return [summary([pieces[id(p)] for p in parameters if id(p) in pieces]) for parameters in groups]
 
 
-def _measure(settings: Iterable[Settings], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
+def summary(found: Sequence["Pieces"]) -> ClipStats:
+    """Statistics of the units of some parameters; the only place here that waits for an accelerator."""
+    if not found:
+        return ClipStats(
+            units=0, zero_grad_units=0, non_finite_units=0, clipped_fraction=0.0, ratio_quantiles=dict[float, float]()
+        )
+    ratio, norm, clipped = (torch.cat([piece.cpu() for piece in pieces]) for pieces in zip(*found, strict=True))
+    finite = ratio[ratio.isfinite()]
+    at = torch.tensor(_QUANTILES, dtype=ratio.dtype)
+    values = finite.quantile(at) if finite.numel() else at[:0]
+    return ClipStats(
+        units=norm.numel(),
+        zero_grad_units=int((norm == 0).sum()),
+        non_finite_units=int((~norm.isfinite()).sum()),
+        clipped_fraction=clipped.float().mean().item(),
+        ratio_quantiles={q: value.item() for q, value in zip(_QUANTILES, values, strict=False)},
+    )
+
+
+def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
     """The unit norms, chunk by chunk: one device, one kind of unit, one dtype of parameters and of gradients each."""
-    chunks: list[tuple[list[Shard], float, float]] = []
-    for parameters, clip_factor, eps in settings:
+    chunks: list[tuple[list[Shard], Settings]] = []
+    for parameters, settings in work:
         groups: dict[tuple[object, ...], list[Shard]] = {}
         for p in parameters:
-            shard = local_shard(p, _grad(p), _is_single_unit(p))
-            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.single, shard.spread_over)
-            if shard.grad.numel():
+            shard = local_shard(p, _grad(p), settings.axis)
+            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.layout.single, shard.spread_over)
+            if shard.grad.numel() or shard.blocks is not None:
                 groups.setdefault(key, []).append(shard)
-        chunks += [(group, clip_factor, eps) for group in groups.values()]
+        chunks += [(group, settings) for group in groups.values()]
     # Units in several processes first and together, so that all of them cost one collective.
-    spread = {i: _norms(shards, norm_type) for i, (shards, _, _) in enumerate(chunks) if shards[0].spread_over}
+    spread = {i: _norms(shards, norm_type) for i, (shards, _) in enumerate(chunks) if shards[0].spread_over}
     spread = reduce_norms(spread, {i: chunks[i][0] for i in spread}, norm_type)
-    for i, (shards, clip_factor, eps) in enumerate(chunks):
+    for i, (shards, settings) in enumerate(chunks):
         weight_norm, grad_norm = spread[i] if i in spread else _norms(shards, norm_type)
-        counts = [1 if shard.single else len(shard.grad) for shard in shards]
+        counts = [_count(shard) for shard in shards]
         parameters = [shard.parameter for shard in shards]
-        limit = weight_norm.clamp_(min=eps) * clip_factor
+        limit = weight_norm.clamp_(min=settings.eps) * settings.clip_factor
         clipped = (grad_norm > limit) & (grad_norm < math.inf)
         yield shards, Units(parameters, counts, weight_norm, grad_norm, limit, clipped)
+
+
+def _count(shard: Shard) -> int:
+    if shard.blocks is not None:
+        return shard.layout.blocks * shard.grad.shape[1]
+    return shard.layout.count(shard.grad)
 
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
     """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
     weight_norm, grad_norm = (
-        _unit_norms(tensors, shards[0], norm_type)
+        _unit_norms(tensors, shards, norm_type)
         for tensors in ([shard.weight for shard in shards], [shard.grad for shard in shards])
     )
     return weight_norm, grad_norm
 
 
-def _unit_norms(tensors: list[Tensor], like: Shard, norm_type: float) -> Tensor:
-    norms = _norms_in(_norm_dtype(tensors[0]), tensors, like.single, norm_type)
+def _unit_norms(tensors: list[Tensor], shards: list[Shard], norm_type: float) -> Tensor:
+    norms = _norms_in(_norm_dtype(tensors[0]), tensors, shards, norm_type)
     # Squares of finite float32 values overflow above 1e19, where clipping is needed most.
-    if not like.spread_over and _reading_is_free(norms) and np.isinf(norms.numpy()).any():
-        norms = _norms_in(torch.float64, tensors, like.single, norm_type)
+    if not shards[0].spread_over and _reading_is_free(norms) and np.isinf(norms.numpy()).any():
+        norms = _norms_in(torch.float64, tensors, shards, norm_type)
     return norms
 
 
-def _norms_in(dtype: torch.dtype, tensors: list[Tensor], single: bool, norm_type: float) -> Tensor:
-    if single:
+def _norms_in(dtype: torch.dtype, tensors: list[Tensor], shards: list[Shard], norm_type: float) -> Tensor:
+    if shards[0].layout.single:
         return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
-    return torch.cat([_vector_norm(t, norm_type, dim=tuple(range(1, t.ndim)), dtype=dtype) for t in tensors])
+    return torch.cat([_row_norms(dtype, t, shard, norm_type) for t, shard in zip(tensors, shards, strict=True)])
+
+
+def _row_norms(dtype: torch.dtype, x: Tensor, shard: Shard, norm_type: float) -> Tensor:
+    """Norms of the units of one tensor, which has several: (units,)."""
+    if shard.blocks is not None:
+        return _block_norms(dtype, x, shard.blocks, shard.layout.blocks, norm_type)
+    norms = _vector_norm(x, norm_type, dim=shard.layout.reduced(x.ndim), dtype=dtype)
+    return norms.flatten() if norms.ndim > 1 else norms
+
+
+def _block_norms(dtype: torch.dtype, x: Tensor, block_of_row: Tensor, blocks: int, norm_type: float) -> Tensor:
+    """Norms of the parts that these rows are of all units: (blocks * O / groups,), 0 where no row belongs to a unit."""
+    table = x.new_zeros((blocks, x.shape[1]), dtype=dtype)
+    if len(x):
+        flat = x.flatten(2)
+        rows = _vector_norm(flat, norm_type, dim=2, dtype=dtype) if flat.shape[2] > 1 else flat[..., 0].abs().to(dtype)
+        if math.isinf(norm_type):
+            table.index_reduce_(0, block_of_row, rows.nan_to_num(math.inf, math.inf), "amax")
+        else:
+            table.index_add_(0, block_of_row, rows.pow(norm_type)).pow_(1 / norm_type)
+    return table.flatten()
 
 
 def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     """Scale every unit that exceeds its limit down to it."""
-    grads = [shard.grad for shard in shards]
     scale = units.grad_norm.clamp(min=_DIV_EPS)
     torch.div(units.limit, scale, out=scale).masked_fill_(~units.clipped, 1.0)
-    single = shards[0].single
-    scales = list(scale.unbind() if single else scale.split_with_sizes(units.counts))
-    if _reading_is_free(scale):  # and writing a gradient that stays the same is not
+    scales = list(scale.unbind() if shards[0].layout.single else scale.split_with_sizes(units.counts))
+    if _reading_is_free(scale):  # skip gradients without a clipped unit: rewriting them costs time
         hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))
-        grads, scales = list(compress(grads, hit)), list(compress(scales, hit))
-    if not single:
-        scales = [rows.view(-1, *[1] * (g.ndim - 1)) for rows, g in zip(scales, grads, strict=True)]
-    if grads:
-        torch._foreach_mul_(grads, scales)  # pyright: ignore
+        shards, scales = list(compress(shards, hit)), list(compress(scales, hit))
+    if shards and not shards[0].layout.single:
+        scales = [_spread(values, shard) for values, shard in zip(scales, shards, strict=True)]
+    if shards:
+        torch._foreach_mul_([shard.grad for shard in shards], scales)  # pyright: ignore
+
+
+def _spread(values: Tensor, shard: Shard) -> Tensor:
+    """One value for every unit, shaped so that it broadcasts to the gradient."""
+    if shard.blocks is not None:
+        rows = values.view(shard.layout.blocks, -1)[shard.blocks]
+        return rows.view(*rows.shape, *[1] * (shard.grad.ndim - 2))
+    return values.view(shard.layout.sizes(shard.grad))
 
 
 def _reading_is_free(x: Tensor) -> bool:
-    """Whether a branch may depend on values: nothing waits for a CPU, and a graph that is traced has none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a branch may depend on values: only on a CPU, where nothing waits, and of tensors that have values.
 
-
-def _is_single_unit(x: Tensor) -> bool:
-    return sum(n > 1 for n in x.shape) <= 1
+    A graph that is traced has none, and neither has a `FakeTensor`.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:

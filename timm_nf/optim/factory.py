@@ -1,25 +1,42 @@
 """The `agc` names in timm's optimizer registry, and our clipping behind timm's `--clip-mode agc`."""
 
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+# timm offers no other way to its registry, and re-exports without saying so.
+
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import timm.utils
 import torch
 from timm.optim import Lookahead, OptimInfo, param_groups_layer_decay, param_groups_weight_decay
 from timm.optim import _optim_factory as factory
-from torch import Tensor, nn
+from torch import nn
 
 from .._wrappers import wrappers
 from . import agc
-from .groups import classifier_weights, undecayed_names
-from .optimizer import agc_class
+from .exempt import SettledGroups, exemption_of, split_group, tensor, warn_caller
+from .groups import network_of, undecayed_names
+from .optimizer import AdaptiveClipping, agc_class, as_groups
+from .units import unit_axes
+
+__all__ = ["register", "unregister"]
 
 _PREFIX = "agc"
-_CLIP_MODES = ("norm", "value", "agc")  # of timm 1.0.31; a test compares them with its source
+
+
+class _Installed(NamedTuple):
+    """An attribute of timm that is ours now."""
+
+    owner: Any
+    name: str
+    original: Any  # None where the owner had none of its own
+    ours: Any
+
+
+_installed: list[_Installed] = []
 
 
 def register() -> None:
@@ -31,44 +48,64 @@ def register() -> None:
     _wrap(registry, "get_optimizer_class", _get_optimizer_class)
     _wrap(registry, "create_optimizer", _create_optimizer)
     for name, info in list(registry._optimizers.items()):
-        # apex and bitsandbytes are named by a string; timm lists them under patterns that our prefix would escape.
+        # timm's filters `fused*` and `bnb*`, of apex and bitsandbytes, would not match `agcfused...`.
         if not name.startswith(_PREFIX) and not isinstance(info.opt_class, str):
             registry._optimizers[_PREFIX + name] = registry.get_optimizer_info(_PREFIX + name)
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
-        vars(module)["adaptive_clip_grad"] = agc.adaptive_clip_grad_
-    before = timm.utils.clip_grad.dispatch_clip_grad
-    _wrap(timm.utils.clip_grad, "dispatch_clip_grad", _dispatch_clip_grad)
-    for module in (timm.utils, timm.utils.cuda):
-        if module.dispatch_clip_grad is before:  # and not somebody else's by now
-            vars(module)["dispatch_clip_grad"] = timm.utils.clip_grad.dispatch_clip_grad
+        _install(module, "adaptive_clip_grad", agc.adaptive_clip_grad_)
+    _install(Lookahead, "clip_stats", property(_stats_of_the_inner_one))
+
+
+def unregister() -> list[str]:
+    """Undo what `register` did; optimizers that exist go on working.
+
+    Returns:
+        What stays, as somebody has put something else in its place since: `"module.name"` each. A warning says so too.
+    """
+    left: list[str] = []
+    while _installed:
+        owner, name, original, ours = _installed.pop()
+        if cast(dict[str, Any], vars(owner)).get(name) is not ours:
+            where = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
+            left.append(f"{where}.{name}")
+        elif original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+    optimizers = factory.default_registry._optimizers
+    for name in [name for name in optimizers if _bare_name(name) is not None]:
+        del optimizers[name]
+    if left:
+        warn_caller(f"{', '.join(left)}: replaced by others since timm_nf was imported, so these stay as they are")
+    return left
+
+
+def _install(owner: Any, name: str, ours: Any) -> None:
+    """Put an attribute of ours in an owner's place; nothing is done where somebody else has replaced ours since."""
+    current: Any = cast(dict[str, Any], vars(owner)).get(name)
+    before = next((record for record in _installed if record.owner is owner and record.name == name), None)
+    if before is not None:
+        if current is not before.original:  # ours, or somebody else's
+            return
+        _installed.remove(before)
+    _installed.append(_Installed(owner, name, current, ours))
+    setattr(owner, name, ours)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(original, ...)` in front of an owner's function, in place of an earlier one of ours.
+    """Put `wrapper(original, ...)` in front of an owner's method.
 
-    Where somebody else has wrapped ours since, it stays inside, and nothing is done.
+    Where somebody else has wrapped ours and we have been undone since, what is left of ours does nothing.
     """
-    current = getattr(owner, name)
-    original = getattr(current, "_timm_nf_original", current)
-    if original is not current and current._timm_nf_wrapped() is not current:  # copied by functools.wraps
-        return
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+        if any(record.ours is wrapped for record in _installed):
+            return wrapper(original, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    wrapped._timm_nf_original = original  # type: ignore[attr-defined]
-    wrapped._timm_nf_wrapped = weakref.ref(wrapped)  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
-
-
-def _dispatch_clip_grad(
-    original: Callable[..., None], parameters: Any, value: float, mode: str = "norm", *args: Any, **kwargs: Any
-) -> None:
-    """Do what timm's function behind `--clip-mode` does; it only asserts, so not under -O, that it knows the mode."""
-    if mode not in _CLIP_MODES:
-        raise ValueError(f"unknown clip mode {mode!r}; timm's --clip-mode is one of {', '.join(_CLIP_MODES)}")
-    original(parameters, value, mode, *args, **kwargs)
+    _install(owner, name, wrapped)
 
 
 def _bare_name(name: str) -> str | None:
@@ -83,7 +120,7 @@ def _get_optimizer_info(original: Callable[..., OptimInfo], name: str) -> OptimI
     if bare is None:
         return original(name)
     info = original(bare)
-    opt_class = info.opt_class if isinstance(info.opt_class, str) else agc_class(info.opt_class)
+    opt_class = info.opt_class if isinstance(info.opt_class, str) else agc_class(cast(Any, info.opt_class))
     description = f"{info.description}, behind adaptive gradient clipping (AGC)"
     return replace(info, name=_PREFIX + info.name, opt_class=opt_class, description=description)
 
@@ -105,29 +142,33 @@ def _create_optimizer(
 ) -> torch.optim.Optimizer:
     """Do what timm's factory does; for `agc` names and a model, exempt the classifier's weight and decay no gain.
 
-    With plain parameters or groups instead of a model nothing is exempt: they carry no names.
+    With plain parameters or groups instead of a model, the optimizer itself settles who is exempt.
     """
-    if _bare_name(opt.split("_")[-1]) is None:
+    if _bare_name(opt.split("_")[-1]) is None or not isinstance(model_or_params, nn.Module):
         return original(model_or_params, opt, *args, **kwargs)
-    if not isinstance(model_or_params, nn.Module):
-        return _with_stats(original(model_or_params, opt, *args, **kwargs))
-    call = inspect.signature(original).bind(model_or_params, opt, *args, **kwargs)
+    model = model_or_params
+    clip_exempt = kwargs.pop("clip_exempt", None)
+    call = inspect.signature(original).bind(model, opt, *args, **kwargs)
     call.apply_defaults()
-    bare, groups = _groups(model_or_params, call.arguments)
-    call.arguments["model_or_params"] = _split_classifier(groups, classifier_weights(model_or_params))
+    bare, groups = _groups(model, call.arguments)
+    if not isinstance(groups, SettledGroups) or clip_exempt is not None:
+        stated = any("clip_factor" in group for group in groups)
+        given = {id(tensor(entry)) for group in groups for entry in group["params"]}
+        exemption = exemption_of(model, clip_exempt, given, warns=not stated)
+        exempt = {id(p) for p in exemption.parameters()}
+        groups = SettledGroups(_split(groups, exempt, unit_axes(model)), exemption)
+    call.arguments["model_or_params"] = groups
     optimizer = original(*call.args, **call.kwargs)
-    clipping: Any = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
-    stepped = {p for group in clipping.param_groups for p in group["params"]}
-    clipping._named = [(p, name) for name, p in model_or_params.named_parameters() if p in stepped]
-    clipping._bare_layout = [[_tensor(p) for p in group["params"]] for group in bare]
-    return _with_stats(optimizer)
-
-
-def _with_stats(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer; Lookahead, which forwards no attributes of the one inside, gets its `clip_stats`."""
-    if isinstance(optimizer, Lookahead):
-        vars(optimizer)["clip_stats"] = vars(optimizer)["_base_optimizer"].clip_stats
+    clipping = cast(Any, optimizer)._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
+    assert isinstance(clipping, AdaptiveClipping)
+    names = {id(p): name for name, p in model.named_parameters()}
+    clipping.remember(names, [[tensor(entry) for entry in group["params"]] for group in bare])
     return optimizer
+
+
+def _stats_of_the_inner_one(lookahead: Any) -> Callable[[], list[agc.ClipStats] | None]:
+    """`clip_stats` of the optimizer inside timm's Lookahead, which forwards no attributes; none if that has none."""
+    return cast(Any, vars(lookahead)["_base_optimizer"]).clip_stats
 
 
 def _groups(model: nn.Module, options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -136,51 +177,47 @@ def _groups(model: nn.Module, options: dict[str, Any]) -> tuple[list[dict[str, A
     Takes the factory's arguments and, like the factory, clears the decay that the groups now carry.
     """
     if options["param_group_fn"]:
-        groups = _as_groups(options["param_group_fn"](model))
-        return groups, groups
+        made = options["param_group_fn"](model)
+        groups = as_groups(made)
+        return groups, (SettledGroups(groups, made.exemption) if isinstance(made, SettledGroups) else groups)
     # Names, no_weight_decay() and group_matcher() belong to the network, but a wrapper may own parameters besides it.
     trainable = _trainable(model)
-    owner = [module for module in wrappers(model) if _trainable(module) == trainable][-1]
+    candidates = [*wrappers(model), network_of(model)]
+    owner = [module for module in candidates if _trainable(module) == trainable][-1]
     by_layer = options["layer_decay"] is not None
     build: Any = param_groups_layer_decay if by_layer else param_groups_weight_decay
     renamed = {"min_scale": "layer_decay_min_scale", "no_opt_scale": "layer_decay_no_opt_scale"}
     wanted = {name: renamed.get(name, name) for name in inspect.signature(build).parameters}
     accepted = {name: options[option] for name, option in wanted.items() if option in options}
-    groups = build(owner, **accepted, no_weight_decay_list=undecayed_names(model, named_in=owner))
+    groups: list[dict[str, Any]] = build(owner, **accepted, no_weight_decay_list=undecayed_names(model, owner))
     # timm's factory asks the object it is given; layers it can only tell apart in the network itself
     given = owner if by_layer else model
-    bare = build(given, **accepted, no_weight_decay_list=getattr(given, "no_weight_decay", set)())
+    listed = getattr(given, "no_weight_decay", set[str])()
+    bare: list[dict[str, Any]] = build(given, **accepted, no_weight_decay_list=listed)
     options["weight_decay"] = 0.0
     return bare, groups
 
 
-def _as_groups(groups: Any) -> list[dict[str, Any]]:
-    """Any form of parameters that torch accepts, as new groups with a list under `params`."""
-    groups = list(groups)
-    if groups and not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
-    result = []
-    for group in map(dict, groups):
-        parameters = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        names = group.pop("param_names", None)
-        result.append({**group, "params": list(zip(names, parameters, strict=True)) if names else parameters})
-    return result
+def _split(groups: list[dict[str, Any]], exempt: set[int], axes: dict[int, Any]) -> list[dict[str, Any]]:
+    """The groups with exempt weights in ones of their own, unclipped, right after those they were in.
 
-
-def _split_classifier(groups: list[dict[str, Any]], weights: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """The groups with the classifier's weights in one of their own, unclipped, right after the one they were in."""
-    exempt = {id(weight) for weight in weights}
-    split = []
+    So that every other group has one axis of the units, those are split by it as well, unless they state one.
+    """
+    split: list[dict[str, Any]] = []
     for group in groups:
-        head = [p for p in group["params"] if id(_tensor(p)) in exempt]
-        rest = [p for p in group["params"] if id(_tensor(p)) not in exempt]
-        split += [{**group, "params": rest}] if rest or not head else []
-        split += [{**group, "params": head, "clip_factor": None}] if head else []
+        keep_axis = "clip_axis" in group
+        parts = split_group(group, lambda p, k=keep_axis: (id(p) in exempt, 0 if k else axes.get(id(p), 0)))
+        exempted: list[Any] = []
+        for (is_exempt, axis), part in parts:
+            if is_exempt:
+                exempted += part["params"]
+            else:
+                split.append(part if axis == 0 else {**part, "clip_axis": axis})
+        if exempted:
+            split.append({**group, "params": exempted, "clip_factor": None})
+        if not parts:
+            split.append(group)
     return split
-
-
-def _tensor(entry: Tensor | tuple[str, Tensor]) -> Tensor:
-    return entry[1] if isinstance(entry, tuple) else entry
 
 
 def _trainable(model: nn.Module) -> set[int]:

@@ -1,12 +1,13 @@
 """Which gradients cannot be clipped, and why."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .sharded import PLAIN, local_part, placements_of
+from .units import Axis, axis_problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +24,6 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
         return (
             f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
         )
-    grad = g
     if not (type(p) in PLAIN and type(g) in PLAIN and not hasattr(p, "_fsdp_flattened")):
         if problem := _placement_problem(p, g):
             return problem
@@ -32,11 +32,15 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
             return (
                 f"a shard of shape {tuple(weight.shape)} here, its gradient {tuple(grad.shape)}; distribute both alike"
             )
-    if not grad.is_contiguous() and _shares_memory(grad):
-        return f"a gradient with entries that share memory (strides {grad.stride()}); expanded ones need a clone()"
-    if not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled():
-        return "a gradient made in inference mode, which torch lets nobody write to; give it a clone()"
     return None
+
+
+def _cannot_be_written(g: Tensor) -> bool:
+    """Whether entries share memory, as in expanded gradients, or torch lets nobody write to them."""
+    grad = g if type(g) in PLAIN else local_part(g)
+    if not grad.is_contiguous() and _shares_memory(grad):
+        return True
+    return not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _shares_memory(x: Tensor) -> bool:
@@ -70,24 +74,35 @@ def _placement_problem(p: Tensor, g: Tensor) -> str | None:
     return None
 
 
+class Checked(NamedTuple):
+    """The distinct parameters that have something to clip, in the order given."""
+
+    parameters: list[Tensor]
+    needs_clone: list[Tensor]  # those among them whose gradient cannot be written to where it lies
+
+
 @torch.no_grad()
-def parameters_with_gradient(
+def check_gradients(
     parameters: Tensor | Iterable[Tensor],
     label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}",
     spared: Iterable[Tensor] = (),
-) -> list[Tensor]:
-    """The distinct parameters that have something to clip, in the order given.
+    axis_of: Callable[[Tensor], Axis] = lambda p: 0,
+) -> Checked:
+    """Find the parameters that have something to clip.
 
     Args:
         parameters: One parameter or any number of them.
         label: What error messages call a parameter, from its index and itself.
-        spared: Parameters whose gradients will not be clipped, and so must not be those of `parameters` as well.
+        spared: Parameters whose gradients will not be clipped; where one of `parameters` has the same gradient tensor,
+            it needs a clone.
+        axis_of: Where the output units of a parameter lie.
 
     Raises:
-        ValueError: A gradient is sparse, shared, made in inference mode, not of real floating point numbers, on the
-            meta device while others are not, or of another shape, device or sharding than its parameter.
+        ValueError: A gradient is sparse, not of real floating point numbers, on the meta device while others are not,
+            or of another shape, device or sharding than its parameter; or a parameter has no such axis.
     """
     distinct: dict[int, Tensor] = {}
+    needs_clone: list[Tensor] = []
     taken = {memory(p.grad) for p in spared if p.grad is not None}
     first: Tensor | None = None
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
@@ -95,16 +110,32 @@ def parameters_with_gradient(
         if g is None or id(p) in distinct:
             continue
         problem, first = gradient_problem(p, g), g if first is None else first
-        place = None if problem else memory(g)
         if g.is_meta != first.is_meta:
             problem = (
                 f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
             )
-        elif place in taken:
-            problem = "the gradient tensor of another parameter; give each its own, one of them a clone()"
+        problem = problem or axis_problem(p.shape, axis_of(p))
         if problem:
             raise ValueError(f"{label(index, p)} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
+            place = memory(g)
+            if place in taken or _cannot_be_written(g):
+                needs_clone.append(p)
             taken.add(place)
-    return list(distinct.values())
+    return Checked(list(distinct.values()), needs_clone)
+
+
+def parameters_with_gradient(
+    parameters: Tensor | Iterable[Tensor], label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}"
+) -> list[Tensor]:
+    """`check_gradients` for those who only read: the distinct parameters that have something to clip."""
+    return check_gradients(parameters, label).parameters
+
+
+def clone_gradients_(parameters: Iterable[Tensor]) -> None:
+    """Give every parameter a gradient of its own memory, which can be written to."""
+    for p in parameters:
+        if p.grad is not None:
+            with torch.set_grad_enabled(p.grad.requires_grad):  # second-order optimizers differentiate it again
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)

@@ -3,38 +3,23 @@
 Source: arXiv:2102.06171, section 4 and A.1; deepmind-research nfnets/experiment_nfnets.py@f5de0ede.
 """
 
-from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from .._gain_names import is_gain
 from .._wrappers import innermost
+from .exempt import Exempt, SettledGroups, exemption_of, find_classifier
+from .units import Axis, unit_axes
+
+__all__ = ["param_groups_agc"]
 
 
-def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the classifier, found through the model: the only ones that adaptive clipping leaves alone.
-
-    Looks inside DistributedDataParallel, torch.compile, timm's EMA, task and distillation wrappers (the student, never
-    the teacher). The classifier is what timm's `get_classifier()` returns, a tuple of heads included; for models
-    without that method it is what `pretrained_cfg["classifier"]` names. Where `get_classifier()` returns several layers
-    as one head (MetaFormer's), that name also says which of them is the last.
-
-    Returns:
-        Every parameter called `weight`, with at least two axes, inside the classifier; empty if there is none.
-    """
-    model = innermost(model)
-    named = _named_classifier(model)
-    get_classifier = getattr(model, "get_classifier", None)
-    found: Any = get_classifier() if callable(get_classifier) else named
-    last_layers = {id(p) for module in named for p in module.parameters()}
-    weights: list[nn.Parameter] = []
-    for head in cast(Iterable[Any], found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]:
-        inside = head.named_parameters() if isinstance(head, nn.Module) else ()
-        inside = [p for name, p in inside if _last_piece(name) == "weight" and p.ndim >= 2]
-        weights += [p for p in inside if id(p) in last_layers] or inside
-    return weights
+def network_of(model: nn.Module) -> nn.Module:
+    """The network whose names and lists count: what a wrapper wraps, or what has the classifier."""
+    network = find_classifier(model).network
+    return innermost(model) if network is None else network  # a compiled network has no truth value
 
 
 def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
@@ -44,17 +29,16 @@ def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
         model: Any model, wrapped or not.
         named_in: The module whose names are wanted: the model itself, or a wrapper around it or inside it.
     """
-    inner = innermost(model)
-    listed = getattr(inner, "no_weight_decay", set[str])()
-    wanted = {
-        id(p)
-        for name, p in inner.named_parameters()
-        if is_gain(name) or any(fnmatch(name, pattern) for pattern in listed)
-    }
+    network = network_of(model)
+    listed = getattr(network, "no_weight_decay", set[str])()
+    wanted = {id(p) for name, p in model.named_parameters() if is_gain(name)}
+    wanted |= {id(p) for name, p in network.named_parameters() if any(fnmatch(name, pattern) for pattern in listed)}
     return {name for name, p in named_in.named_parameters() if id(p) in wanted}
 
 
-def param_groups_agc(model: nn.Module, weight_decay: float = 2e-5) -> list[dict[str, Any]]:
+def param_groups_agc(
+    model: nn.Module, weight_decay: float = 2e-5, clip_exempt: Exempt | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups with the paper's policy, by name.
 
     Gains, biases, skip gains and all other parameters with at most one axis, and those that the model lists in
@@ -62,34 +46,41 @@ def param_groups_agc(model: nn.Module, weight_decay: float = 2e-5) -> list[dict[
     decay and are clipped. Frozen parameters are left out, and so are empty groups.
 
     Args:
-        model: Any model, wrapped or not; see `classifier_weights` for how the classifier is found.
+        model: Any module, wrapped or not; see `classifier_weights` for how the classifier is found.
         weight_decay: The paper's 2e-5 for NFNets at any batch size.
+        clip_exempt: Whose weights are not clipped, beside the classifier's: modules, parameters, or names relative to
+            `model`, also with commas between them in one text. `()` for none at all.
 
     Returns:
-        Groups with `params` and `weight_decay`; `clip_factor=None` marks those that are not clipped.
+        Groups with `params` and `weight_decay`; `clip_factor=None` marks those that are not clipped, `clip_axis` those
+        whose output units do not lie on axis 0. For an `agc` optimizer
+        this list is the last word on who is clipped.
+
+    Raises:
+        ValueError: Something in `clip_exempt` is not in the model.
 
     Source: arXiv:2102.06171, section 4 and A.1; deepmind-research nfnets/experiment_nfnets.py@f5de0ede.
     """
-    exempt = {id(p) for p in classifier_weights(model)}
+    exemption = exemption_of(model, clip_exempt)
+    exempt = {id(p) for p in exemption.parameters()}
     undecayed = undecayed_names(model, named_in=model)
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    axes = unit_axes(model)
+    groups: dict[tuple[bool, bool, Axis], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         decays = not (p.ndim <= 1 or _last_piece(name) == "bias" or name in undecayed)
         clipped = id(p) not in exempt
-        group = groups.setdefault((decays, clipped), {"params": [], "weight_decay": weight_decay if decays else 0.0})
+        axis = axes.get(id(p), 0) if clipped else 0
+        key = (not clipped, decays, axis)
+        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decays else 0.0})
         if not clipped:
             group["clip_factor"] = None
+        if axis != 0:
+            group["clip_axis"] = axis
         group["params"].append(p)
-    return [groups[key] for key in sorted(groups, key=lambda key: (not key[1], key[0]))]
-
-
-def _named_classifier(model: nn.Module) -> list[nn.Module]:
-    config = getattr(model, "pretrained_cfg", None)
-    names = cast(dict[str, Any], config).get("classifier") if isinstance(config, dict) else None
-    modules = {name: module for name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())}
-    return [modules[name] for name in ([names] if isinstance(names, str) else names or ()) if name in modules]
+    ordered = sorted(groups, key=lambda key: (key[0], key[1], key[2] != 0))
+    return SettledGroups([groups[key] for key in ordered], exemption)
 
 
 def _last_piece(name: str) -> str:

@@ -5,43 +5,63 @@ bias unclipped, decays gains, and runs outside the optimizer, where a loss scale
 meets it. `agc` plus any name in timm's registry is a real subclass of that optimizer which clips before it steps.
 """
 
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+# torch offers no public decorator that lets the base optimizer's step compile and ours not.
+
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from . import agc
-from .fused_sgd import fused_parts
-from .gradients import parameters_with_gradient
+from .exempt import HOW_TO_SAY_IT, Exempt, Exemption, SettledGroups, exempt_among, split_group, tensor, warn_caller
+from .fused_where_equal import fused_parts
+from .gradients import check_gradients, clone_gradients_
+from .units import Axis, checked_axis, is_single_unit
 
-_CLIP_DEFAULTS = {"clip_factor": 0.01, "clip_eps": 1e-3}  # arXiv:2102.06171, A.1
+__all__ = ["AdaptiveClipping", "agc_class"]
+
+_CLIP_DEFAULTS: dict[str, Any] = {"clip_factor": CLIP_FACTOR, "clip_eps": CLIP_EPS, "clip_axis": 0}
+_Place = tuple[int, int]  # of a parameter: its group, its position in it
 
 
 class AdaptiveClipping(torch.optim.Optimizer):
     """What every `agc` optimizer adds to its base: each step clips every parameter group by its own settings first.
 
-    A group's `clip_factor` and `clip_eps` stand beside its `lr`; `clip_factor=None` exempts the group. The base class
-    is the next one in the method resolution order.
+    A group's `clip_factor`, `clip_eps` and `clip_axis` stand beside its `lr`; `clip_factor=None` exempts the group. The
+    base class is the next one in the method resolution order.
+
+    Parameters are remembered by their places, never held: whoever shards a network puts other ones there, and must be
+    able to free those before.
     """
 
     __module__ = "timm_nf.optim"  # where pickles look for all classes of this kind
 
-    _clip_settings: dict[str, float | None]
-    _measured: list[agc.Units]
-    _bare_layout: list[list[Tensor]]
+    base_class: ClassVar[type[torch.optim.Optimizer]]
+    _clip_settings: dict[str, Any]
+    _measured: list[tuple[list[_Place], agc.Units]]  # of the last step, without the parameters
+    _exemption: Exemption  # looked up when clipping; not part of pickles and copies
+    # What pickles and copies take with them:
+    _exempt_places: set[_Place]
+    _stated: set[int]  # groups added with a clip factor of their own, which is the last word
+    _shapes: list[list[tuple[int, ...]]]  # of the whole parameters of every group, when it was added
+    _names: list[list[str]]  # of the parameters of the first groups, in the model that they came from
+    _bare_layout: list[list[_Place]]  # the first groups as the bare optimizer would have them
+    _remembered = ("_exempt_places", "_stated", "_shapes", "_names", "_bare_layout")
 
     @torch._disable_dynamo(recursive=False)  # the base optimizer's step may be compiled, this one breaks the graph
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Clip, then do the base optimizer's step; with a closure, clip each time it has computed gradients."""
-        base_step = super().step
+        base_step: Any = super().step
         if getattr(base_step, "hooked", False):
             # torch wraps `step` once per class to run the hooks; ours is wrapped already, so theirs must not run too.
-            base_step = functools.partial(base_step.__wrapped__, self)  # type: ignore[attr-defined]
+            base_step = functools.partial(base_step.__wrapped__, self)
         if closure is None:
             self._clip_gradients()
             with self._fused_where_equal():
@@ -62,32 +82,90 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     @property
     def _is_sgd(self) -> bool:
-        return type(self).__mro__[2] is torch.optim.SGD
+        return self.base_class is torch.optim.SGD
 
     @torch._disable_dynamo
     def _clip_gradients(self) -> None:
         """Clip all groups, those with equal settings in one go; nothing is written if any group has bad input."""
-        settings: dict[Tensor, tuple[float, float]] = {}
-        for group in self.param_groups:
-            if group["clip_factor"] is not None:
-                _check_settings(group, known=self.defaults)
-                settings |= dict.fromkeys(group["params"], (group["clip_factor"], group["clip_eps"]))
-        spared = [p for group in self.param_groups for p in group["params"] if p not in settings]
-        by_settings: dict[tuple[float, float], list[Tensor]] = {}
-        for p in parameters_with_gradient(settings, self._label, spared):
+        exempt = {id(p) for p in self._looked_up()}
+        places = self._recorded("_exempt_places", set[_Place]())
+        stated = self._recorded("_stated", set[int]())
+        settings: dict[Tensor, agc.Settings] = {}
+        place_of: dict[int, _Place] = {}
+        spared: list[Tensor] = []
+        for i, group in enumerate(self.param_groups):
+            parameters: list[Tensor] = group["params"]
+            if group["clip_factor"] is None:
+                spared += parameters
+                continue
+            self._refuse_flattened(i, parameters)
+            given = _converted(group, known=self.defaults)
+            shared = agc.Settings(given["clip_factor"], given["clip_eps"], given["clip_axis"])
+            for j, p in enumerate(parameters):
+                if (id(p) in exempt and i not in stated) or (i, j) in places:
+                    spared.append(p)
+                else:
+                    settings[p], place_of[id(p)] = shared, (i, j)
+        checked = check_gradients(settings, self._label, spared, lambda p: settings[p].axis)
+        clone_gradients_(checked.needs_clone)
+        by_settings: dict[agc.Settings, list[Tensor]] = {}
+        for p in checked.parameters:
             by_settings.setdefault(settings[p], []).append(p)
-        self._measured = agc.clip_checked_([(ps, *shared) for shared, ps in by_settings.items()])
+        self._measured = [
+            ([place_of[id(p)] for p in units.parameters], units._replace(parameters=[]))
+            for units in agc.clip_checked_((ps, shared) for shared, ps in by_settings.items())
+        ]
+
+    def _recorded(self, name: str, default: Any) -> Any:
+        """What is remembered under a name; the default in a pickle of an earlier version."""
+        return vars(self).get(name, default)
+
+    def _looked_up(self) -> list[Any]:
+        exemption: Exemption | None = self._recorded("_exemption", None)
+        return [] if exemption is None else exemption.parameters()
+
+    def _record_exempt(self) -> None:
+        """Record the places of the parameters that are exempt now and lie in groups that are clipped."""
+        exempt = {id(p) for p in self._looked_up()}
+        stated: set[int] = self._recorded("_stated", set[int]())
+        places: set[_Place] = self._recorded("_exempt_places", set[_Place]())
+        self._exempt_places = places | {
+            (i, j)
+            for i, group in enumerate(self.param_groups)
+            if i not in stated
+            for j, p in enumerate(group["params"])
+            if id(p) in exempt
+        }
+
+    def _refuse_flattened(self, i: int, parameters: list[Tensor]) -> None:
+        """Refuse flat tensors in place of parameters with several axes, as far as they can be told.
+
+        Raises:
+            ValueError: Their number or shapes have changed, and what is there is flat.
+        """
+        shapes: list[list[tuple[int, ...]]] = self._recorded("_shapes", [])
+        if i >= len(shapes) or not parameters or any(p.ndim > 1 for p in parameters):
+            return
+        now, before = [tuple(p.shape) for p in parameters], shapes[i]
+        if len(now) == len(before) and all(map(is_single_unit, before)):
+            return
+        if not set(now) <= set(before):
+            raise ValueError(
+                f"parameter group {i} had {len(before)} parameters and now has {len(now)}, all of them flat, as under "
+                "DeepSpeed ZeRO, which hides their output units; use fully_shard instead"
+            )
 
     def _label(self, _: int, parameter: Tensor) -> str:
         """What to call it: its place and, if the groups or the model that timm's factory had name it, its name."""
         places = ((i, j, group) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
         i, j, group = next((i, j, group) for i, j, group in places if group["params"][j] is parameter)
-        named = [*zip(group["params"], group.get("param_names", ()), strict=False), *getattr(self, "_named", ())]
-        name = next((f" {name}" for p, name in named if p is parameter), "")
+        remembered: list[list[str]] = self._recorded("_names", [])
+        names = group.get("param_names") or (remembered[i] if i < len(remembered) else [])
+        name = f" {names[j]}" if len(names) == len(group["params"]) and names[j] else ""
         return f"parameter group {i}, parameter {j}{name}"
 
     @contextmanager
-    def _fused_where_equal(self) -> Iterator[None]:
+    def _fused_where_equal(self) -> Generator[None]:
         """For this step, let torch's SGD take its fused implementation on the CPU, which it never chooses by itself.
 
         Where nobody asked for one, and only for parameters where the result is the same to the bit. Where one is asked
@@ -102,38 +180,64 @@ class AdaptiveClipping(torch.optim.Optimizer):
         finally:
             self.param_groups = groups
 
-    def clip_stats(self) -> list[dict[str, Any]] | None:
-        """What the last step clipped, one dict for every parameter group; None before the first step.
+    def clip_stats(self) -> list[agc.ClipStats] | None:
+        """What the last step clipped, one row for every parameter group; None before the first step.
 
-        `units`, `zero_grad_units`, `non_finite_units`, `clipped_fraction` and `ratio_quantiles` (gradient norm over
-        weight norm, before the clipping, where it is finite). A group that is exempt, has an infinite clip factor or
-        had no gradients has no units. Of sharded parameters these are the units that this process holds or has a part
-        of. Waits for the device; a step does not.
+        A group that is exempt, has an infinite clip factor or had no gradients has no units. Of sharded parameters
+        these are the units that this process holds or has a part of. Waits for the device; a step does not.
         """
-        measured: list[agc.Units] | None = getattr(self, "_measured", None)
-        return None if measured is None else agc.summaries(measured, [group["params"] for group in self.param_groups])
+        measured: list[tuple[list[_Place], agc.Units]] | None = self._recorded("_measured", None)
+        if measured is None:
+            return None
+        pieces: list[list[agc.Pieces]] = [[] for _ in self.param_groups]
+        for places, units in measured:
+            for (i, _), piece in zip(places, units.pieces(), strict=True):
+                pieces[i].append(piece)
+        return [agc.summary(found) for found in pieces]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; clip settings that it does not state are the constructor's.
 
+        Parameters of a classifier that the optimizer knows of are exempt, unless the group states a clip factor.
+
         Raises:
             ValueError: A clip setting is negative, NaN or unknown.
         """
-        for name, value in getattr(self, "_clip_settings", _CLIP_DEFAULTS).items():
+        for name, value in self._recorded("_clip_settings", _CLIP_DEFAULTS).items():
             self.defaults.setdefault(name, value)
-        _check_settings(param_group, known=self.defaults)
+        converted = _converted(param_group, known=self.defaults)
+        if any(param_group[name] is not value for name, value in converted.items()):
+            param_group = param_group | converted
+        stated = "clip_factor" in param_group
         super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        self._shapes = [*self._recorded("_shapes", []), [tuple(p.shape) for p in self.param_groups[index]["params"]]]
+        if stated:
+            self._stated = self._recorded("_stated", set[int]()) | {index}
+        self._record_exempt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of its bare form, which resumes with this one's clip settings."""
-        groups = state_dict["param_groups"]
+        """Load a checkpoint of this optimizer or of its bare form, which resumes with this one's clip settings.
+
+        As torch has it, the settings in a checkpoint replace those of this optimizer; a warning names clip settings
+        that differ. Set them in the groups afterwards to change them.
+        """
+        groups: list[dict[str, Any]] = state_dict["param_groups"]
         if not any("clip_factor" in group for group in groups):
             groups = self._regroup(groups)
         if len(groups) == len(self.param_groups):
-            groups = [
-                {**{key: ours[key] for key in _CLIP_DEFAULTS}, **saved}
-                for saved, ours in zip(groups, self.param_groups, strict=True)
-            ]
+            settled: list[dict[str, Any]] = []
+            for i, (saved, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
+                own = _converted(ours, known=self.defaults)
+                loaded = _converted({**own, **saved}, known={**self.defaults, **saved})
+                settled.append({**saved, **loaded})
+                for name, value in own.items():
+                    if name in _CLIP_DEFAULTS and loaded[name] != value:
+                        warn_caller(
+                            f"the checkpoint's {name}={loaded[name]} replaces {value} in parameter group {i}; to "
+                            f"change it, set optimizer.param_groups[{i}][{name!r}] after loading"
+                        )
+            groups = settled
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _regroup(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -141,17 +245,19 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
         Only the ids in `params` tie a state dict's groups to its state, so the state itself can stay as it is.
         """
-        layout: list[list[Tensor]] = list(getattr(self, "_bare_layout", []))
-        placed = {p for parameters in layout for p in parameters}
-        layout += [group["params"] for group in self.param_groups if placed.isdisjoint(group["params"])]
-        if [len(group["params"]) for group in saved] != [len(parameters) for parameters in layout]:
+        layout: list[list[_Place]] = list(self._recorded("_bare_layout", []))
+        placed = {i for places in layout for i, _ in places}
+        later = (i for i, group in enumerate(self.param_groups) if i not in placed and (group["params"] or not layout))
+        layout += [[(i, j) for j in range(len(self.param_groups[i]["params"]))] for i in later]
+        if [len(group["params"]) for group in saved] != [len(places) for places in layout]:
             return saved
-        origin = {p: group for group, parameters in zip(saved, layout, strict=True) for p in parameters}
-        ids = {p: i for group, ps in zip(saved, layout, strict=True) for p, i in zip(ps, group["params"], strict=True)}
-        regrouped = []
-        for ours in self.param_groups:
-            source = origin[ours["params"][0]] if ours["params"] else ours
-            group = {**ours, **source, "params": [ids[p] for p in ours["params"]]}
+        pairs = [pair for group, places in zip(saved, layout, strict=True) for pair in _zipped(group, places)]
+        origin = {place: group for place, group, _ in pairs}
+        ids = {place: i for place, _, i in pairs}
+        regrouped: list[dict[str, Any]] = []
+        for i, ours in enumerate(self.param_groups):
+            source = origin[i, 0] if ours["params"] else ours
+            group = {**ours, **source, "params": [ids[i, j] for j in range(len(ours["params"]))]}
             if group["params"] != source["params"]:
                 group.pop("param_names", None)  # those of the other grouping; torch puts ours back
                 if not ours.get("weight_decay", True):
@@ -159,9 +265,22 @@ class AdaptiveClipping(torch.optim.Optimizer):
             regrouped.append(group)
         return regrouped
 
+    def remember(self, names: Mapping[int, str], bare: Iterable[Iterable[Tensor]]) -> None:
+        """Remember, by place, the names of parameters and the groups that the bare optimizer would have.
+
+        Args:
+            names: By the parameter's id.
+            bare: The parameters of each of these groups.
+        """
+        groups = [group["params"] for group in self.param_groups]
+        self._names = [[names.get(id(p), "") for p in parameters] for parameters in groups]
+        place_of = {id(p): (i, j) for i, parameters in enumerate(groups) for j, p in enumerate(parameters)}
+        self._bare_layout = [[place_of[id(p)] for p in parameters] for parameters in bare]
+
     def __getstate__(self) -> dict[str, Any]:
-        """The base optimizer's state for pickle and deepcopy, the bare grouping and the names beside it."""
-        ours = {name: vars(self)[name] for name in ("_bare_layout", "_named") if name in vars(self)}
+        """The base optimizer's state for pickle and deepcopy, and what is remembered beside it."""
+        self._record_exempt()
+        ours = {name: vars(self)[name] for name in self._remembered if name in vars(self)}
         return super().__getstate__() | ours
 
     @property
@@ -174,46 +293,119 @@ class AdaptiveClipping(torch.optim.Optimizer):
         """Ignored; the base constructors set it."""
 
 
-def _check_settings(settings: dict[str, Any], known: Container[str]) -> None:
+def _zipped(group: dict[str, Any], places: list[_Place]) -> Iterator[tuple[_Place, dict[str, Any], int]]:
+    for place, i in zip(places, group["params"], strict=True):
+        yield place, group, i
+
+
+def _converted(settings: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The clip settings among these, checked, with numbers in place of text.
+
+    Raises:
+        ValueError: One is unknown or outside its range.
+    """
+    converted: dict[str, Any] = {}
     for name, value in settings.items():
-        if name.startswith("clip_") and name not in known:
-            raise ValueError(f"unknown clip setting {name!r}; adaptive clipping has {' and '.join(_CLIP_DEFAULTS)}")
-        if name == "clip_eps" or (name == "clip_factor" and value is not None):
-            agc.check_setting(name, value)
+        if name in _CLIP_DEFAULTS:
+            if name == "clip_axis":
+                converted[name] = checked_axis(value)
+            elif not (name == "clip_factor" and value is None):
+                converted[name] = agc.checked_setting(name, value)
+            else:
+                converted[name] = None
+        elif name.startswith("clip_") and name not in known:
+            raise ValueError(f"unknown clip setting {name!r}; adaptive clipping has {', '.join(_CLIP_DEFAULTS)}")
+    return converted
+
+
+def _settled(params: Any, clip_exempt: Exempt | None) -> tuple[Any, Exemption, list[list[Tensor]]]:
+    """What a constructor was given, split by who is exempt: the groups, whom to look up later, and the bare groups."""
+    if isinstance(params, SettledGroups) and clip_exempt is None:
+        return params, params.exemption, []
+    if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
+        return cast(Any, params), Exemption(), []  # torch says what is wrong with that
+    listed: list[Any] = list(cast(Iterable[Any], params))
+    if clip_exempt is None:
+        if not any(isinstance(group, dict) and "clip_factor" in group for group in listed):
+            warn_caller(
+                "these parameters come without their model, so that all of them are clipped, the classifier's weight "
+                f"too, while the paper exempts it. {HOW_TO_SAY_IT}"
+            )
+        return listed, Exemption(), []
+    groups = as_groups(listed)
+    exemption, ids = exempt_among(groups, clip_exempt)
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        parts = split_group(group, lambda p: id(p) in ids) or [(False, group)]
+        split += [
+            {**part, "clip_factor": None} if exempt else part for exempt, part in sorted(parts, key=lambda x: x[0])
+        ]
+    return split, exemption, [[tensor(entry) for entry in group["params"]] for group in groups]
+
+
+def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
+    """Any form of parameters that torch accepts, as new groups with a list under `params`."""
+    groups: list[Any] = list(given)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    result: list[dict[str, Any]] = []
+    for group in map(dict[str, Any], groups):
+        parameters: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = group.pop("param_names", None)
+        result.append({**group, "params": list(zip(names, parameters, strict=True)) if names else parameters})
+    return result
 
 
 @functools.cache
 def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The subclass of an optimizer class that clips before every step, always the same one for the same base.
 
-    It takes the base's arguments and `clip_factor=0.01, clip_eps=1e-3`.
+    It takes the base's arguments and `clip_factor=0.01, clip_eps=1e-3, clip_axis=0, clip_exempt=None`.
     """
     signature = inspect.signature(base.__init__)
     parameters = list(signature.parameters.values())
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     parameters[at:at] = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in _CLIP_DEFAULTS.items()
+        for name, default in (_CLIP_DEFAULTS | {"clip_exempt": None}).items()
     ]
     known = {p.name for p in parameters}
+    first = parameters[1].name
 
-    def __init__(self: Any, *args: Any, clip_factor: float | None = 0.01, clip_eps: float = 1e-3, **kwargs: Any):
-        self._clip_settings = {"clip_factor": clip_factor, "clip_eps": clip_eps}
-        _check_settings({**kwargs, **self._clip_settings}, known)
+    def __init__(
+        self: Any,
+        *args: Any,
+        clip_factor: float | None = CLIP_FACTOR,
+        clip_eps: float = CLIP_EPS,
+        clip_axis: Axis = 0,
+        clip_exempt: Exempt | None = None,
+        **kwargs: Any,
+    ):
+        given = {"clip_factor": clip_factor, "clip_eps": clip_eps, "clip_axis": clip_axis}
+        self._clip_settings = _converted({**kwargs, **given}, known)
+        bare: list[list[Tensor]] = []
+        if args:
+            groups, self._exemption, bare = _settled(args[0], clip_exempt)
+            args = (groups, *args[1:])
+        elif first in kwargs:
+            kwargs[first], self._exemption, bare = _settled(kwargs[first], clip_exempt)
         base.__init__(self, *args, **kwargs)
+        if bare:
+            self.remember({}, bare)
 
-    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    cast(Any, __init__).__signature__ = signature.replace(parameters=parameters)
 
     # pickle finds a class by its name in this package, and several packages call theirs SGD or Adam.
     package = sys.modules[AdaptiveClipping.__module__]
     name = f"Agc{base.__name__}"
-    if name in vars(package) and vars(package)[name].__mro__[2] is not base:
+    if name in vars(package) and vars(package)[name].base_class is not base:
         name = f"Agc_{base.__module__.replace('.', '_')}_{base.__name__}"
     members = {
         "__init__": __init__,
         "__module__": AdaptiveClipping.__module__,
         "__qualname__": name,
         "__doc__": f"{base.__name__} behind adaptive gradient clipping; its arguments and {', '.join(_CLIP_DEFAULTS)}.",
+        "base_class": base,
     }
     made = type(name, (AdaptiveClipping, base), members)
     setattr(package, name, made)

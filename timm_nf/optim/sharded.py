@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .units import Axis, Layout, layout_of
+
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -18,25 +20,43 @@ class Shard(NamedTuple):
     """The part of a parameter and of its gradient in this process; all of them for an ordinary parameter."""
 
     parameter: Tensor  # as the optimizer knows it
-    weight: Tensor
+    weight: Tensor  # as its layout views it
     grad: Tensor
-    single: bool  # the whole parameter is one unit
+    layout: Layout
     spread_over: tuple[Any, ...]  # the process groups that hold other parts of the same units
+    blocks: Tensor | None = None  # (rows,): for rows of blocks that are cut between processes, the block of each
 
 
-def local_shard(p: Tensor, g: Tensor, single: bool) -> Shard:
+def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
     """The shard of a parameter that has no `gradient_problem`; to be called without gradient tracking."""
+    layout = layout_of(p.shape, axis)
     placements = placements_of(p)
     if not placements:
-        return Shard(p, p, g, single, ())
+        return Shard(p, layout.view(p), layout.view(g), layout, ())
     mesh = cast(Any, p).device_mesh
-    # Sharded by rows, a process holds whole units; sharded otherwise, or if all of it is one unit, parts of them.
     dims = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    spread_over = tuple(mesh.get_group(i) for i in dims if single or placements[i].dim != 0)
     weight, grad = local_part(p), local_part(g)
-    if spread_over and not grad.numel():  # takes part in the collective all the same, and zeros change no norm
-        weight, grad = (t.new_zeros(1 if single else (len(t), *[1] * (t.ndim - 1))) for t in (weight, grad))
-    return Shard(p, weight, grad, single, spread_over)
+    blocks = None
+    if layout.blocks:
+        if any(placements[i].dim == 0 for i in dims):
+            blocks = _blocks_of_rows(p, layout.blocks, grad)
+        else:
+            weight, grad = layout.view(weight), layout.view(grad)
+    # Sharded along the axis of the units, a process holds whole units; sharded otherwise, or if all of it is one unit,
+    # parts of them.
+    whole = 1 if layout.blocks else (*layout.kept, None)[0]
+    spread_over = tuple(mesh.get_group(i) for i in dims if placements[i].dim != whole)
+    if spread_over and blocks is None and not grad.numel():
+        # takes part in the collective all the same, and zeros change no norm
+        weight, grad = (t.new_zeros(1 if layout.single else layout.sizes(t)) for t in (weight, grad))
+    return Shard(p, weight, grad, layout, spread_over, blocks)
+
+
+def _blocks_of_rows(p: Tensor, blocks: int, local: Tensor) -> Tensor:
+    """The block of every local row of a parameter that is sharded along its first axis: (rows,)."""
+    chunks: list[Any] = cast(Any, p).__create_chunk_list__() if len(local) else []  # torch's protocol of checkpoints
+    rows = [torch.arange(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) for chunk in chunks]
+    return (torch.cat([torch.empty(0, dtype=torch.int64), *rows]) // (p.shape[0] // blocks)).to(local.device)
 
 
 def reduce_norms(

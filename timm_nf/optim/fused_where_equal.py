@@ -28,7 +28,9 @@ def fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict
         return [group]
     if any(group[option] for option in ("dampening", "maximize", "differentiable")) or isinstance(group["lr"], Tensor):
         return [group]
-    rest, fused, fused_first = [], [], []  # the last without momentum yet
+    rest: list[Tensor] = []
+    fused: list[Tensor] = []
+    fused_first: list[Tensor] = []  # no momentum buffer yet
     for p in group["params"]:
         buffer = state[p].get("momentum_buffer") if p in state else None
         tensors = [t for t in (p, p.grad, buffer) if t is not None]
