@@ -26,7 +26,7 @@ WINGS = {
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
     "optim": "sharded gradients agc groups fused_sgd optimizer factory",
-    "inference": "fuse images classify export bench",
+    "inference": "fuse images classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
     "verify": "golden stock checks",
