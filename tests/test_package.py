@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _progress _text _relative_error _clip_defaults variants _wrappers",
+    "ground": "version _progress _text _relative_error _clip_defaults variants _wrappers _gain_names",
     "layers": "standardize padding activations std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
@@ -179,6 +179,7 @@ def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
         "_wrappers",
+        "_gain_names",
     }
 
 

@@ -205,7 +205,7 @@ def _of_variant(name: str, row: Variant, given: dict[str, Any]) -> dict[str, Any
 
 def _differences(row: Variant, values: dict[str, Any]) -> Iterator[str]:
     """What the authors do otherwise than train.py with these settings."""
-    nfnet = row.cfg.stem_type == "deep_quad"
+    nfnet = row.family == "NFNet"
     if "aa" in values:
         yield (
             "RandAugment: the authors apply it after MixUp and CutMix, train.py before. Theirs has a sixteenth "

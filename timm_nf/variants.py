@@ -7,10 +7,12 @@ Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resn
 
 import dataclasses
 import math
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
+__all__ = ["DEEP_STEM", "VARIANTS", "Family", "NfCfg", "Variant", "squeeze_chs"]
+
+Family = Literal["NFNet", "NF_ResNet", "NF_RegNet"]  # the authors' classes
 DEEP_STEM = (16, 32, 64)  # channels of the first three convolutions of a `deep_quad` stem, nfnets/nfnet.py
 
 
@@ -174,6 +176,7 @@ class Variant:
 
     Attributes:
         cfg: The network.
+        family: Of the authors' three, which differ in recipe and evaluation too.
         train_size: Height and width of training images in the paper.
         test_size: Height and width of test images.
         drop_rate: The paper's dropout for it; a recipe's business, models are built with 0.
@@ -183,6 +186,7 @@ class Variant:
     """
 
     cfg: NfCfg
+    family: Family
     train_size: int = 224
     test_size: int = 224
     drop_rate: float = 0.0
@@ -198,18 +202,41 @@ _R = (256, 512, 1024, 2048)
 
 def _nfnet(repeats: int, channels: tuple[int, ...], *sizes: Any, hub: bool = False) -> Variant:
     cfg = NfCfg(depths=tuple(repeats * d for d in (1, 2, 6, 3)), channels=channels)
-    return Variant(cfg, *sizes, hf_hub_id=f"timm/dm_nfnet_f{repeats - 1}.dm_in1k" if hub else None)
+    return Variant(cfg, "NFNet", *sizes, hf_hub_id=f"timm/dm_nfnet_f{repeats - 1}.dm_in1k" if hub else None)
 
 
-_resnet = partial(
-    NfCfg, channels=_R, stem_type="7x7_pool", num_features=0, group_size=None, bottle_ratio=0.25, attn_layer=None,
-    attn_kwargs={"rd_ratio": 0.25},
-    extra_conv=False, avg_down=False, act_layer="relu",
-)  # fmt: skip
-_regnet = partial(
-    NfCfg, stem_type="3x3", group_size=8, bottle_ratio=2.25, width_factor=0.75, reg=True, extra_conv=False,
-    zero_init_fc=True, act_layer="silu",
-)  # fmt: skip
+def _nf_resnet(depths: tuple[int, ...]) -> Variant:
+    cfg = NfCfg(
+        depths,
+        channels=_R,
+        stem_type="7x7_pool",
+        num_features=0,
+        group_size=None,
+        bottle_ratio=0.25,
+        attn_layer=None,
+        attn_kwargs={"rd_ratio": 0.25},
+        extra_conv=False,
+        avg_down=False,
+        act_layer="relu",
+    )
+    return Variant(cfg, "NF_ResNet")
+
+
+def _nf_regnet(depths: tuple[int, ...], channels: tuple[int, ...], *sizes: Any) -> Variant:
+    cfg = NfCfg(
+        depths,
+        channels,
+        stem_type="3x3",
+        group_size=8,
+        bottle_ratio=2.25,
+        width_factor=0.75,
+        reg=True,
+        extra_conv=False,
+        zero_init_fc=True,
+        act_layer="silu",
+    )
+    return Variant(cfg, "NF_RegNet", *sizes)
+
 
 # fmt: off
 VARIANTS: dict[str, Variant] = {
@@ -230,20 +257,20 @@ VARIANTS: dict[str, Variant] = {
     "nfnet_f5_plus": _nfnet(6, _F_PLUS, 416, 544, 0.5, 15),
     "nfnet_f6_plus": _nfnet(7, _F_PLUS, 448, 576, 0.5, 15),
     "nfnet_f7_plus": _nfnet(8, _F_PLUS, 480, 608, 0.5, 15),
-    "dm_nf_resnet50": Variant(_resnet((3, 4, 6, 3))),
-    "dm_nf_resnet101": Variant(_resnet((3, 4, 23, 3))),
-    "dm_nf_resnet152": Variant(_resnet((3, 8, 36, 3))),
-    "dm_nf_resnet200": Variant(_resnet((3, 24, 36, 3))),
-    "dm_nf_resnet288": Variant(_resnet((24, 24, 24, 24))),
-    "dm_nf_resnet600": Variant(_resnet((50, 50, 50, 50))),
-    "dm_nf_regnet_b0": Variant(_regnet((1, 3, 6, 6), (48, 104, 208, 440)), 192, 224, 0.2),
-    "dm_nf_regnet_b1": Variant(_regnet((2, 4, 7, 7), (48, 104, 208, 440)), 224, 256, 0.2),
-    "dm_nf_regnet_b2": Variant(_regnet((2, 4, 8, 8), (56, 112, 232, 488)), 240, 272, 0.3),
-    "dm_nf_regnet_b3": Variant(_regnet((2, 5, 9, 9), (56, 128, 248, 528)), 288, 320, 0.3),
-    "dm_nf_regnet_b4": Variant(_regnet((2, 6, 11, 11), (64, 144, 288, 616)), 320, 384, 0.4),
-    "dm_nf_regnet_b5": Variant(_regnet((3, 7, 14, 14), (80, 168, 336, 704)), 384, 456, 0.4),
-    "dm_nf_regnet_b6": Variant(_regnet((3, 8, 16, 16), (88, 184, 376, 792)), 448, 528, 0.5),
-    "dm_nf_regnet_b7": Variant(_regnet((4, 10, 19, 19), (96, 208, 416, 880)), 512, 600, 0.5),
-    "dm_nf_regnet_b8": Variant(_regnet((4, 11, 22, 22), (104, 232, 456, 968)), 600, 672, 0.5),
+    "dm_nf_resnet50": _nf_resnet((3, 4, 6, 3)),
+    "dm_nf_resnet101": _nf_resnet((3, 4, 23, 3)),
+    "dm_nf_resnet152": _nf_resnet((3, 8, 36, 3)),
+    "dm_nf_resnet200": _nf_resnet((3, 24, 36, 3)),
+    "dm_nf_resnet288": _nf_resnet((24, 24, 24, 24)),
+    "dm_nf_resnet600": _nf_resnet((50, 50, 50, 50)),
+    "dm_nf_regnet_b0": _nf_regnet((1, 3, 6, 6), (48, 104, 208, 440), 192, 224, 0.2),
+    "dm_nf_regnet_b1": _nf_regnet((2, 4, 7, 7), (48, 104, 208, 440), 224, 256, 0.2),
+    "dm_nf_regnet_b2": _nf_regnet((2, 4, 8, 8), (56, 112, 232, 488), 240, 272, 0.3),
+    "dm_nf_regnet_b3": _nf_regnet((2, 5, 9, 9), (56, 128, 248, 528), 288, 320, 0.3),
+    "dm_nf_regnet_b4": _nf_regnet((2, 6, 11, 11), (64, 144, 288, 616), 320, 384, 0.4),
+    "dm_nf_regnet_b5": _nf_regnet((3, 7, 14, 14), (80, 168, 336, 704), 384, 456, 0.4),
+    "dm_nf_regnet_b6": _nf_regnet((3, 8, 16, 16), (88, 184, 376, 792), 448, 528, 0.5),
+    "dm_nf_regnet_b7": _nf_regnet((4, 10, 19, 19), (96, 208, 416, 880), 512, 600, 0.5),
+    "dm_nf_regnet_b8": _nf_regnet((4, 11, 22, 22), (104, 232, 456, 968), 600, 672, 0.5),
 }
 # fmt: on

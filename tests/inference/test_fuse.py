@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import timm_nf
 from tests.support.small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, relative_error, state_dict
-from timm_nf.layers import SameConv2d, ScaledStdConv2d
+from timm_nf.layers import GateConv2d, SameConv2d, ScaledStdConv2d
 from timm_nf.layers.standardize import standardize_weight
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -86,8 +86,9 @@ def test_convolutions_are_plain_and_pad_themselves_only_where_padding_depends_on
 ) -> None:
     fused = timm_nf.fuse(build(family, output_stride=output_stride))
     for conv in convolutions(fused):
-        dynamic = conv.stride != (1, 1) and conv.kernel_size != (1, 1)
-        assert type(conv) is (SameConv2d if dynamic else nn.Conv2d)
+        if type(conv) is not GateConv2d:  # of squeeze-excite, never standardised
+            dynamic = conv.stride != (1, 1) and conv.kernel_size != (1, 1)
+            assert type(conv) is (SameConv2d if dynamic else nn.Conv2d)
         assert dict(conv.named_parameters()).keys() == {"weight", "bias"}
     assert "gain" not in {n.rpartition(".")[2] for n in fused.state_dict()}
 

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.support import reference_nfnet as reference
 from timm_nf.layers import (
     ACTIVATIONS,
     Activation,
+    GateConv2d,
     SameAvgPool2d,
     SameConv2d,
     SameMaxPool2d,
@@ -20,6 +22,7 @@ from timm_nf.layers import (
     StochasticDepth,
     activation_gain,
     activation_name,
+    create_activation,
 )
 from timm_nf.layers.standardize import standardize_weight
 
@@ -33,7 +36,7 @@ def test_gamma_is_one_over_the_std_of_the_activated_normal(name: str) -> None:
     pieces = [(-12.0, 0.0), (0.0, 6.0), (6.0, 12.0)]
     z = np.concatenate([(b - a) / 2 * nodes + (a + b) / 2 for a, b in pieces])
     density = np.concatenate([(b - a) / 2 * weights for a, b in pieces]) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    y = ACTIVATIONS[name][0](torch.from_numpy(z)).numpy()
+    y = create_activation(name)(torch.from_numpy(z)).numpy()
     mean = (y * density).sum()
     std = math.sqrt((((y - mean) ** 2) * density).sum())
     # The authors estimated their constants from samples; the worst is 0.12 % off.
@@ -44,9 +47,20 @@ def test_gamma_is_one_over_the_std_of_the_activated_normal(name: str) -> None:
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_activation_equals_its_numpy_definition(name: str) -> None:
     x = torch.cat([torch.linspace(-60, 60, 4001, dtype=torch.float64), torch.tensor([-1e-9, 0.0, 1e-9, 700, -700.0])])
-    got = Activation(name, activation_gain(name))(x).numpy()
-    np.testing.assert_allclose(got, reference.activation(name, x.numpy()), rtol=1e-13, atol=1e-14)
-    assert torch.equal(Activation(name)(x), ACTIVATIONS[name][0](x))
+    got = Activation(name)(x)
+    np.testing.assert_allclose(got.numpy(), reference.activation(name, x.numpy()), rtol=1e-13, atol=1e-14)
+    assert torch.equal(got, create_activation(name)(x) * activation_gain(name))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_is_torchs_own_module_and_keeps_its_input(name: str) -> None:
+    act, x = create_activation(name), torch.linspace(-3, 3, 7)
+    assert type(act).__module__.startswith("torch.nn.modules.")
+    assert type(Activation(name).act) is type(act)
+    before = x.clone()
+    with torch.inference_mode():
+        act(x)
+    assert torch.equal(x, before)
 
 
 def test_there_are_exactly_the_fourteen_elementwise_activations_of_the_authors() -> None:
@@ -62,7 +76,13 @@ def test_other_spellings_resolve(alias: str, name: str) -> None:
     assert activation_gain(alias) == activation_gain(name)
 
 
-@pytest.mark.parametrize("name", ["glu", "mish", "", nn.ReLU, None])
+@pytest.mark.parametrize("name", ["glu", "log_softmax"])
+def test_activations_of_the_authors_that_are_not_elementwise_are_refused_as_such(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is in the authors' table but not built here.*softsign"):
+        activation_name(name)
+
+
+@pytest.mark.parametrize("name", ["mish", "", nn.ReLU, None])
 def test_an_activation_without_gamma_is_refused_with_the_choices(name: Any) -> None:
     with pytest.raises(ValueError, match="softsign") as error:
         activation_name(name)
@@ -81,7 +101,7 @@ def nhwc(x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_convolution_pads_as_tensorflow_does(kernel: int, stride: int) -> None:
-    conv: Any = SameConv2d(4, 6, kernel, stride, groups=2, dtype=torch.float64)
+    conv: Any = SameConv2d(4, 6, (kernel, kernel), (stride, stride), groups=2, dtype=torch.float64)
     w, bias = conv.weight.detach().numpy().transpose(2, 3, 1, 0), conv.bias.detach().numpy()
     for h, width in SIZES:
         x = torch.randn(2, 4, h, width, dtype=torch.float64)
@@ -118,10 +138,65 @@ def test_average_pool_pads_as_tensorflow_does_and_counts_no_padding(stride: int)
         )
 
 
-@pytest.mark.parametrize("kwargs", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "dilation": 2}])
-def test_a_convolution_that_same_padding_does_not_cover_is_refused(kwargs: Any) -> None:
-    with pytest.raises(ValueError, match=f"kernel_size={kwargs['kernel_size']}"):
-        SameConv2d(4, 4, **kwargs)
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"kernel_size": 2}, "kernel_size=2"),
+        ({"kernel_size": 3, "stride": 2, "dilation": 2}, "kernel_size=3, stride=2, dilation=2"),
+        ({"kernel_size": 3, "stride": 4}, "no larger stride.*stride=4"),
+        ({"kernel_size": (3, 1)}, r"the same kernel_size along both axes, got kernel_size=\(3, 1\)"),
+        ({"kernel_size": 3, "stride": (1, 2)}, r"the same stride along both axes, got stride=\(1, 2\)"),
+        ({"kernel_size": 3, "padding_mode": "reflect"}, "padding_mode must be 'zeros', got 'reflect'"),
+        ({"kernel_size": 3, "padding": 0}, "pads SAME.*1 here, got padding=0"),
+        ({"kernel_size": 3, "padding": "same"}, "pads SAME.*1 here, got padding='same'"),
+        ({"kernel_size": 3, "stride": 2, "padding": (1, 1)}, r"pads SAME.*0 here, got padding=\(1, 1\)"),
+        ({"kernel_size": 3, "dilation": 2, "padding": 1}, "pads SAME.*2 here, got padding=1"),
+    ],
+)
+@pytest.mark.parametrize("cls", [SameConv2d, ScaledStdConv2d])
+def test_a_convolution_that_same_padding_does_not_cover_is_refused(cls: Any, kwargs: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        cls(4, 4, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SameConv2d(4, 6, 1),
+        lambda: SameConv2d(4, 6, 1, 2),
+        lambda: SameConv2d(4, 6, 3),
+        lambda: SameConv2d(4, 6, 5, 2),
+        lambda: GateConv2d(4, 6),
+    ],
+    ids=["1x1", "1x1 strided", "3x3", "5x5 strided", "gate"],
+)
+def test_an_adapter_builds_layers_of_the_class_by_the_attributes_of_one(build: Callable[[], nn.Conv2d]) -> None:
+    # as PEFT's LoRA does: what adds to the output of `conv` is a layer of its class and geometry, then a 1x1 one
+    conv: Any = build()
+    down: Any = type(conv)(conv.in_channels, 2, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    up: Any = type(conv)(2, conv.out_channels, (1, 1), (1, 1), bias=False)
+    assert (down.bias, up.bias) == (None, None)
+    x = torch.randn(3, 4, 1, 1) if isinstance(conv, GateConv2d) else torch.randn(3, 4, 7, 10)
+    merged = copy.deepcopy(conv)
+    with torch.no_grad():
+        merged.weight += torch.einsum("or,rihw->oihw", up.weight[:, :, 0, 0], down.weight)
+    torch.testing.assert_close(conv(x) + up(down(x)), merged(x))
+
+
+def test_an_adapter_on_a_standardised_convolution_is_refused_and_told_to_fuse() -> None:
+    conv: Any = ScaledStdConv2d(4, 6, 3, 2)
+    with pytest.raises(TypeError, match=r"standardised.*timm_nf\.fuse"):
+        type(conv)(4, 2, conv.kernel_size, conv.stride, conv.padding, bias=False)
+
+
+def test_max_pool_of_traced_sizes_pads_with_numbers_of_the_input() -> None:
+    pool, dynamic = SameMaxPool2d(), torch.export.Dim.DYNAMIC
+    program = torch.export.export(pool, (torch.randn(1, 2, 6, 6),), dynamic_shapes=({2: dynamic, 3: dynamic},))
+    assert "inf" not in str(program.graph)
+    exported = program.module()
+    for h, w in itertools.product(range(3, 9), repeat=2):
+        x = torch.randn(1, 2, h, w) - 5
+        np.testing.assert_array_equal(nhwc(exported(x)), reference.max_pool(nhwc(x), 3, 2))
 
 
 # --- the standardised convolution ---
@@ -160,7 +235,7 @@ def test_unit_variance_survives_a_deep_stack_of_standardised_convolutions() -> N
     torch.manual_seed(0)
     x = torch.randn(8, 256, 8, 8)
     for _ in range(10):
-        x = ScaledStdConv2d(256, 256, 1, scale=activation_gain("gelu"))(Activation("gelu")(x))
+        x = ScaledStdConv2d(256, 256, 1, scale=activation_gain("gelu"))(create_activation("gelu")(x))
     assert x.var((0, 2, 3)).mean().item() == pytest.approx(1, rel=0.15)
 
 
@@ -192,36 +267,21 @@ def test_squeeze_excite_truncates_its_hidden_width_to_at_least_one(channels: int
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_squeeze_excite_as_a_matrix_product_equals_its_convolutions(channels_last: bool) -> None:
-    se = SqueezeExcite(6, 0.5, dtype=torch.float64)
-    x: Any = torch.randn(3, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+def test_convolution_of_one_pixel_is_that_of_torch(channels_last: bool) -> None:
+    conv, plain = GateConv2d(6, 4, dtype=torch.float64), nn.Conv2d(6, 4, 1, dtype=torch.float64)
+    plain.load_state_dict(conv.state_dict(), strict=True)
+    x: Any = torch.randn(3, 6, 1, 1, dtype=torch.float64, requires_grad=True)
     if channels_last:
-        se, x = se.to(memory_format=torch.channels_last), x.detach().to(memory_format=torch.channels_last)
-    got = torch.autograd.grad(se(x).square().sum(), list(se.parameters()))
-    hooked, calls = copy.deepcopy(se), []
-    for fc in (hooked.fc1, hooked.fc2):
-        fc.register_forward_hook(lambda module, args, output: calls.append(output.shape))
-    torch.testing.assert_close(se(x), hooked(x), rtol=1e-14, atol=1e-14)
-    assert calls == [(3, 3, 1, 1), (3, 6, 1, 1)]  # whoever listens is called
-    want = torch.autograd.grad(hooked(x).square().sum(), list(hooked.parameters()))
+        conv, plain = (c.to(memory_format=torch.channels_last) for c in (conv, plain))
+    torch.testing.assert_close(conv(x), plain(x), rtol=1e-14, atol=1e-14)
+    got, want = (torch.autograd.grad(c(x).square().sum(), [x, *c.parameters()]) for c in (conv, plain))
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
 
 
-def test_squeeze_excite_calls_convolutions_that_only_have_a_hook_before_their_backward_pass() -> None:
-    se, calls = SqueezeExcite(6, 0.5), []
-    se.fc1.register_full_backward_pre_hook(lambda module, grads: calls.append(grads[0].shape))
-    se(torch.randn(3, 6, 4, 5)).sum().backward()
-    assert calls == [(3, 3, 1, 1)]
-
-
-def test_squeeze_excite_calls_what_its_convolutions_were_replaced_by() -> None:
-    class Adapter(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) + 1000
-
-    se = SqueezeExcite(6, 0.5)
-    se.fc2 = Adapter(3, 6, 1)
-    assert bool((se(torch.randn(2, 6, 4, 4)) > 0.999).all())
+@pytest.mark.parametrize("kwargs", [{"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 2}])
+def test_convolution_of_one_pixel_refuses_what_is_no_matrix_product(kwargs: Any) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))}={next(iter(kwargs.values()))}.*nn.Conv2d"):
+        GateConv2d(4, 4, **kwargs)
 
 
 def test_squeeze_excite_starts_with_truncated_normal_weights_and_no_bias() -> None:

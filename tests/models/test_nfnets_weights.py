@@ -20,6 +20,7 @@ from torch import nn
 from tests.support import GOLDEN
 from tests.support.small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, relative_error, state_dict
 from timm_nf.diagnostics import signal_stats
+from timm_nf.models.nfnets import checkpoint_filter_fn
 from timm_nf.variants import VARIANTS
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -270,11 +271,14 @@ def test_fx_features_take_any_batch_size_with_stochastic_depth() -> None:
         assert len(model(batch(n, dtype=torch.float32))) == 5
 
 
-def test_converting_the_stem_leaves_its_name_in_the_traits() -> None:
-    overlay = {"num_classes": 10, "state_dict": state_dict(NETS["NFNet"])}
-    model = create("NFNet", num_classes=3, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
-    assert model._traits["first_conv"] == "stem.conv1"
-    assert "head.fc.weight" in overlay["state_dict"]
+def test_converting_the_stem_changes_neither_the_network_nor_the_callers_dict() -> None:
+    model, state = create("NFNet", in_chans=1), state_dict(NETS["NFNet"])
+    attributes, before = dict(vars(model)), dict(state)
+    converted = checkpoint_filter_fn(state, model)
+    assert converted["stem.conv1.weight"].shape[1] == 1
+    assert vars(model) == attributes
+    assert state == before
+    assert model._traits["first_conv"] is None  # from the constructor on: timm leaves the stem alone
 
 
 @pytest.mark.parametrize("fused", [False, True])

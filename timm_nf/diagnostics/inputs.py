@@ -9,6 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from .._gain_names import is_gain
 from ..inference.classify import load_model
 from ..inference.images import find_images, reader
 
@@ -26,7 +27,7 @@ def open_branches(model: nn.Module) -> int:
     closed = [
         p
         for name, p in model.named_parameters()
-        if name.rpartition(".")[2] in ("skipinit_gain", "gain") or (name.endswith(".weight") and p.ndim == 1)
+        if is_gain(name) or (name.endswith(".weight") and p.ndim == 1)
         if not p.any()
     ]
     for p in closed:

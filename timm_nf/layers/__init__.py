@@ -1,15 +1,16 @@
 """Layers of the normalizer-free networks, each equal to the authors' JAX layer to rounding."""
 
-from .activations import ACTIVATIONS, Activation, activation_gain, activation_name
+from .activations import ACTIVATIONS, Activation, activation_gain, activation_name, create_activation
 from .drop import StochasticDepth
 from .pool2d_same import SameAvgPool2d, SameMaxPool2d
-from .squeeze_excite import SqueezeExcite
+from .squeeze_excite import GateConv2d, SqueezeExcite
 from .standardize import destandardize_weight, standardize_weight
 from .std_conv import SameConv2d, ScaledStdConv2d
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "GateConv2d",
     "SameAvgPool2d",
     "SameConv2d",
     "SameMaxPool2d",
@@ -18,6 +19,7 @@ __all__ = [
     "StochasticDepth",
     "activation_gain",
     "activation_name",
+    "create_activation",
     "destandardize_weight",
     "standardize_weight",
 ]

@@ -1,22 +1,30 @@
 """Pooling under TensorFlow's SAME rule."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .padding import same_padding
 
+__all__ = ["SameAvgPool2d", "SameMaxPool2d"]
+
 
 class SameMaxPool2d(nn.Module):
-    """3x3 max pool at stride 2 under TensorFlow's SAME rule, without a padded copy of the input."""
+    """3x3 max pool at stride 2 under TensorFlow's SAME rule, without a padded copy of the input where that is possible.
+
+    >>> SameMaxPool2d()(torch.arange(4.0).view(1, 1, 1, 4))
+    tensor([[[[2., 3.]]]])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # sizes may be symbols, of which the parity below would be fixed
+        """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            # Sizes may be symbols here, of which the parity below would be fixed. Every window that reaches outside
+            # holds the edge already, so a copy of the edge changes no maximum; minus infinity would not either, but
+            # quantisers take the range of what they see.
             top, bottom = same_padding(x.shape[-2], 3, 2)
             left, right = same_padding(x.shape[-1], 3, 2)
-            return F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), 3, 2)
+            return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
         # Odd sizes are padded by one at both ends, even ones at the end only, where ceil_mode clips the window.
         return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
 
@@ -33,6 +41,11 @@ class SameAvgPool2d(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)).
+
+        >>> SameAvgPool2d()(torch.tensor([[[[1.0, 3.0, 5.0]]]]))
+        tensor([[[[2., 5.]]]])
+        """
         if self.stride == 2:
             return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
         # Padding is symmetric in torch: the first row and column are those of windows that begin outside.

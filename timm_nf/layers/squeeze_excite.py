@@ -1,12 +1,84 @@
 """The gate of squeeze-excite, which timm's layer multiplies into the activations."""
 
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..variants import squeeze_chs
+
+__all__ = ["GateConv2d", "SqueezeExcite"]
+
+
+class GateConv2d(nn.Conv2d):
+    """1x1 convolution of maps of one pixel, computed as the matrix product that it is.
+
+    A matrix product takes the weight as it is. For a convolution oneDNN copies the weight into another layout at every
+    call, 87 MB a forward pass of NFNet-F0 (`python -m benchmarks.profile_inference` shows it of the other ones).
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: 1, as for all that follow: what nn.Conv2d has it for is the only value.
+        stride: 1.
+        padding: 0.
+        dilation: 1.
+        groups: 1.
+        bias: Whether there is one.
+        padding_mode: `zeros`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: if it is not a 1x1 convolution of all channels.
+
+    Source: nfnets/base.py, SqueezeExcite, whose layers are haiku's default linear layers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        geometry = (self.kernel_size, self.stride, self.padding, self.groups)
+        if geometry != ((1, 1), (1, 1), (0, 0), 1):
+            raise ValueError(
+                f"expected a 1x1 convolution without stride, padding and groups, got kernel_size={kernel_size}, "
+                f"stride={stride}, padding={padding}, groups={groups}; use nn.Conv2d for others"
+            )
+
+    def reset_parameters(self) -> None:
+        """Weight from a normal distribution cut at two deviations, of deviation 1 / sqrt(I) before the cut; bias 0."""
+        std = self.in_channels**-0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, I, 1, 1) -> (N, O, 1, 1)."""
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
 class SqueezeExcite(nn.Module):
@@ -24,31 +96,21 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, rd_ratio: float = 0.5, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         hidden = squeeze_chs(channels, rd_ratio)
-        self.fc1 = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
-        for fc in (self.fc1, self.fc2):  # haiku's default for a linear layer
-            std = fc.in_channels**-0.5
-            nn.init.trunc_normal_(fc.weight, std=std, a=-2 * std, b=2 * std)
-            assert fc.bias is not None
-            nn.init.zeros_(fc.bias)
+        self.fc1 = GateConv2d(channels, hidden, device=device, dtype=dtype)
+        self.act = nn.ReLU()
+        self.fc2 = GateConv2d(hidden, channels, device=device, dtype=dtype)
+        self.gate = nn.Sigmoid()
+
+    def reset_parameters(self) -> None:
+        """As `GateConv2d` initialises its layers."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, 1, 1)."""
-        x = x.mean((2, 3), keepdim=True)
-        if torch.jit.is_scripting() or torch.compiler.is_compiling() or self._calls_are_seen():
-            x = self.fc2(F.relu(self.fc1(x)))
-        else:
-            # A matrix product takes the weight as it is; for a convolution oneDNN copies it into another layout at
-            # every call, as scripts/profile_inference.py shows of the other ones.
-            x = F.relu(F.linear(x.flatten(1), self.fc1.weight.flatten(1), self.fc1.bias))
-            x = F.linear(x, self.fc2.weight.flatten(1), self.fc2.bias)[:, :, None, None]
-        return torch.sigmoid(x)
+        """(N, C, H, W) -> (N, C, 1, 1).
 
-    @torch.jit.unused
-    def _calls_are_seen(self) -> bool:
-        """Whether a convolution has a hook on it or is not torch's own, so that it has to be called as a module."""
-        for fc in (self.fc1, self.fc2):
-            hooks = (fc._forward_hooks, fc._forward_pre_hooks, fc._backward_hooks, fc._backward_pre_hooks)
-            if type(fc) is not nn.Conv2d or any(hooks):
-                return True
-        return False
+        >>> SqueezeExcite(6)(torch.zeros(2, 6, 5, 4)).shape
+        torch.Size([2, 6, 1, 1])
+        """
+        x = x.mean((2, 3), keepdim=True)
+        return self.gate(self.fc2(self.act(self.fc1(x))))

@@ -13,17 +13,30 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+__all__ = ["destandardize_weight", "standardize_weight"]
+
 _STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
 _MAX_MEAN_TO_STD = 4.0  # group_norm computes w * a + b: a row whose mean is larger than this loses more than 2 bits
 
 
 def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula in plain tensor operations: four kernels over the weight, one temporary of its size."""
+    """The formula in plain tensor operations: four kernels over the weight, one temporary of its size.
+
+    Args:
+        weight: (O, I, K, K).
+        gain: (O, 1, 1, 1).
+        eps: Floor on N * variance.
+
+    Returns:
+        (O, I, K, K).
+    """
     rows = weight.flatten(1)
     # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
     rows = rows - rows.mean(1, keepdim=True)
     var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
     scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # not every converter knows addcmul
+        return (rows * scale - mean * scale).view_as(weight)
     return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
 
 
@@ -62,8 +75,12 @@ class _StandardizeOnCPU(torch.autograd.Function):
             out_chs,
             1e-38,
         )
-        if bool(((rstd > (fan_in / eps) ** 0.5) | (mean.abs() * rstd > _MAX_MEAN_TO_STD)).any()):
-            out, rstd = _standardize(weight, gain, eps), torch.zeros_like(rstd)  # 0 tells backward
+        try:
+            exact = not bool(((rstd > (fan_in / eps) ** 0.5) | (mean.abs() * rstd > _MAX_MEAN_TO_STD)).any())
+        except RuntimeError:  # under FakeTensorMode and make_fx the statistics have no values to look at
+            exact = False
+        if not exact:
+            out, rstd = _standardize(weight, gain, eps), rstd[:, :0]  # of no elements, which tells backward
         return out.view_as(weight), mean.view(-1), rstd.view(-1)
 
     @staticmethod
@@ -77,7 +94,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad, _, _ = grads
         weight, gain, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled() or not rstd[0]:
+        if torch.is_grad_enabled() or rstd.numel() == 0:
             return *_standardize_vjp(grad, weight, gain, ctx.eps), None
         out_chs, fan_in = weight.shape[0], weight[0].numel()
         rows = (1, out_chs, fan_in)
@@ -107,40 +124,48 @@ class _StandardizeOnCPU(torch.autograd.Function):
             for x, dim in zip((weight, gain), in_dims, strict=False)
         ]
         outputs = _StandardizeOnCPU.apply(*(x.flatten(0, 1) for x in batch), eps)
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)
+        return tuple(x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in outputs), (0, 0, 0)
 
 
-def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS) -> Tensor:
-    """Weight with zero mean and norm `gain` over the fan-in of every output channel.
+def standardize_weight(weight: Tensor, gain: Tensor, eps: float = _STD_EPS, scale: float = 1.0) -> Tensor:
+    """Weight with zero mean and norm `gain * scale` over the fan-in of every output channel.
 
-    `w_hat = (w - mean(w)) * gain / sqrt(max(N * var(w), eps))` with N = I * K * K and the population variance.
+    `w_hat = (w - mean(w)) * gain * scale / sqrt(max(N * var(w), eps))` with N = I * K * K and the population variance.
     Statistics are computed in at least float32, whatever the weight's dtype and whether autocast is on.
 
     Args:
         weight: (O, I, K, K), say (256, 128, 3, 3).
         gain: (O, 1, 1, 1), say (256, 1, 1, 1).
-        eps: Floor on N * var, below which the scale is constant.
+        eps: Floor on N * var, below which the divisor is constant.
+        scale: Constant factor on the result.
 
     Returns:
         (O, I, K, K), in the weight's dtype and on its device.
+
+    >>> standardize_weight(torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.ones(1, 1, 1, 1)).flatten()
+    tensor([ 0.7071, -0.7071])
 
     Raises:
         ValueError: if there is not exactly one gain for every output channel.
 
     Source: arXiv:2101.08692, section 4.2; nfnets/base.py, WSConv2D.standardize_weight.
     """
-    if gain.numel() != weight.shape[0]:
+    if not torch.jit.is_tracing() and gain.numel() != weight.shape[0]:  # sizes are tensors while torch.jit traces
         raise ValueError(
             f"expected one gain for each of the {weight.shape[0]} output channels of a weight of shape "
             f"{tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
         )
-    if (dtype := torch.promote_types(torch.promote_types(weight.dtype, gain.dtype), torch.float32)) != weight.dtype:
-        return standardize_weight(weight.to(dtype), gain, eps).to(weight.dtype)
-    # Fake, distributed and compiled tensors have no values to look at.
-    eager = type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, gain.dtype), torch.float32)
+    if dtype != weight.dtype:
+        return standardize_weight(weight.to(dtype), gain, eps, scale).to(weight.dtype)
+    gain = gain.to(dtype)
+    if scale != 1.0:
+        gain = gain * scale
+    # Fake, distributed, traced and compiled tensors have no values to look at.
+    eager = type(weight) in (Tensor, nn.Parameter) and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
     if eager and weight.device.type == "cpu":
-        return _StandardizeOnCPU.apply(weight, gain.to(dtype), eps)[0]
-    return _standardize(weight, gain.to(dtype), eps)
+        return _StandardizeOnCPU.apply(weight, gain, eps)[0]
+    return _standardize(weight, gain, eps)
 
 
 def destandardize_weight(weight: Tensor, eps: float = _STD_EPS) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Constants live in weights, not in activations: gamma and beta scale the standardised weight of the convolution that
 follows (also through the average pool of a shortcut), alpha, the skip gain and the 2 of squeeze-excite scale its gate,
-so that a block ends in one addcmul.
+so that a block ends in one addcmul (a product and a sum where it is traced, as not every converter knows addcmul).
 
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.activations import Activation, activation_gain
+from ..layers.activations import activation_gain, create_activation
 from ..layers.drop import StochasticDepth
 from ..layers.pool2d_same import SameAvgPool2d, SameMaxPool2d
 from ..layers.squeeze_excite import SqueezeExcite
 from ..layers.std_conv import ScaledStdConv2d
 from ..variants import DEEP_STEM, NfCfg
+
+__all__ = ["Downsample", "NormFreeBlock", "make_stem"]
 
 
 class Downsample(nn.Module):
@@ -31,6 +33,7 @@ class Downsample(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         return self.conv(self.pool(x))
 
 
@@ -71,7 +74,7 @@ class NormFreeBlock(nn.Module):
         conv = partial(ScaledStdConv2d, **dd)
         gamma = activation_gain(cfg.act_layer)
         mid_chs, groups = cfg.bottleneck(in_chs, out_chs, first)
-        attn = partial(SqueezeExcite, **cfg.attn_kwargs, **dd) if cfg.attn_layer else None
+        attn = partial(SqueezeExcite, **cfg.attn_kwargs, **dd)
         self.alpha = cfg.alpha
 
         if nominal_stride > 1 or in_chs != out_chs:
@@ -80,19 +83,25 @@ class NormFreeBlock(nn.Module):
             self.downsample = Downsample(shortcut, stride if pool else None)
         else:
             self.downsample = None
-        self.act1 = Activation(cfg.act_layer)
+        self.act1 = create_activation(cfg.act_layer)
         self.conv1 = conv(in_chs, mid_chs, 1, scale=gamma / beta)
-        self.act2 = Activation(cfg.act_layer, inplace=True)
-        self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation[0], groups, scale=gamma)
-        self.act2b = Activation(cfg.act_layer, inplace=True) if cfg.extra_conv else None
-        self.conv2b = conv(mid_chs, mid_chs, 3, 1, dilation[1], groups, scale=gamma) if cfg.extra_conv else None
-        self.attn = attn(mid_chs) if attn and cfg.reg else None
-        self.act3 = Activation(cfg.act_layer, inplace=True)
+        self.act2 = create_activation(cfg.act_layer)
+        self.conv2 = conv(mid_chs, mid_chs, 3, stride, dilation=dilation[0], groups=groups, scale=gamma)
+        self.act2b = self.conv2b = None
+        if cfg.extra_conv:
+            self.act2b = create_activation(cfg.act_layer)
+            self.conv2b = conv(mid_chs, mid_chs, 3, dilation=dilation[1], groups=groups, scale=gamma)
+        self.attn = attn(mid_chs) if cfg.attn_layer and cfg.reg else None
+        self.act3 = create_activation(cfg.act_layer)
         self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma)
-        self.attn_last = attn(out_chs) if attn and not cfg.reg else None
+        self.attn_last = attn(out_chs) if cfg.attn_layer and not cfg.reg else None
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
         # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
         self.skipinit_gain = nn.Parameter(torch.zeros(1, **dd))
+
+    def reset_parameters(self) -> None:
+        """Skip gain 0: the block starts as its shortcut. The layers reset theirs."""
+        nn.init.zeros_(self.skipinit_gain)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = f"{prefix}skipinit_gain"
@@ -101,6 +110,7 @@ class NormFreeBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         out = self.act1(x)
         shortcut = x if self.downsample is None else self.downsample(out)
         out = self.conv2(self.act2(self.conv1(out)))
@@ -115,24 +125,38 @@ class NormFreeBlock(nn.Module):
         if self.drop_path is not None:
             coefficient = self.drop_path(coefficient, out)
         # The gain is float32 under autocast and, with one element, would make the block's output float32.
-        return torch.addcmul(shortcut, out, coefficient.to(out.dtype))
+        coefficient = coefficient.to(out.dtype)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return shortcut + out * coefficient
+        return torch.addcmul(shortcut, out, coefficient)
 
 
 def make_stem(cfg: NfCfg, in_chans: int, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:
-    """Stem, its stride, and the description of its feature at half resolution."""
+    """Stem, its stride, and the description of its feature at half resolution.
+
+    Args:
+        cfg: The network's row.
+        in_chans: Channels of the input.
+        dd: Device and dtype of the parameters.
+    """
     out_chs, conv = cfg.stem_out_chs(), partial(ScaledStdConv2d, **dd)
-    if cfg.stem_type != "deep_quad":
-        pool = cfg.stem_type == "7x7_pool"
-        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 7 if pool else 3, stride=2, scale=1.0)))
-        if pool:
-            stem.add_module("pool", SameMaxPool2d())
-        return stem, 4 if pool else 2, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
-    stem = nn.Sequential()
+    if cfg.stem_type == "3x3":
+        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 3, stride=2)))
+        return stem, 2, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
+    if cfg.stem_type == "7x7_pool":
+        stem = nn.Sequential(OrderedDict(conv=conv(in_chans, out_chs, 7, stride=2), pool=SameMaxPool2d()))
+        return stem, 4, {"num_chs": out_chs, "reduction": 2, "module": "stem.conv"}
     gamma = activation_gain(cfg.act_layer)
-    chs = (in_chans, *DEEP_STEM, out_chs)
-    for i in range(1, 5):
-        if i > 1:
-            stem.add_module(f"act{i}", Activation(cfg.act_layer))
-        stride = 2 if i in (1, 4) else 1
-        stem.add_module(f"conv{i}", conv(chs[i - 1], chs[i], 3, stride, scale=1.0 if i == 1 else gamma))
-    return stem, 4, {"num_chs": chs[3], "reduction": 2, "module": "stem.conv3"}
+    chs1, chs2, chs3 = DEEP_STEM
+    stem = nn.Sequential(
+        OrderedDict(
+            conv1=conv(in_chans, chs1, 3, stride=2),
+            act2=create_activation(cfg.act_layer),
+            conv2=conv(chs1, chs2, 3, scale=gamma),
+            act3=create_activation(cfg.act_layer),
+            conv3=conv(chs2, chs3, 3, scale=gamma),
+            act4=create_activation(cfg.act_layer),
+            conv4=conv(chs3, out_chs, 3, stride=2, scale=gamma),
+        )
+    )
+    return stem, 4, {"num_chs": chs3, "reduction": 2, "module": "stem.conv3"}

@@ -12,7 +12,9 @@ Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfne
 
 import dataclasses
 import itertools
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .._gain_names import is_gain
 from ..convert.infer import load_haiku_into
-from ..layers.activations import Activation, activation_gain
+from ..layers.activations import Activation
 from ..layers.standardize import destandardize_weight, standardize_weight
 from ..layers.std_conv import ScaledStdConv2d
 from ..variants import VARIANTS, NfCfg, Variant
@@ -46,7 +49,8 @@ class NormFreeNet(nn.Module):
         num_classes: Classes, 0 for pooled features (N, num_features).
         in_chans: Channels of the input.
         global_pool: timm's name of a pooling, empty for none.
-        output_stride: 8, 16 or 32; strides beyond it become dilations and no parameter changes its name.
+        output_stride: 8, 16 or 32; strides beyond it become dilations and no parameter changes its name. By default
+            the network's own: 32, or 64 with a fifth stage.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of block i of N is this times i / N, survivors are not rescaled.
         fused: Plain convolutions whose weights are already standardised, for inference.
@@ -67,7 +71,7 @@ class NormFreeNet(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
-        output_stride: int = 32,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         fused: bool = False,
@@ -76,8 +80,6 @@ class NormFreeNet(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         if not 0.0 <= drop_path_rate <= 1.0:
             raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
         cfg = dataclasses.replace(cfg, **kwargs)
@@ -87,16 +89,28 @@ class NormFreeNet(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self._model_args = {}
+        self._traits = {"first_conv": None}  # timm must not convert the stem: `checkpoint_filter_fn` does
 
         self.stem, stride, feature = make_stem(cfg, in_chans, dd)
         self.stem_feature_index = [f"stem.{n}" for n, _ in self.stem.named_children()].index(feature["module"])
         self.feature_info = [feature]
 
+        nominal_strides = [2] * len(cfg.depths)
+        if stride == 4:  # the stem has strided for the first stage
+            nominal_strides[0] = 1
+        own_stride = stride * math.prod(nominal_strides)
+        if output_stride is None:
+            output_stride = own_stride
+        elif output_stride not in (8, 16, 32, own_stride):
+            raise ValueError(
+                f"output_stride must be 8, 16 or 32, or None for the network's own, {own_stride}; got {output_stride}"
+            )
+
         in_chs, expected_var, dilation = cfg.stem_out_chs(), 1.0, 1
         drop_path_rates = (drop_path_rate * i / sum(cfg.depths) for i in itertools.count())
         stages = []
         for stage, (depth, out_chs) in enumerate(zip(cfg.depths, cfg.stage_chs(), strict=True)):
-            nominal_stride = 1 if stage == 0 and stride == 4 else 2
+            nominal_stride = nominal_strides[stage]
             first_dilation = dilation  # a block whose stride becomes a dilation still looks at the grid before it
             if stride * nominal_stride > output_stride:
                 dilation *= nominal_stride
@@ -132,7 +146,7 @@ class NormFreeNet(nn.Module):
             self.final_conv = nn.Identity()
         self.num_features = final_chs or in_chs
         # The one activation with its gamma outside: pooling follows, and forward_features is the authors' tensor.
-        self.final_act = Activation(cfg.act_layer, activation_gain(cfg.act_layer))
+        self.final_act = Activation(cfg.act_layer)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self._init_classifier()
@@ -156,31 +170,70 @@ class NormFreeNet(nn.Module):
     def _model_args(self, args: dict[str, Any]) -> None:
         self._recorded_args = args
 
+    def init_weights(self) -> None:
+        """Initialise all parameters as the constructor does, for memory that `to_empty` left without values."""
+        if self.fused:
+            self._init_fused()
+        else:
+            for module in self.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None and next(module.parameters(recurse=False), None) is not None:
+                    reset()
+        self._init_classifier()
+
+    @torch.no_grad()
+    def _init_fused(self) -> None:
+        """The parameters outside of the head, from a new network: plain convolutions do not know their scale."""
+        own = dict(self.named_parameters())
+        reference = next(iter(own.values()))
+        fresh = type(self)(self.cfg, 0, self.in_chans, fused=True, device=reference.device, dtype=reference.dtype)
+        for name, parameter in fresh.named_parameters():
+            if name in own:  # not if it was pruned
+                own[name].copy_(parameter)
+
     def _init_classifier(self) -> None:
+        """Weight from N(0, 0.01), or 0 in an NF-RegNet; bias 0."""
         if isinstance(self.head.fc, nn.Linear):
             nn.init.normal_(self.head.fc.weight, std=0.0 if self.cfg.zero_init_fc else 0.01)
             nn.init.zeros_(self.head.fc.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Here, as timm loads with strict=False whenever num_classes or the stem differ.
-        start = f"{prefix}stages."
-        blocks = {k[: len(start)] + ".".join(k[len(start) :].split(".")[:2]) for k in state_dict if k.startswith(start)}
-        if missing := sorted(b for b in blocks if f"{b}.skipinit_gain" not in state_dict):
+        self._refuse_other_networks(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _refuse_other_networks(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse the weights of a network that computes something else with them.
+
+        Whole networks are judged, those with all convolution weights of these stages. A part of one (an adapter,
+        biases, a single layer) loads as torch loads it.
+
+        Args:
+            state_dict: Of anything.
+            prefix: Of the names that are for this network.
+        """
+        modules = {f"{prefix}stages.{name}": module for name, module in self.stages.named_modules()}
+        convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+        if not convs or any(f"{name}.weight" not in state_dict for name in convs):
+            return
+        blocks = [name for name, module in modules.items() if isinstance(module, NormFreeBlock)]
+        if missing := [name for name in blocks if f"{name}.skipinit_gain" not in state_dict]:
             raise RuntimeError(
                 f"this state dict has no skip gain for {len(missing)} of {len(blocks)} blocks ({missing[0]}, ...), so "
-                "it is not of a timm_nf network: most likely it was saved from timm's own nfnet_f*, a different "
+                "it is not of a timm_nf network. Most likely it was saved from timm's own nfnet_f*, a different "
                 "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
                 "or create it in a process that does not import timm_nf, and load the file there."
             )
-        fused = not any(k.startswith(start) and k.endswith(".gain") for k in state_dict)
-        if blocks and fused != self.fused:
-            is_, want = ("fused", "unfused") if fused else ("unfused", "fused")
-            way_out = "" if fused else " and give it to timm_nf.fuse"
+        standardised = [name for name in convs if isinstance(modules[name], ScaledStdConv2d)]
+        if any(f"{name}.gain" not in state_dict for name in standardised):
             raise RuntimeError(
-                f"this state dict is of {is_} convolutions, the network is {want}: create it with "
-                f"fused={fused}{way_out}"
+                "this state dict is of fused convolutions, the network is unfused: create it with fused=True"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if any(f"{name}.gain" in state_dict for name in convs if name not in standardised):
+            raise RuntimeError(
+                "this state dict is of unfused convolutions, the network is fused: create it with fused=False and "
+                "give it to timm_nf.fuse"
+            )
 
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load one of the authors' checkpoints, all of it or nothing: timm hands every .npz here."""
@@ -196,7 +249,7 @@ class NormFreeNet(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the gains and skip gains, which the authors do not decay."""
-        return {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in ("gain", "skipinit_gain")}
+        return {name for name, _ in self.named_parameters() if is_gain(name)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass instead of storing its activations."""
@@ -305,6 +358,7 @@ class NormFreeNet(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, num_classes), (N, num_features) without a classifier."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -318,7 +372,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str,
 
     Args:
         state_dict: Of a network with any number of input channels; not changed.
-        model: The network it is for. Where the stem is converted, timm is told to leave it alone, through its traits.
+        model: The network it is for, which tells timm through its traits to leave the stem alone.
 
     Returns:
         A state dict for `model`.
@@ -338,13 +392,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str,
         converted, new_gain = destandardize_weight(converted)
         state_dict[f"{name}.gain"] = new_gain.to(gain.dtype)
     state_dict[f"{name}.weight"] = converted.to(weight.dtype)
-    # Otherwise timm would convert the stem once more, or warn that it need not; the entrypoint restores the name.
-    model._traits = {**model._traits, "first_conv": None}
     return state_dict
 
 
 def _default_cfg(variant: Variant) -> dict[str, Any]:
-    nfnet = variant.cfg.stem_type == "deep_quad"
     side = -(-variant.train_size // 32)
     return {
         "hf_hub_id": variant.hf_hub_id,
@@ -353,11 +404,12 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
         "test_input_size": (3, variant.test_size, variant.test_size),
         "pool_size": (side, side),
         "crop_pct": variant.crop_pct or round(variant.test_size / (variant.test_size + 32), 3),
-        "crop_mode": "squash" if nfnet else "center",  # as the authors evaluate them, each in its experiment file
+        # as the authors evaluate them, each in its experiment file
+        "crop_mode": "squash" if variant.family == "NFNet" else "center",
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1" if nfnet else "stem.conv",
+        "first_conv": "stem.conv1" if variant.cfg.stem_type == "deep_quad" else "stem.conv",
         "classifier": "head.fc",
         "license": "apache-2.0",
     }
@@ -368,9 +420,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _entrypoint(name: str) -> Any:
+Entrypoint = Callable[..., nn.Module]
+
+
+def _entrypoint(name: str) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        model: Any = build_model_with_cfg(
+        return build_model_with_cfg(
             NormFreeNet,
             name,
             pretrained,
@@ -379,13 +434,44 @@ def _entrypoint(name: str) -> Any:
             pretrained_filter_fn=checkpoint_filter_fn,
             **kwargs,
         )
-        model._traits["first_conv"] = model.pretrained_cfg.get("first_conv")
-        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}`, see `VARIANTS`. Keywords are those of `NormFreeNet` and of timm's model builder."
     return create
 
+
+# Declared for type checkers; a test compares them with VARIANTS and with timm's registry. The loop below makes them.
+nfnet_f0: Entrypoint
+nfnet_f1: Entrypoint
+nfnet_f2: Entrypoint
+nfnet_f3: Entrypoint
+nfnet_f4: Entrypoint
+nfnet_f5: Entrypoint
+nfnet_f6: Entrypoint
+nfnet_f7: Entrypoint
+nfnet_f0_plus: Entrypoint
+nfnet_f1_plus: Entrypoint
+nfnet_f2_plus: Entrypoint
+nfnet_f3_plus: Entrypoint
+nfnet_f4_plus: Entrypoint
+nfnet_f5_plus: Entrypoint
+nfnet_f6_plus: Entrypoint
+nfnet_f7_plus: Entrypoint
+dm_nf_resnet50: Entrypoint
+dm_nf_resnet101: Entrypoint
+dm_nf_resnet152: Entrypoint
+dm_nf_resnet200: Entrypoint
+dm_nf_resnet288: Entrypoint
+dm_nf_resnet600: Entrypoint
+dm_nf_regnet_b0: Entrypoint
+dm_nf_regnet_b1: Entrypoint
+dm_nf_regnet_b2: Entrypoint
+dm_nf_regnet_b3: Entrypoint
+dm_nf_regnet_b4: Entrypoint
+dm_nf_regnet_b5: Entrypoint
+dm_nf_regnet_b6: Entrypoint
+dm_nf_regnet_b7: Entrypoint
+dm_nf_regnet_b8: Entrypoint
 
 with warnings.catch_warnings():
     # timm registers nfnet_f0 to f7, without weights, for another network; these replace them, which timm warns about.

@@ -9,9 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from .._gain_names import is_gain
 from .._wrappers import innermost
-
-_GAINS = ("gain", "skipinit_gain")
 
 
 def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -50,7 +49,7 @@ def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
     wanted = {
         id(p)
         for name, p in inner.named_parameters()
-        if _last_piece(name) in _GAINS or any(fnmatch(name, pattern) for pattern in listed)
+        if is_gain(name) or any(fnmatch(name, pattern) for pattern in listed)
     }
     return {name for name, p in named_in.named_parameters() if id(p) in wanted}
 

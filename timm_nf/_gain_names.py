@@ -1,0 +1,14 @@
+"""Names of the parameters that scale: the gains of standardised convolutions and the skip gains of blocks."""
+
+__all__ = ["is_gain"]
+
+_GAINS = ("gain", "skipinit_gain")
+
+
+def is_gain(name: str) -> bool:
+    """Whether a parameter of this name is a gain or a skip gain.
+
+    >>> is_gain("stages.0.0.conv1.gain"), is_gain("stages.0.0.conv1.weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in _GAINS
