@@ -18,7 +18,6 @@ import timm
 import timm.utils.agc
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -28,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
+from timm_nf._clip_defaults import CLIP_FACTOR  # noqa: E402
+from timm_nf.cli.terminal import track  # noqa: E402
 from timm_nf.inference.bench import peak_memory  # noqa: E402
 
 SETTINGS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
@@ -55,14 +56,14 @@ def contenders(name: str) -> dict[str, tuple[list[Tensor], Callable[[], object]]
     """What is timed, each with parameters of its own: {label: (parameters, run)}."""
     models = [timm.create_model(name) for _ in range(5)]
     ours, theirs, floor, our_step, their_step = (list(model.parameters()) for model in models)
-    agcsgd = create_optimizer_v2(models[3], "agcsgd", clip_factor=0.01, **SETTINGS)
+    agcsgd = create_optimizer_v2(models[3], "agcsgd", clip_factor=CLIP_FACTOR, **SETTINGS)
     sgd = create_optimizer_v2(models[4], "sgd", **SETTINGS)
     return {
-        "clip, timm_nf": (ours, lambda: timm_nf.adaptive_clip_grad_(ours, 0.01)),
-        "clip, timm": (theirs, lambda: timm_clip(theirs, 0.01)),
+        "clip, timm_nf": (ours, lambda: timm_nf.adaptive_clip_grad_(ours, CLIP_FACTOR)),
+        "clip, timm": (theirs, lambda: timm_clip(theirs, CLIP_FACTOR)),
         "floor": (floor, lambda: one_pass(floor)),
         "step, timm_nf": (our_step, agcsgd.step),
-        "step, timm": (their_step, lambda: (timm_clip(their_step, 0.01), sgd.step())),
+        "step, timm": (their_step, lambda: (timm_clip(their_step, CLIP_FACTOR), sgd.step())),
     }
 
 
@@ -85,7 +86,7 @@ def main() -> int:
             grads = [scale * torch.randn_like(p) for p in runs["floor"][0]]
             times: dict[str, list[float]] = {what: [] for what in runs}
             operations, memory = {}, {}
-            for repeat in track(range(args.repeats + 1), f"{name}, {label}", console=Console(stderr=True)):
+            for repeat in track(range(args.repeats + 1), f"{name}, {label}"):
                 for what, (parameters, run) in runs.items():  # interleaved, so that noise meets all of them
                     for p, grad in zip(parameters, grads, strict=True):
                         p.grad = grad.clone()

@@ -13,16 +13,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track as rich_track
 from rich.table import Table
 
 import timm_nf  # noqa: F401  registers networks and optimizers
+from timm_nf.cli.terminal import track
 from timm_nf.env import machine
-from timm_nf.inference.bench import Run, peak_memory, time_in_turn
+from timm_nf.inference.bench import Work, peak_memory, time_in_turn
 from timm_nf.variants import VARIANTS
 
 
-def training_step(name: str, batch: int, bfloat16: bool, checkpointing: bool) -> Run:
+def training_step(name: str, batch: int, bfloat16: bool, checkpointing: bool) -> Work:
     torch.manual_seed(0)
     model = timm.create_model(name).train()
     model.set_grad_checkpointing(checkpointing)
@@ -47,18 +47,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
-    def track(items, description):
-        return rich_track(items, description, console=Console(stderr=True))
-
     title = f"{args.model}, training step, batch {args.batch}, {VARIANTS[args.model].train_size} px"
     table = Table("precision", "checkpointing", "peak memory", "time", title=title)
     for precision in ("float32", "bfloat16 autocast"):
         bfloat16 = precision != "float32"
-        runs = {label: training_step(args.model, args.batch, bfloat16, label == "on") for label in ("off", "on")}
-        times = time_in_turn(runs, args.repeats, track=track)
+        steps = {label: training_step(args.model, args.batch, bfloat16, label == "on") for label in ("off", "on")}
+        times = time_in_turn(steps, args.repeats, progress=track)
         medians = {label: statistics.median(values) for label, values in times.items()}
-        peaks = {label: peak_memory(run) / 2**20 for label, run in runs.items()}
-        for label in runs:
+        peaks = {label: peak_memory(step) / 2**20 for label, step in steps.items()}
+        for label in steps:
             memory, time = peaks[label] / peaks["off"], medians[label] / medians["off"]
             cells = f"{peaks[label]:.0f} MiB ({memory:.2f}x)", f"{medians[label]:.0f} ms ({time:.2f}x)"
             table.add_row(precision, label, *cells)

@@ -27,14 +27,11 @@ from torch import Tensor, nn
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
+from timm_nf._relative_error import relative_error  # noqa: E402
 from timm_nf.env import machine  # noqa: E402
 from timm_nf.verify.golden import golden_params, image  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-
-
-def relative(value: Tensor, reference: Tensor) -> float:
-    return ((value - reference).norm() / reference.norm()).item()
 
 
 def logits_error(create: Callable[[], nn.Module]) -> float:
@@ -44,7 +41,7 @@ def logits_error(create: Callable[[], nn.Module]) -> float:
     own = model.state_dict()
     model.load_state_dict({k: v.reshape(own[k].shape) for k, v in state_dict.items() if k in own})
     with torch.no_grad():
-        return relative(model(image(1, 64, 64)), torch.from_numpy(golden["logits"]))
+        return relative_error(model(image(1, 64, 64)), torch.from_numpy(golden["logits"]))
 
 
 def grey_stem_error(name: str) -> float:
@@ -60,7 +57,7 @@ def grey_stem_error(name: str) -> float:
     grey = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1).eval()
     x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return relative(grey(x), colour(x.expand(-1, 3, -1, -1)))
+        return relative_error(grey(x), colour(x.expand(-1, 3, -1, -1)))
 
 
 def decayed_gains(optimizer: str, name: str) -> str:

@@ -18,11 +18,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track as rich_track
 from rich.table import Table
 
+from timm_nf.cli.terminal import track
 from timm_nf.env import machine
-from timm_nf.inference.bench import Run, bfloat16_is_fast, contenders, peak_memory, time_in_turn, time_inference
+from timm_nf.inference.bench import Work, bfloat16_is_fast, contenders, peak_memory, time_in_turn, time_inference
 from timm_nf.inference.export import onnx_is_installed
 from timm_nf.variants import VARIANTS
 
@@ -44,10 +44,6 @@ class Row:
         return self.ratio < self.asked
 
 
-def track(items, description):
-    return rich_track(items, description, console=Console(stderr=True))
-
-
 def best(medians: dict[str, float], prefix: str) -> tuple[str, float]:
     """The faster one of the two layouts, and its time."""
     layouts = {label: medians[label] for label in (prefix, f"{prefix}, channels_last")}
@@ -57,7 +53,7 @@ def best(medians: dict[str, float], prefix: str) -> tuple[str, float]:
 
 def timed(name: str, batch: int, size: int, labels: list[str], repeats: int) -> dict[str, float]:
     builders = contenders(name, batch, size)
-    timings = time_inference({label: builders[label] for label in labels}, repeats, track=track)
+    timings = time_inference({label: builders[label] for label in labels}, repeats, progress=track)
     return {label: timing.median for label, timing in timings.items()}
 
 
@@ -97,7 +93,7 @@ def matmul_rate(side: int = 2048) -> float:
     return side**3 / statistics.median(time_in_turn({"": lambda: a @ a}, 9)[""]) / 1e6
 
 
-def training_step(name: str, batch: int, channels_last: bool) -> Run:
+def training_step(name: str, batch: int, channels_last: bool) -> Work:
     torch.manual_seed(0)
     layout = {"memory_format": torch.channels_last} if channels_last else {}
     model = timm.create_model(name).train().to(**layout)
@@ -118,14 +114,14 @@ def training_rows(repeats: int) -> list[Row]:
     for batch in (2, 8):
         labels = [f"{name}{layout}" for name in ("fused", "stock") for layout in ("", ", channels_last")]
         networks = [("nfnet_f0", False), ("nfnet_f0", True), ("dm_nfnet_f0", False), ("dm_nfnet_f0", True)]
-        runs = {label: training_step(name, batch, last) for label, (name, last) in zip(labels, networks, strict=True)}
-        times = time_in_turn(runs, repeats, track=track)
+        steps = {label: training_step(name, batch, last) for label, (name, last) in zip(labels, networks, strict=True)}
+        times = time_in_turn(steps, repeats, progress=track)
         medians = {label: statistics.median(values) for label, values in times.items()}
         (ours, our_time), (theirs, their_time) = best(medians, "fused"), best(medians, "stock")
         layouts = ["channels_last" if "last" in label else "contiguous" for label in (ours, theirs)]
         work, against = f"F0, training step, batch {batch}: {layouts[0]}", f"dm_nfnet_f0, {layouts[1]}"
         rows.append(Row(work, against, f"{our_time:.0f} ms", f"{their_time:.0f} ms", their_time / our_time, 1.0))
-        peaks = [peak_memory(runs[label]) / 2**20 for label in (ours, theirs)]
+        peaks = [peak_memory(steps[label]) / 2**20 for label in (ours, theirs)]
         work = f"F0, training step, batch {batch}: peak memory"
         rows.append(Row(work, against, f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB", peaks[1] / peaks[0], 1.0))
     return rows

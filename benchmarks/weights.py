@@ -14,10 +14,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import timm_nf
+from timm_nf.cli.terminal import track
 from timm_nf.layers import ScaledStdConv2d
 
 BOUNDS = {"forward, no grad": 1.5, "forward": 1.5, "forward + backward": 1.0}
@@ -50,7 +50,7 @@ def main() -> int:
         return 1e3 * (time.perf_counter() - start)
 
     times: dict[tuple[str, str], list[float]] = {(route, kind): [] for kind in BOUNDS for route in routes}
-    for _ in track(range(args.repeats), "repeats", console=Console(stderr=True)):
+    for _ in track(range(args.repeats), "repeats"):
         for route, kind in times:  # interleaved, so that noise of the machine meets both
             times[route, kind].append(run(route, kind))
 

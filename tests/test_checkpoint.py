@@ -4,6 +4,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from tests.support import small_nets
+from tests.support import haiku_files, small_nets
 from tests.support.published import create, logits
-from timm_nf import checkpoint
+from timm_nf import checkpoint, convert
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -176,13 +177,31 @@ def test_tensors_that_are_not_dense_are_refused(tmp_path):
         checkpoint.read(tmp_path / "net.pt")
 
 
-def test_the_authors_checkpoints_are_referred_to_convert(tmp_path):
+def test_the_authors_checkpoints_are_read(tmp_path):
+    model, file = create(), tmp_path / "F0.npz"
+    file.write_bytes(haiku_files.dumps(convert.timm_to_haiku(model.state_dict())))
+    content = checkpoint.read(file)
+    assert (content.origin, content.args, content.epoch, content.metric) == (str(file), {}, None, None)
+    assert content.state_dict.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in content.state_dict.items())
+    with pytest.raises(ValueError, match=r"F0\.npz has no averaged weights"):
+        checkpoint.read(file, use_ema=True)
+
+
+def test_what_is_no_checkpoint_of_the_authors_is_named(tmp_path):
     (tmp_path / "F0.npz").write_bytes(b"\x80\x04}.")
-    with pytest.raises(ValueError, match="timm-nf convert"):
+    with pytest.raises(ValueError, match=r"F0\.npz has not the parameters of one of the authors' networks"):
         checkpoint.read(tmp_path / "F0.npz")
     (tmp_path / "F0.pth").write_bytes(b"\x80\x04}.")  # torch warns of its protocol first
     with pytest.raises(ValueError, match=r"F0\.pth cannot be read"):
         checkpoint.read(tmp_path / "F0.pth")
+
+
+def test_the_classifier_in_a_file_says_how_many_classes_there_are():
+    file = checkpoint.Checkpoint(timm.create_model("test_resnet", num_classes=7).state_dict(), "it")
+    assert checkpoint.build("test_resnet", file).num_classes == 7
+    with pytest.raises(ValueError, match="classifier of it has 7 classes, the network 5"):
+        checkpoint.build("test_resnet", file, num_classes=5)
 
 
 def test_names_that_are_no_names_are_refused(tmp_path):

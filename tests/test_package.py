@@ -21,16 +21,16 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _progress _text _relative_error _clip_defaults variants _wrappers _gain_names",
+    "ground": "version _progress _text _relative_error _clip_defaults _seed variants _wrappers _gain_names",
     "layers": "standardize padding activations std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
     "optim": "sharded gradients agc groups fused_sgd optimizer factory",
-    "inference": "fuse images classify export int8 bench",
+    "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
     "verify": "golden stock checks",
-    "cli": "terminal networks weights inference measure main",
+    "cli": "terminal options networks weights inference measure main",
 }
 # Modules at the root that stand on a wing: right after it.
 AFTER = {

@@ -14,6 +14,7 @@ from typer.main import get_command
 import timm_nf.inference.classify
 import timm_nf.verify.checks
 from tests.support import GOLDEN
+from timm_nf import checkpoint
 from timm_nf.cli import app, main
 from timm_nf.variants import VARIANTS
 from timm_nf.verify.checks import Check
@@ -195,7 +196,7 @@ def test_classify_without_a_network_says_so(local_model, monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise ConnectionError("[Errno -2] Name or service not known\nwith more lines")
 
-    monkeypatch.setattr(timm_nf.inference.classify.timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
     code, line = fails("classify", str(local_model / "pictures"), capsys=capsys)
     assert code == 1
     assert "Name or service not known" in line
@@ -206,7 +207,8 @@ def test_checkpoint_loads_a_file_of_weights(local_model, tmp_path):
     model: Any = timm.create_model("dm_nf_regnet_b0")
     nn.init.constant_(model.head.fc.bias, 0.5)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
-    loaded: Any = timm_nf.inference.classify.load_model("dm_nf_regnet_b0", tmp_path / "model.safetensors")
+    content = checkpoint.read(tmp_path / "model.safetensors")
+    loaded: Any = timm_nf.inference.classify.load_model("dm_nf_regnet_b0", content)
     assert not loaded.training
     assert (loaded.head.fc.bias == 0.5).all()
     assert timm_nf.inference.classify.labels(loaded)[1].startswith("goldfish")

@@ -214,7 +214,7 @@ def test_the_command_warns_where_only_the_head_has_a_gradient(pictures, tmp_path
         (["--checkpoint", "{tmp}/vit.pth"], 1, "vit.pth is of another architecture"),
         (["--checkpoint", "{tmp}/text.pth"], 1, "text.pth is not read"),
         (["--checkpoint", "{tmp}/x.npz"], 1, "x.npz cannot be loaded into test_resnet"),
-        (["--model", "vgg99"], 2, "no network is called 'vgg99'"),
+        (["--model", "vgg99"], 2, "no network or folder is called 'vgg99'"),
         (["--data", __file__], 2, "is a file"),
         (["--data", "{tmp}/broken", "--img-size", "32"], 1, "no batch could be read, "),
         (["--device", "cuda:99"], 1, ""),

@@ -171,7 +171,7 @@ def test_the_command_takes_pictures_and_warns_on_stderr(local, tmp_path, capsys,
         (["test_resnet", "--images", "{local}/missing"], 2, "missing"),
         (["test_resnet", "-o", "no/such/p.png"], 2, "existing folder for --out"),
         (["test_resnet", "-o", "{local}/p.txt"], 2, ".png"),
-        ([], 2, "NAME|FOLDER"),
+        ([], 2, "NETWORK"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_write_nothing(arguments, code, message, local, capsys, monkeypatch, tmp_path):

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._text import reason
 from . import inference, measure, networks, weights
-from .terminal import UsageError, complain, typer
+from .terminal import complain, typer
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="timm-nf",
@@ -17,8 +20,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for wing in (networks, weights, inference, measure):
-    app.add_typer(wing.commands)
+for module in (networks, weights, inference, measure):
+    app.add_typer(module.commands)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,15 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Callable[..., Any] = app
     try:
         code = command(arguments or ["--help"], prog_name="timm-nf", standalone_mode=False)
-    except UsageError as error:
-        complain(f"{getattr(error, 'format_message', error.__str__)()} (see timm-nf --help)")
+    except typer.TyperException as error:  # what typer raises of its own is about the command line
+        message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        complain(f"{message} (see timm-nf --help)")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
     except Exception as error:
         if debug:
             raise
-        complain(str(error) or type(error).__name__)
+        complain(str(error) or reason(error))
         raise SystemExit(1) from None
     if code:
         raise SystemExit(code)

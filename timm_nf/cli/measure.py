@@ -1,12 +1,21 @@
 """The commands of `timm-nf` that look at networks, trainings and this machine."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from .._clip_defaults import CLIP_FACTOR
+from .._seed import seeded
+from ..inference.named import timm_name
+from .options import CheckpointFile, Device, NetworkOption, Networks, PicturesFolder, Plot, UseEma, check_ema
 from .terminal import console, examples, print_facts, print_table, track, typer
 
+if TYPE_CHECKING:
+    from ..diagnostics.clipping import ClipRange
+
+__all__ = ["commands"]
+
 commands = typer.Typer()
-_PICTURES = (".png", ".pdf", ".svg")
 
 
 @commands.command(
@@ -17,14 +26,11 @@ _PICTURES = (".png", ".pdf", ".svg")
     ),
 )
 def clip_range(
-    model: Annotated[str, typer.Option(help="Any model of timm, by name.")],
+    model: NetworkOption,
     data: Annotated[
         Path, typer.Option(help="Folder with a folder of pictures for every class.", exists=True, file_okay=False)
     ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Weights to start from, also with another classifier.", exists=True, dir_okay=False),
-    ] = None,
+    checkpoint: CheckpointFile = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of training before; 100 by default, 0 with weights to start from.")
@@ -32,52 +38,26 @@ def clip_range(
     batches: Annotated[int, typer.Option(min=1, help="Batches to measure.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="As in the training: larger batches clip less.")] = 64,
     img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, the model's own by default.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("clip_range.png"),
+    device: Device = "cpu",
+    out: Plot = Path("clip_range.png"),
 ) -> None:
     """Measure gradient norm over weight norm on your pictures: which clip factor would clip how many units.
 
-    The classifier's weight is left out, as it is never clipped.
+    The classifier's weight is left out, as it is never clipped. A --checkpoint is where training starts; it may have
+    another classifier.
     """
-    import torch
-
-    from ..diagnostics.clipping import QUANTILES, SHARES, load, measure
+    from ..diagnostics.clipping import load, measure
     from ..diagnostics.plots import draw_clip_range
-    from ..inference.export import is_known
 
-    if not is_known(model):
-        raise typer.BadParameter(f"no network is called {model!r}; `timm-nf list` shows ours")
     if pretrained and checkpoint:
         raise typer.BadParameter("--pretrained and --checkpoint exclude each other; give one")
-    _check_picture(out)
-    warmup_steps = (0 if pretrained or checkpoint else 100) if warmup_steps is None else warmup_steps
-    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
-    with console(stderr=True).status(f"loading {model}"):
-        network, loader = load(model, data, batch_size, img_size, pretrained, checkpoint, device)
-    measured = measure(network, loader, batches, warmup_steps, track)
-    columns = ("stage", "units", "without gradient", *(f"{100 * q:g} %" for q in QUANTILES))
-    rows = [
-        (
-            stage.name,
-            str(stage.units),
-            str(stage.zero_units),
-            *(f"{q:.2g}" for q in stage.quantiles(QUANTILES)),
-        )
-        for stage in measured.stages
-    ]
-    console().print("gradient norm / weight norm, quantiles over units and batches", style="bold")
-    print_table(columns, rows, right=columns[1:])
-    zero, units = (sum(getattr(stage, name) for stage in measured.stages) for name in ("zero_units", "units"))
-    print_facts(
-        [
-            *((f"clips {share:.0%} of units", f"clip_factor={measured.clip_factor(share):.2g}") for share in SHARES),
-            ("clip_factor=0.01", f"would clip {measured.share(0.01):.1%} of units"),
-            ("without gradient", f"{zero} of {units} units, left out of these shares"),
-            ("warmup", _losses(measured.warmup_losses)),
-            ("measured on", f"{batches} batches of {batch_size}"),
-            ("wrote", str(out)),
-        ]
-    )
+    if warmup_steps is None:
+        warmup_steps = 0 if pretrained or checkpoint else 100
+    with seeded(0):
+        with console(stderr=True).status(f"loading {model}"):
+            network, loader = load(timm_name(model), data, batch_size, img_size, pretrained, checkpoint, device)
+        measured = measure(network, loader, batches, warmup_steps, track)
+    _print_clip_range(measured, f"{batches} batches of {batch_size}", out)
     draw_clip_range(measured, f"{model}, {batches} batches of {batch_size}, after {warmup_steps} steps of warmup", out)
     if (idle := measured.idle()) > 0.25:
         console(stderr=True).print(
@@ -88,41 +68,59 @@ def clip_range(
         )
 
 
+def _print_clip_range(measured: "ClipRange", batches: str, out: Path) -> None:
+    from ..diagnostics.clipping import QUANTILES, SHARES
+
+    columns = ("stage", "units", "without gradient", *(f"{100 * q:g} %" for q in QUANTILES))
+    cells = [
+        (stage.name, str(stage.units), str(stage.zero_units), *(f"{q:.2g}" for q in stage.quantiles(QUANTILES)))
+        for stage in measured.stages
+    ]
+    console().print("gradient norm / weight norm, quantiles over units and batches", style="bold")
+    print_table(columns, cells, right=columns[1:])
+    units = sum(stage.units for stage in measured.stages)
+    zero_units = sum(stage.zero_units for stage in measured.stages)
+    print_facts(
+        [
+            *((f"clips {share:.0%} of units", f"clip_factor={measured.clip_factor(share):.2g}") for share in SHARES),
+            (f"clip_factor={CLIP_FACTOR:g}", f"would clip {measured.share(CLIP_FACTOR):.1%} of units"),
+            ("without gradient", f"{zero_units} of {units} units, left out of these shares"),
+            ("warmup", _losses(measured.warmup_losses)),
+            ("measured on", batches),
+            ("wrote", str(out)),
+        ]
+    )
+
+
+def _losses(losses: Sequence[float]) -> str:
+    return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
+
+
 @commands.command(
     epilog=examples("diagnose nfnet_f0 resnet50", "diagnose nfnet_f0.dm_in1k my_model/ --images pictures/val")
 )
 def diagnose(
-    models: Annotated[
-        list[str], typer.Argument(metavar="NAME|FOLDER...", help="As timm names them, or folders in Hub layout.")
-    ],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures instead of noise.", exists=True, file_okay=False)
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("spp.png"),
+    networks: Networks,
+    images: PicturesFolder = None,
+    out: Plot = Path("spp.png"),
 ) -> None:
     """Follow the signal through networks, block by block: channel means and variances, in a table and a plot.
 
     A bare name is the network at initialisation, with skip gains and other zero scales of residual branches set to 1,
-    or the branches would take no part. NAME.TAG and folders have weights, and stay as they are. The input is
+    or the branches would take no part. NAME.TAG, folders and places have weights, and stay as they are. The input is
     unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
     """
     from ..diagnostics.inputs import INPUTS, inputs, load, pick
     from ..diagnostics.plots import draw_signals
     from ..diagnostics.signals import signal_stats, troubles
-    from ..inference.export import is_known
 
-    _check_picture(out)
-    for name in models:
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise typer.BadParameter(f"expected a folder in Hub layout, but {name} has no config.json")
-        if not Path(name).is_dir() and not is_known(name):
-            raise typer.BadParameter(f"no network or folder is called {name!r}; `timm-nf list` shows ours")
+    names = list(dict.fromkeys(networks))
     pictures = pick(images) if images else []
     measured: dict[str, list[dict[str, Any]]] = {}
     facts: list[tuple[str, str]] = []
     with console(stderr=True).status("") as status:
-        for name in dict.fromkeys(models):
-            status.update(f"measuring {name}, {len(measured) + 1} of {len(set(models))}")
+        for name in names:
+            status.update(f"measuring {name}, {len(measured) + 1} of {len(names)}")
             network, weights = load(name)
             x = inputs(network, pictures)
             measured[name] = signal_stats(network, x)
@@ -131,8 +129,8 @@ def diagnose(
     keys = ("avg_sq_mean", "avg_var", "expected_var", "res_avg_var")
     for name, rows in measured.items():
         console().print(name, style="bold")
-        numbers = [(row["name"], *("-" if row[key] is None else f"{row[key]:.3g}" for key in keys)) for row in rows]
-        print_table(columns, numbers, right=columns[1:])
+        cells = [(row["name"], *(_number(row[key]) for key in keys)) for row in rows]
+        print_table(columns, cells, right=columns[1:])
     source = f"{len(pictures)} pictures of {images}" if images else f"{INPUTS} images of unit-normal noise"
     draw_signals(measured, f"signal propagation, {source}", out)
     print_facts([*facts, ("input", source), ("wrote", str(out))])
@@ -141,15 +139,8 @@ def diagnose(
             console(stderr=True).print(f"warning: {name}: {trouble}", soft_wrap=True)
 
 
-def _check_picture(out: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    if not out.parent.is_dir() or out.suffix not in _PICTURES:
-        known = ", ".join(_PICTURES)
-        raise typer.BadParameter(f"expected an existing folder for --out and a name that ends in {known}, got {out}")
-
-
-def _losses(losses: list[float]) -> str:
-    return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 @commands.command(epilog=examples("demo", "demo -o /tmp/digits --lr 0.4 --epochs 10"))
@@ -158,7 +149,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Of each of the two trainings.")] = 25,
     batch_size: Annotated[int, typer.Option(min=1, help="Of 4000 training images.")] = 1000,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3.2,
-    clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = 0.01,
+    clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = CLIP_FACTOR,
     seed: Annotated[int, typer.Option(help="Of split, start and batches.")] = 0,
 ) -> None:
     """Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
@@ -203,25 +194,25 @@ def env() -> None:
     epilog=examples("verify --device cuda --pretrained", "verify --checkpoint best.pth.tar --imagenet-val imagenet/val")
 )
 def verify(
-    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    device: Device = "cpu",
     pretrained: Annotated[bool, typer.Option(help="Also the authors' weights, from the Hub.")] = False,
     image: Annotated[Path | None, typer.Option(help="Picture for --pretrained, noise by default.")] = None,
     imagenet_val: Annotated[
         Path | None, typer.Option(help="Validation pictures in a folder per class; also compares accuracies.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Trained as timm's dm_nfnet_*: both networks with it on --imagenet-val.", exists=True),
-    ] = None,
-    use_ema: Annotated[bool, typer.Option("--use-ema", help="The checkpoint's averaged weights.")] = False,
+    checkpoint: CheckpointFile = None,
+    use_ema: UseEma = False,
 ) -> None:
-    """Check on this machine that networks and training step are the authors', exit code 1 if one check fails."""
+    """Check on this machine that networks and training step are the authors', exit code 1 if one check fails.
+
+    A --checkpoint was trained as one of timm's dm_nfnet_*, which its shapes say. Both networks are compared with its
+    weights, on --imagenet-val.
+    """
     from ..verify.checks import run
 
     if checkpoint and not imagenet_val:
         raise typer.BadParameter("--checkpoint needs pictures to compare on: give --imagenet-val FOLDER")
-    if use_ema and not checkpoint:
-        raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
+    check_ema(checkpoint, use_ema)
     checks = list(run(device, pretrained, image, imagenet_val, checkpoint, use_ema, track=track))
     words = {True: "ok", False: "FAILED", None: "not checked"}
     print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])

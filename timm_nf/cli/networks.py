@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated
 
+from .options import Variant
 from .terminal import examples, print_facts, print_table, typer
+
+__all__ = ["commands"]
 
 commands = typer.Typer()
 
@@ -19,44 +22,49 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
     names = [name for name in VARIANTS if fnmatch(name, pattern)]
     if not names:
         raise typer.BadParameter(f"no network is called {pattern!r}; `timm-nf list` shows all {len(VARIANTS)}")
-    rows: list[Sequence[str]] = []
+    cells: list[Sequence[str]] = []
     for name in names:
-        row = VARIANTS[name]
-        params, macs = row.cfg.count(row.train_size)
-        sizes = f"{row.train_size} / {row.test_size}"
-        rows.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, "dm_in1k" if row.hf_hub_id else "-"))
+        variant = VARIANTS[name]
+        params, macs = variant.cfg.count(variant.train_size)
+        sizes = f"{variant.train_size} / {variant.test_size}"
+        weights = "dm_in1k" if variant.hf_hub_id else "-"
+        cells.append((name, f"{params / 1e6:.1f}", f"{macs / 1e9:.2f}", sizes, weights))
     columns = ("name", "params (M)", "GMACs", "train / test px", "weights")
-    print_table(columns, rows, right=columns[1:4])
+    print_table(columns, cells, right=columns[1:4])
 
 
 @commands.command(epilog=examples("info nfnet_f0", "info dm_nf_regnet_b4"))
-def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")]) -> None:
+def info(name: Variant) -> None:
     """Show everything about one network: its row, sizes, weights, preprocessing, how to create it."""
     from ..inference.classify import preprocessing
     from ..variants import VARIANTS
 
-    bare = name.partition(".")[0]
-    if bare not in VARIANTS or name not in (bare, f"{bare}.dm_in1k" if VARIANTS[bare].hf_hub_id else bare):
-        raise typer.BadParameter(f"no network is called {name!r}; `timm-nf list` shows all {len(VARIANTS)}")
-    row = VARIANTS[bare]
-    params, macs = row.cfg.count(row.train_size)
-    full_name = f"{bare}.dm_in1k" if row.hf_hub_id else bare
-    weights = f"https://huggingface.co/{row.hf_hub_id}" if row.hf_hub_id else "none published"
-    pretrained = ", pretrained=True" if row.hf_hub_id else ""
+    full_name = name.partition(".")[0]
+    variant = VARIANTS[full_name]
+    params, macs = variant.cfg.count(variant.train_size)
+    if variant.hf_hub_id:
+        full_name += ".dm_in1k"
+        weights, pretrained = f"https://huggingface.co/{variant.hf_hub_id}", ", pretrained=True"
+    else:
+        weights, pretrained = "none published", ""
     print_facts(
         [
             ("name", full_name),
             ("parameters", f"{params:,}"),
-            ("multiply-adds", f"{macs / 1e9:.3f} G at {row.train_size} px"),
-            ("train / test size", f"{row.train_size} / {row.test_size} px"),
-            ("dropout", f"{row.drop_rate} in the paper's recipe, 0 unless asked for"),
-            ("RandAugment", "not given" if row.rand_augment is None else f"4 layers of magnitude {row.rand_augment}"),
+            ("multiply-adds", f"{macs / 1e9:.3f} G at {variant.train_size} px"),
+            ("train / test size", f"{variant.train_size} / {variant.test_size} px"),
+            ("dropout", f"{variant.drop_rate} in the paper's recipe, 0 unless asked for"),
+            ("RandAugment", _rand_augment(variant.rand_augment)),
             ("weights", weights),
-            *((f"config {field.name}", str(getattr(row.cfg, field.name))) for field in fields(row.cfg)),
+            *((f"config {field.name}", str(getattr(variant.cfg, field.name))) for field in fields(variant.cfg)),
             *((f"data {key}", str(value)) for key, value in preprocessing(full_name).items()),
             ("create it", f'import timm, timm_nf; timm.create_model("{full_name}"{pretrained})'),
         ]
     )
+
+
+def _rand_augment(magnitude: int | None) -> str:
+    return "not given" if magnitude is None else f"4 layers of magnitude {magnitude}"
 
 
 @commands.command(
@@ -65,7 +73,7 @@ def info(name: Annotated[str, typer.Argument(help="Name of a network, see `timm-
     )
 )
 def recipe(
-    name: Annotated[str, typer.Argument(help="Name of a network, see `timm-nf list`.")],
+    name: Variant,
     kind: Annotated[str, typer.Option(help="scratch, finetune or small-batch.")] = "scratch",
     world_size: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
     batch_size: Annotated[

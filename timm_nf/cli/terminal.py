@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
 # Every command imports typer from here, so that this is the message where it is missing.
 try:
@@ -13,8 +13,9 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"timm-nf: error: {missing.name} is not installed; pip install timm-nf[cli]") from None
 
+__all__ = ["complain", "console", "examples", "print_facts", "print_table", "track", "typer"]
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this one of its usage errors
+T = TypeVar("T")
 
 
 def examples(first: str, second: str) -> str:
@@ -31,27 +32,27 @@ def console(stderr: bool = False) -> Console:
     return made
 
 
-def track(items: Iterable[Any], description: str) -> Iterable[Any]:
+def track(items: Iterable[T], description: str, /) -> Iterable[T]:
     """The items, with a progress bar on stderr."""
     return rich_track(items, description, console=console(stderr=True))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print rows under column names, those in `right` aligned to the right."""
+def print_table(columns: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print cells, line by line, under column names; those in `right` are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for line in cells:
+        table.add_row(*line)
     console().print(table)
 
 
-def print_facts(rows: Iterable[tuple[str, str]]) -> None:
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print pairs of a name and a value."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows:
+    for name, value in facts:
         table.add_row(name, value)
     console().print(table)
 

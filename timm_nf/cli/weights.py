@@ -2,9 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ..checkpoint import Checkpoint, build, read
+from .options import Dtype, License, NetworkOption, UseEma
 from .terminal import console, examples, print_facts, print_table, typer
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+__all__ = ["commands"]
 
 commands = typer.Typer()
 
@@ -16,9 +23,6 @@ _RECIPE = (
 )  # fmt: skip
 
 
-_FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # train.py's short names, torch's
-
-
 @commands.command(
     epilog=examples(
         "convert F0_haiku.npz -o f0/ --license apache-2.0",
@@ -28,24 +32,22 @@ _FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # train.py
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="One of the authors', a pickle for all its name's .npz.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, a new or an empty one.")],
-    license: Annotated[
-        str | None, typer.Option(help="As the Hub spells it, apache-2.0 say. Without one, no card is written.")
-    ] = None,
+    license: License = None,
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish it there too.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Round to {', '.join(_FLOATS)}.")] = None,
+    dtype: Dtype = None,
 ) -> None:
     """Write one of the authors' checkpoints as a folder for the Hub and timm, read back and compared.
 
-    Nothing in the checkpoint is run. The network is recognised from its names and shapes.
+    Nothing in the checkpoint is run. The network is recognised from its names and shapes. Without a --license, no card
+    is written.
     """
     from ..hub.from_haiku import convert
 
     if push is not None and license is None:
         raise typer.BadParameter("--push needs --license, which is never guessed: it is yours to choose")
-    rounded = _dtype_of(dtype)
     _quiet_progress()
     with console(stderr=True).status("converting, reading back" + (", uploading" if push else "")):
-        made = convert(checkpoint, out, license=license, dtype=rounded, repo_id=push)
+        made = convert(checkpoint, out, license=license, dtype=dtype, repo_id=push)
     arguments = ", ".join([f'"{made.name}"', *(f"{key}={value!r}" for key, value in made.overrides.items())])
     print_table(("check", "result"), made.written.checks)
     print_facts(
@@ -67,12 +69,12 @@ def convert(
     )
 )
 def push(
-    checkpoint: Annotated[Path, typer.Argument(help="Of train.py, or safetensors, or a state dict.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Of train.py, safetensors, a state dict, or the authors' .npz.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository, made if it is not there.")],
-    model: Annotated[str, typer.Option(help="Any model of timm, by name.")],
+    model: NetworkOption,
     license: Annotated[str, typer.Option(help="As the Hub spells it, apache-2.0 say. It is yours to choose.")],
     num_classes: Annotated[int | None, typer.Option(min=0, help="By default train.py's, or else the model's.")] = None,
-    use_ema: Annotated[bool, typer.Option("--use-ema", help="The averaged weights of --model-ema.")] = False,
+    use_ema: UseEma = False,
     labels: Annotated[
         Path | None, typer.Option(help="Names of the classes, one a line.", exists=True, dir_okay=False)
     ] = None,
@@ -80,7 +82,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    dtype: Annotated[str | None, typer.Option(help=f"Round to {', '.join(_FLOATS)}.")] = None,
+    dtype: Dtype = None,
     architecture: Annotated[
         str | None, typer.Option(help="Load as this model: with dm_nfnet_f0, stock timm loads an nfnet_f0.")
     ] = None,
@@ -90,28 +92,25 @@ def push(
 ) -> None:
     """Publish trained weights on the Hugging Face Hub, read back and compared before."""
     from .. import hub
-    from ..checkpoint import build, read
 
-    rounded = _dtype_of(dtype)
     _quiet_progress()
     content = read(checkpoint, use_ema)
     network = build(model, content, num_classes, _lines(labels) if labels else None)
-    fields, sources = _fields(content, license, dataset)
-    recipe = {key: content.args[key] for key in _RECIPE if content.args.get(key) not in (None, "", {}, [])}
-    if content.epoch is not None:
-        recipe["epoch of these weights"] = content.epoch
+    fields, accuracy = _fields(content, license, dataset)
+    recipe = _recipe(content)
     with console(stderr=True).status("writing, reading back" + ("" if dry_run else ", uploading")):
         written = hub.push(
             network, repo_id, card=fields, revision=revision, private=private, create_pr=create_pr,
-            commit_message=message, dtype=rounded, overwrite_card=overwrite_card,
+            commit_message=message, dtype=dtype, overwrite_card=overwrite_card,
             architecture=architecture, dry_run=dry_run, recipe=recipe,
         )  # fmt: skip
-    rows = [("weights", content.origin), *sources, *written.checks]
+    facts = [("weights", content.origin), ("accuracy", accuracy), *written.checks]
     if recipe:
-        rows.append(("recipe", f"{len(recipe)} of train.py's arguments, from the checkpoint"))
-    rows += [("file", f"{name}, {size:,} bytes") for name, size in written.files.items()]
-    rows.append(("sha256", written.sha256))
-    print_facts([*rows, ("dry run", "nothing was uploaded") if dry_run else ("published", str(written.url))])
+        facts.append(("recipe", f"{len(recipe)} of train.py's arguments, from the checkpoint"))
+    facts += [("file", f"{name}, {size:,} bytes") for name, size in written.files.items()]
+    facts.append(("sha256", written.sha256))
+    facts.append(("dry run", "nothing was uploaded") if dry_run else ("published", str(written.url)))
+    print_facts(facts)
     if dry_run:
         console().print(f"\n{written.card}", soft_wrap=True)
 
@@ -154,14 +153,6 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _dtype_of(name: str | None) -> Any:
-    import torch
-
-    if name is not None and name not in (*_FLOATS, *_FLOATS.values()):
-        raise typer.BadParameter(f"expected --dtype {', '.join(_FLOATS)}, got {name}")
-    return getattr(torch, _FLOATS.get(name, name)) if name else None
-
-
 def _quiet_progress() -> None:
     """No bars into a file or a pipe."""
     from huggingface_hub.utils import disable_progress_bars
@@ -174,23 +165,35 @@ def _dtype(network: Any) -> str:
     return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
-def _fields(content: Any, license: str, dataset: str | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Fields of the card's metadata, and where its numbers come from."""
-    from huggingface_hub import EvalResult
+def _recipe(content: Checkpoint) -> dict[str, Any]:
+    """The training settings for the card, as far as the checkpoint states them."""
+    recipe = {key: content.args[key] for key in _RECIPE if content.args.get(key) not in (None, "", {}, [])}
+    if content.epoch is not None:
+        recipe["epoch of these weights"] = content.epoch
+    return recipe
 
-    args: dict[str, Any] = content.args
-    stated = str(args.get("dataset") or "")
-    dataset = dataset or (stated.removeprefix("hfds/") if stated.startswith("hfds/") else None)
+
+def _fields(content: Checkpoint, license: str, dataset: str | None) -> tuple[dict[str, Any], str]:
+    """Fields of the card's metadata, and where its accuracy comes from."""
+    stated = str(content.args.get("dataset") or "")
+    if not dataset and stated.startswith("hfds/"):
+        dataset = stated.removeprefix("hfds/")
     fields: dict[str, Any] = {"license": license}
     if dataset:
         fields["datasets"] = [dataset]
-    metric = args.get("eval_metric")
+    metric = content.args.get("eval_metric")
     if content.metric is None or metric not in ("top1", "top5"):
-        return fields, [("accuracy", "none: the checkpoint has none of these weights")]
+        return fields, "none: the checkpoint has none of these weights"
+    args = content.args
     name = dataset or stated or Path(str(args.get("data_dir") or args.get("data") or "unknown")).name
     split = str(args["val_split"])
-    result = EvalResult("image-classification", name, name, "accuracy", round(content.metric, 3))
+    fields["eval_results"] = [_result(name, split, metric, content.metric)]
+    return fields, f"{metric} {content.metric:.3f} on {name}, split {split}, by train.py in epoch {content.epoch}"
+
+
+def _result(name: str, split: str, metric: str, value: float) -> "EvalResult":
+    from huggingface_hub import EvalResult
+
+    result = EvalResult("image-classification", name, name, "accuracy", round(value, 3))
     result.metric_name, result.dataset_split = metric, split
-    fields["eval_results"] = [result]
-    where = f"on {name}, split {split}, by train.py in epoch {content.epoch}"
-    return fields, [("accuracy", f"{metric} {content.metric:.3f} {where}")]
+    return result

@@ -1,36 +1,50 @@
 """Times of one network on this machine: timm's, ours, and what fusing, bfloat16 and compilers make of it."""
 
+# timm, onnx and onnxruntime have no types or partial ones.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
+
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.models import is_model
-from torch import nn
-from torch._inductor import config as inductor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from .._progress import Progress, silent
+from .._seed import seeded
 from ..variants import VARIANTS
 from . import export
 from .fuse import fuse
 
-Run = Callable[[], object]
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
+__all__ = [
+    "Timing",
+    "Work",
+    "bfloat16_is_fast",
+    "contenders",
+    "peak_memory",
+    "stock_name",
+    "time_in_turn",
+    "time_inference",
+]
+
+Work = Callable[[], object]  # what is timed; what it returns does not count
 
 # Seconds between two contenders. The threads of onnxruntime and of OpenMP wait in a loop for more work: without the
 # pause the fused bfloat16 NFNet-F0 took 114 ms when its turn came after onnxruntime's, with it 68 ms (2 cores).
 _PAUSE = 0.2
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Milliseconds of one contender."""
 
     median: float
@@ -49,15 +63,16 @@ def bfloat16_is_fast(device: str = "cpu") -> bool:
     """Whether the device has instructions of its own for bfloat16."""
     if torch.device(device).type != "cpu":
         return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has = torch.cpu.get_capabilities()
+    return has.get("avx512_bf16", False) or has.get("amx_tile", False)
 
 
-def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Run]]:
-    """What can be timed of one network: {label: function that builds it and returns its run}. Weights are random.
+def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Work]]:
+    """What can be timed of one network: {label: function that builds it and returns its work}. Weights are random.
 
     Args:
         name: Of a network of ours, or of one of timm's with standardised convolutions.
-        batch: Images in a run.
+        batch: Images in a forward pass.
         size: Their height and width.
         device: As torch names it.
 
@@ -65,9 +80,7 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
         `stock`, timm's network; `timm_nf`, ours, if there is one; `fused`; those that are worth it also in
         channels_last, in bfloat16, compiled by inductor with frozen weights, and exported to onnxruntime.
     """
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, size, size, device=device)
-    last: Any = torch.channels_last
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stock() -> nn.Module:
         return timm.create_model(stock_name(name)).eval()
@@ -78,107 +91,129 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
     def fused() -> nn.Module:
         return fuse(ours())
 
-    def eager(create: Callable[[], nn.Module], **options: Any) -> Callable[[], Run]:
-        def build() -> Run:
-            model, x = create().to(device, **options), images.to(**options)
-            return lambda: model(x)
-
-        return build
-
-    def compiled() -> Run:
-        with inductor.patch(freezing=True):
-            model: Any = torch.compile(fused().to(device).to(memory_format=last))
-            x = images.to(memory_format=last)
-            with torch.no_grad():
-                model(x)  # compiles; freezing is looked up here
-        return lambda: model(x)
-
-    def onnxruntime() -> Run:
-        import onnxruntime
-
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "model.onnx")
-            export.write(fused(), file, size=size, dynamic_batch=batch > 1)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        x = {"images": images.numpy()}
-        return lambda: session.run(None, x)
-
-    table = {"stock": eager(stock), "stock, channels_last": eager(stock, memory_format=last)}
-    if not is_model(stock_name(name)):
-        table = {}
+    # to() takes a layout as a keyword only; its type says otherwise
+    last: dict[str, Any] = {"memory_format": torch.channels_last}
+    table: dict[str, Callable[[], Work]] = {}
+    if is_model(stock_name(name)):
+        table["stock"] = partial(_eager, stock, images)
+        table["stock, channels_last"] = partial(_eager, stock, images, **last)
     if name in VARIANTS:
-        table |= {"timm_nf": eager(ours), "timm_nf, channels_last": eager(ours, memory_format=last)}
-    table |= {"fused": eager(fused), "fused, channels_last": eager(fused, memory_format=last)}
+        table["timm_nf"] = partial(_eager, ours, images)
+        table["timm_nf, channels_last"] = partial(_eager, ours, images, **last)
+    table["fused"] = partial(_eager, fused, images)
+    table["fused, channels_last"] = partial(_eager, fused, images, **last)
     if bfloat16_is_fast(device):
-        table["fused, bfloat16"] = eager(fused, memory_format=last, dtype=torch.bfloat16)
-    table["fused, compiled"] = compiled
+        table["fused, bfloat16"] = partial(_eager, fused, images, **last, dtype=torch.bfloat16)
+    table["fused, compiled"] = partial(_compiled, fused, images)
     if torch.device(device).type == "cpu" and export.onnx_is_installed():
-        table["fused, onnxruntime"] = onnxruntime
+        table["fused, onnxruntime"] = partial(_onnxruntime, fused, images)
     return table
+
+
+def _eager(create: Callable[[], nn.Module], images: Tensor, **options: Any) -> Work:
+    """The network as it is; `options` of `to`, for it and the images."""
+    model, x = create().to(images.device, **options), images.to(**options)
+    return lambda: model(x)
+
+
+def _compiled(create: Callable[[], nn.Module], images: Tensor) -> Work:
+    """Compiled by inductor with constant weights, in channels_last."""
+    last: Any = torch.channels_last
+    x = images.to(memory_format=last)
+    model = torch.compile(create().to(images.device).to(memory_format=last), options={"freezing": True})
+    with torch.no_grad():
+        model(x)  # compiles, and freezes only without gradients
+    return lambda: model(x)
+
+
+def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
+    """Exported to ONNX, with as many threads as torch has."""
+    import onnxruntime
+
+    batch, size = images.shape[0], images.shape[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        export.write(create(), file, size=size, dynamic_batch=batch > 1)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    feed = {"images": images.numpy()}
+    return lambda: session.run(None, feed)
 
 
 @torch.no_grad()
 def time_inference(
-    builders: Mapping[str, Callable[[], Run]],
+    builders: Mapping[str, Callable[[], Work]],
     repeats: int = 11,
     device: str = "cpu",
-    track: Track = lambda items, _: items,
+    progress: Progress = silent,
 ) -> dict[str, Timing]:
     """Build all contenders and time them in turn, so that noise meets all of them.
 
     Args:
         builders: As `contenders` gives them.
-        repeats: Timed runs of each, after two that are not.
+        repeats: Timed forward passes of each, after two that are not.
         device: Where they run.
-        track: Wraps an iterable to show its progress.
+        progress: Shows it.
     """
-    runs = {label: builders[label]() for label in track(builders, "building")}
-    times = time_in_turn(runs, repeats, device, track)
+    work: dict[str, Work] = {}
+    with seeded(0):
+        for label in progress(list(builders), "building"):
+            work[label] = builders[label]()
+    times = time_in_turn(work, repeats, device, progress)
     return {label: _timing(values) for label, values in times.items()}
 
 
 def time_in_turn(
-    runs: Mapping[str, Run], repeats: int, device: str = "cpu", track: Track = lambda items, _: items
+    work: Mapping[str, Work], repeats: int, device: str = "cpu", progress: Progress = silent
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run, `repeats` of each, one run of each after the other with a short pause before."""
-    once = _time_on_cpu if torch.device(device).type == "cpu" else partial(_time_on_accelerator, device=device)
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for repeat in track(range(repeats + 2), "timing"):
-        for label, run in runs.items():
+    """Milliseconds of everything, `repeats` times each, one after the other with a short pause before each.
+
+    Args:
+        work: What to time, by label.
+        repeats: Timed rounds, after two that are not.
+        device: Where it is done.
+        progress: Shows it.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    milliseconds = _time_on_cpu if on_cpu else partial(_time_on_accelerator, device=device)
+    times: dict[str, list[float]] = {label: [] for label in work}
+    for repeat in progress(range(repeats + 2), "timing"):
+        for label, once in work.items():
             time.sleep(_PAUSE)
-            milliseconds = once(run)
+            taken = milliseconds(once)
             if repeat >= 2:
-                times[label].append(milliseconds)
+                times[label].append(taken)
     return times
 
 
-def _time_on_cpu(run: Run) -> float:
+def _time_on_cpu(work: Work) -> float:
     start = time.perf_counter()
-    run()
+    work()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _time_on_accelerator(run: Run, device: str) -> float:
-    """By events in the queue of the device, which works on after `run` has returned."""
+def _time_on_accelerator(work: Work, device: str) -> float:
+    """By events in the queue of the device, which works on after `work` has returned."""
     start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     torch.accelerator.synchronize(device)
     start.record()
-    run()
+    work()
     end.record()
     torch.accelerator.synchronize(device)
     return start.elapsed_time(end)
 
 
-def peak_memory(run: Run) -> int:
-    """Bytes that a run on the CPU has allocated at its highest point, on top of what was there before."""
+def peak_memory(work: Work) -> int:
+    """Bytes that work on the CPU has allocated at its highest point, on top of what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    assert seen.profiler is not None
-    assert seen.profiler.kineto_results is not None
-    events: list[Any] = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(file))
+        events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
+    allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in allocations), default=0)
 
 
 def _timing(values: list[float]) -> Timing:

@@ -1,22 +1,24 @@
 """What a network sees in picture files, with the preprocessing and the labels that belong to its weights."""
 
+# timm, onnx and onnxruntime have no types or partial ones.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import (
-    CustomDatasetInfo,
-    ImageNetInfo,
-    infer_imagenet_subset,
-    resolve_data_config,
-)
+from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from .._text import reason
 from .images import reader
+from .named import load_model
+
+__all__ = ["Prediction", "classify", "labels", "load_model", "preprocessing"]
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,6 @@ class Prediction:
     path: Path
     classes: list[tuple[str, float]]
     error: str | None = None
-
-
-def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
-    """The network with its weights, in evaluation mode.
-
-    Args:
-        name: As `timm.create_model` takes it: a name with a tag of weights, `hf-hub:user/repo` or `local-dir:folder`.
-        checkpoint: A file of weights to load instead of the published ones.
-
-    Raises:
-        RuntimeError: if it cannot be had, with what to do.
-    """
-    try:
-        if checkpoint is not None:
-            return timm.create_model(name, checkpoint_path=str(checkpoint)).eval()
-        return timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # the Hub client, its HTTP library and timm each raise their own kinds
-        source = f"{name} with the weights of {checkpoint}" if checkpoint else f"{name} with its published weights"
-        reason = f"{type(error).__name__}: {error}"
-        raise RuntimeError(
-            f"could not load {source} ({reason}); `timm-nf list` shows what has weights, downloads need a network; "
-            "local weights are loaded by --checkpoint FILE, where a command has it, or as a folder (local-dir:FOLDER)"
-        ) from error
 
 
 def preprocessing(name: str) -> dict[str, Any]:
@@ -85,9 +64,10 @@ def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str
     read = reader(model)
     for path in paths:
         try:
-            x = read(path)
+            image = read(path)
         except Exception as error:  # the decoders raise all kinds for broken files
-            yield Prediction(path, [], f"{type(error).__name__}: {error}")
+            yield Prediction(path, [], reason(error))
             continue
-        top = model(x[None].to(device)).softmax(-1)[0].topk(min(topk, len(names)))
-        yield Prediction(path, [(names[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)])
+        top = model(image[None].to(device)).softmax(-1)[0].topk(min(topk, len(names)))
+        pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        yield Prediction(path, [(names[index], probability) for probability, index in pairs])

@@ -4,27 +4,32 @@ Constant weights are baked in first (`timm_nf.fuse`), so that a file holds convo
 the arithmetic of standardised weights, which exporters keep for every inference otherwise.
 """
 
+# timm, onnx and onnxruntime have no types or partial ones.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
+
 import copy
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from timm.models import is_model
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from .._relative_error import relative_error
+from .._text import reason
 from .classify import labels
+from .images import photographs
+from .named import is_known
 
-__all__ = ["BOUNDS", "SUFFIXES", "Check", "is_known", "onnx_is_installed", "photographs", "write"]
+__all__ = ["BOUNDS", "SUFFIXES", "FileCheck", "is_known", "onnx_is_installed", "photographs", "write"]
 
 # Relative L2 error of the logits that is still rounding: another order of summation, a few roundings of half precision.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -32,9 +37,10 @@ SUFFIXES = {".onnx": "ONNX", ".pt2": "torch.export program", ".ts": "TorchScript
 # What standardised weights and batch normalisation leave in a graph; other kinds of normalisation are a network's own.
 _FORBIDDEN = ("BatchNormalization", "InstanceNormalization")
 
+_Dims = dict[int, Any] | None  # of torch.export: {axis: Dim} of the images; None if no axis may vary
 
-@dataclass(frozen=True)
-class Check:
+
+class FileCheck(NamedTuple):
     """One thing that was looked at in the file, after reading it back."""
 
     name: str
@@ -42,32 +48,11 @@ class Check:
     ok: bool
 
 
-def photographs(model: Any, size: int | None = None, count: int = 4) -> Tensor:
-    """Crops of a real photograph with the model's preprocessing: (count, in_chans, size, size), float32.
+class _ReadBack(NamedTuple):
+    """The network in a file that was just written."""
 
-    It is the portrait of Grace Hopper that comes inside matplotlib; other than three channels are its three, repeated.
-
-    Args:
-        model: Any timm model.
-        size: Height and width in pixels, by default those the model is trained at.
-        count: How many crops.
-    """
-    from matplotlib.cbook import get_sample_data
-
-    data = resolve_model_data_config(model)
-    height, width = data["input_size"][1:]
-    data["input_size"] = (3, size or height, size or width)
-    transform: Any = create_transform(**data, is_training=False)
-    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as picture:
-        whole = picture.convert("RGB")
-    corners = [50 * i for i in range(count)]
-    photos = torch.stack([transform(whole.crop((at, at, whole.width, whole.height))) for at in corners])
-    return photos[:, [i % 3 for i in range(getattr(model, "in_chans", 3))]]
-
-
-def is_known(name: str) -> bool:
-    """Whether timm would know what to build: a registered name, with or without a tag, or a place of weights."""
-    return ":" in name or is_model(name.partition(".")[0])
+    logits: Callable[[Tensor], Tensor]
+    checks: list[FileCheck]
 
 
 def onnx_is_installed() -> bool:
@@ -76,14 +61,14 @@ def onnx_is_installed() -> bool:
 
 
 def write(
-    model: Any,
+    model: nn.Module,
     file: Path,
     *,
     size: int | None = None,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> list[Check]:
+) -> list[FileCheck]:
     """Write a model in the format of the file's suffix, read it back and compare it with the model in this process.
 
     Args:
@@ -105,37 +90,55 @@ def write(
     if file.suffix not in SUFFIXES:
         raise ValueError(f"expected a file that ends in {', '.join(SUFFIXES)}, got {file}")
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
-    photos = photographs(model, size).to(dtype)
-    batches = [(photos,), (photos[:1],)] if dynamic_batch else [photos.split(1)]
-    if dynamic_size:
-        height, width = photos.shape[-2:]
-        other = nn.functional.interpolate(batches[0][0].float(), (height + 37, width + 64))
-        batches.append((other.to(dtype),))
+    inputs = _inputs(model, size, dynamic_batch, dynamic_size, dtype)
     try:
-        expected = [torch.cat([_run(model, images) for images in batch]) for batch in batches]
+        expected = [_logits(model, batches) for batches in inputs]
     except Exception as error:  # every architecture has its own way of not taking a size
-        raise ValueError(f"the model does not take images of {tuple(photos.shape[1:])}: {error}") from error
-    dims = {0: torch.export.Dim("batch")} if dynamic_batch else {}
-    if dynamic_size:  # a map of a single value would broadcast; exporters want to know that there will be none
-        smallest = model.feature_info[-1]["reduction"] + 1
-        dims |= {axis: torch.export.Dim(name, min=smallest) for axis, name in ((2, "height"), (3, "width"))}
+        shape = tuple(inputs[0][0].shape[1:])
+        raise ValueError(f"the model does not take images of {shape}: {reason(error)}") from error
+    writer = {".onnx": _write_onnx, ".pt2": _write_program, ".ts": _write_torchscript}[file.suffix]
     with _temporary(file) as temporary:
-        writer = {".onnx": _write_onnx, ".pt2": _write_program, ".ts": _write_torchscript}[file.suffix]
-        run, checks = writer(model, batches[0][0], (dims,) if dims else None, temporary)
-        for batch, logits in zip(batches, expected, strict=True):
-            checks += _compare(torch.cat([run(images) for images in batch]), logits, tuple(batch[0].shape), dtype)
+        written = writer(model, inputs[0][0], _dims(model, dynamic_batch, dynamic_size), temporary)
+        checks = list(written.checks)
+        for batches, logits in zip(inputs, expected, strict=True):
+            checks += _compare(_logits(written.logits, batches), logits, tuple(batches[0].shape), dtype)
         if failed := [f"{check.name}: {check.measured}" for check in checks if not check.ok]:
             raise RuntimeError(f"{SUFFIXES[file.suffix]} was not written, as it failed: {'; '.join(failed)}")
     return checks
 
 
+def _inputs(
+    model: nn.Module, size: int | None, dynamic_batch: bool, dynamic_size: bool, dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """What the file is tried with: one or more times, batches that together are the photographs."""
+    photos = photographs(model, size).to(dtype)
+    inputs: list[tuple[Tensor, ...]] = [(photos,), (photos[:1],)] if dynamic_batch else [photos.split(1)]
+    if dynamic_size:
+        height, width = photos.shape[-2:]
+        other = nn.functional.interpolate(inputs[0][0].float(), (height + 37, width + 64))
+        inputs.append((other.to(dtype),))
+    return inputs
+
+
+def _dims(model: Any, dynamic_batch: bool, dynamic_size: bool) -> _Dims:
+    """The axes of the images that may vary."""
+    dims: dict[int, Any] = {}
+    if dynamic_batch:
+        dims[0] = torch.export.Dim("batch")
+    if dynamic_size:  # a map of a single value would broadcast; exporters want to know that there will be none
+        smallest = model.feature_info[-1]["reduction"] + 1
+        dims[2] = torch.export.Dim("height", min=smallest)
+        dims[3] = torch.export.Dim("width", min=smallest)
+    return dims or None
+
+
 @torch.inference_mode()
-def _run(model: Any, images: Tensor) -> Tensor:
-    return model(images)
+def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([run(images) for images in batches])
 
 
 @contextmanager
-def _temporary(file: Path) -> Iterator[Path]:
+def _temporary(file: Path) -> Generator[Path]:
     """A path beside the file that takes its place if nothing is raised, and goes if something is."""
     handle, name = tempfile.mkstemp(prefix=f".{file.stem}.", suffix=file.suffix, dir=file.parent)
     os.close(handle)
@@ -147,40 +150,34 @@ def _temporary(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[Check]:
+def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[FileCheck]:
     """Of logits (photographs, classes) that were computed from batches of this shape."""
-    error = ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+    error, bound = relative_error(ours, expected), BOUNDS[dtype]
     what = f"{len(expected)} crops as {' x '.join(map(str, shape))}"
-    checks = [
-        Check(f"logits of {what}", f"relative error {error:.1e}, at most {BOUNDS[dtype]:g}", error <= BOUNDS[dtype])
-    ]
+    checks = [FileCheck(f"logits of {what}", f"relative error {error:.1e}, at most {bound:g}", error <= bound)]
     if dtype == torch.float32:  # in half precision classes a rounding apart change places
         k = min(5, expected.shape[-1])
         same = torch.equal(ours.topk(k).indices, expected.topk(k).indices)
-        checks.append(Check(f"top {k} of {what}", "equal" if same else "different", same))
+        checks.append(FileCheck(f"top {k} of {what}", "equal" if same else "different", same))
     return checks
 
 
-Written = tuple[Callable[[Tensor], Tensor], list[Check]]
-
-
-def _write_program(model: nn.Module, images: Tensor, shapes: Any, file: Path) -> Written:
+def _write_program(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
     program = torch.export.export(
-        model, (images,), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        model, (images,), dynamic_shapes=_shapes(dims), prefer_deferred_runtime_asserts_over_guards=True
     )
     torch.export.save(program, file)
-    return torch.export.load(file).module(), []
+    return _ReadBack(torch.export.load(file).module(), [])
 
 
-def _write_torchscript(model: nn.Module, images: Tensor, shapes: Any, file: Path) -> Written:
+def _write_torchscript(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
     with warnings.catch_warnings():  # torch would rather export: said by its documentation, and not by every command
         warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
         torch.jit.save(torch.jit.script(model), file)
-        loaded: Any = torch.jit.load(file)
-    return lambda batch: _run(loaded, batch), []
+        return _ReadBack(torch.jit.load(file), [])
 
 
-def _write_onnx(model: nn.Module, images: Tensor, shapes: Any, file: Path) -> Written:
+def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
     if not onnx_is_installed():
         raise RuntimeError("ONNX needs onnx, onnxscript and onnxruntime; pip install timm-nf[export]")
     import onnx
@@ -190,7 +187,7 @@ def _write_onnx(model: nn.Module, images: Tensor, shapes: Any, file: Path) -> Wr
         model,
         (images,),
         dynamo=True,
-        dynamic_shapes=shapes,
+        dynamic_shapes=_shapes(dims),
         input_names=["images"],
         output_names=["logits"],
         external_data=False,
@@ -200,17 +197,22 @@ def _write_onnx(model: nn.Module, images: Tensor, shapes: Any, file: Path) -> Wr
     onnx.helper.set_model_props(proto, _metadata(model))
     onnx.save(proto, file)
     onnx.checker.check_model(file, full_check=True)
-    checks = [Check("onnx.checker", "valid", True), *_graph_checks(onnx.load(file).graph)]
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    checks = [FileCheck("onnx.checker", "valid", True), *_graph_checks(onnx.load(file).graph)]
+    session: Any = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def run(batch: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
-    return run, checks
+    return _ReadBack(run, checks)
+
+
+def _shapes(dims: _Dims) -> tuple[dict[int, Any]] | None:
+    """As torch.export takes it: of every argument."""
+    return None if dims is None else (dims,)
 
 
 def _metadata(model: Any) -> dict[str, str]:
-    data = resolve_model_data_config(model, use_test_size=True)
+    data: dict[str, Any] = resolve_model_data_config(model, use_test_size=True)
     return {
         "architecture": str(model.pretrained_cfg.get("architecture")),
         "preprocessing": json.dumps(data),
@@ -218,7 +220,7 @@ def _metadata(model: Any) -> dict[str, str]:
     }
 
 
-def _graph_checks(graph: Any) -> list[Check]:
+def _graph_checks(graph: Any) -> list[FileCheck]:
     """Whether normalisation or arithmetic on nothing but weights is left in an ONNX graph."""
     forbidden = sorted({node.op_type for node in graph.node} & set(_FORBIDDEN))
     constant = {tensor.name for tensor in graph.initializer}
@@ -229,6 +231,6 @@ def _graph_checks(graph: Any) -> list[Check]:
             if node.op_type not in ("Constant", "Identity"):
                 arithmetic.append(node.op_type)
     return [
-        Check("normalisation", ", ".join(forbidden) or "none left", not forbidden),
-        Check("arithmetic on weights", ", ".join(arithmetic) or "none left", not arithmetic),
+        FileCheck("normalisation", ", ".join(forbidden) or "none left", not forbidden),
+        FileCheck("arithmetic on weights", ", ".join(arithmetic) or "none left", not arithmetic),
     ]
