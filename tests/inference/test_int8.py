@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 
 import timm_nf
-from tests.support.small_nets import FAMILIES, build
-from timm_nf.inference import int8
+from tests.support.small_nets import FAMILIES, build, create
+from timm_nf.cli import main
+from timm_nf.inference import int8, named
 
 OVERLAY = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64), "label_names": [f"label {i}" for i in range(10)]}}
 
@@ -119,3 +121,83 @@ def test_a_picture_that_cannot_be_read_is_named_and_leaves_nothing(pictures, tmp
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as a picture: UnidentifiedImageError"):
         int8.write(fused(), [*pictures, broken], tmp_path / "out" / "m.onnx")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# The command
+
+
+def refused(*argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *map(str, argv)])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("timm-nf: error"))
+    return stop.value.code, line
+
+
+def test_the_command_prints_what_was_compared(pictures, tmp_path, capsys):
+    model = build("NFNet", torch.float32, **OVERLAY)
+    save_for_hf(fill(create("NFNet", **OVERLAY), model), tmp_path / "net", safe_serialization=True)
+    main(["export", str(tmp_path / "net"), "-o", str(tmp_path / "m.onnx"), "--int8", str(pictures[0].parent)])
+    out = capsys.readouterr().out
+    assert "20 to calibrate, 5 others to compare" in out
+    for fact in ("same best class", "relative error", "MB, float32", "ms, float32", "Gemm", str(tmp_path / "m.onnx")):
+        assert fact in out
+    assert int8.session(tmp_path / "m.onnx")(torch.zeros(3, 64, 64)).shape == (1, 10)
+
+
+def fill(model, source):
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "m.pt2", "--int8", "."], "a file that ends in .onnx"),
+        (["-o", "m.onnx", "--int8", ".", "--dtype", "float16"], "without --dynamic-size and --dtype"),
+        (["-o", "m.onnx", "--int8", ".", "--dynamic-size"], "without --dynamic-size and --dtype"),
+        (["-o", "m.onnx", "--int8", "missing"], "missing"),
+        (["-o", "m.onnx", "--random-weights", "--checkpoint", "w.pth"], "without --checkpoint"),
+        (["-o", "net", "--random-weights"], "a folder is for weights"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_two(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").touch()
+    code, line = refused("nfnet_f0", *arguments, capsys=capsys)
+    assert code == 2
+    assert message in line
+
+
+def test_too_few_pictures_are_one_line(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    save_for_hf(create("NFNet", **OVERLAY), tmp_path / "net", safe_serialization=True)
+    code, line = refused(tmp_path / "net", "-o", tmp_path / "m.onnx", "--int8", tmp_path / "a.png", capsys=capsys)
+    assert code == 1
+    assert "at least 10 pictures" in line
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_network_without_weights_is_exported_and_the_file_says_so(suffix, tmp_path, capsys, monkeypatch):
+    small = create("NFNet", **OVERLAY)
+    monkeypatch.setattr(named.timm, "create_model", lambda name: small)
+    file = tmp_path / f"m{suffix}"
+    main(["export", "dm_nf_resnet50", "-o", str(file), "--random-weights"])
+    assert "random, of no use but to time" in capsys.readouterr().out
+    said = {"weights": ""}
+    if suffix == ".onnx":
+        said = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    elif suffix == ".pt2":
+        torch.export.load(file, extra_files=said)
+    else:
+        torch.jit.load(file, _extra_files=said)
+    assert said["weights"] in ("random", b"random")
+
+
+def test_random_weights_are_the_same_each_time_and_none_is_zero():
+    before = torch.get_rng_state()
+    one, two = (named.random_model("test_nfnet") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.any() for p in one.parameters())
+    torch.testing.assert_close(dict(one.state_dict()), dict(two.state_dict()), rtol=0, atol=0)

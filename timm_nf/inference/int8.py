@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from .._progress import Progress, silent
 from .._relative_error import relative_error
 from .._text import reason
 from . import export
+from .images import open_picture
 
 __all__ = ["FEWEST", "QUANTIZED", "Comparison", "quantize", "session", "split", "write"]
 
@@ -85,6 +85,7 @@ def write(
     size: int | None = None,
     dynamic_batch: bool = False,
     metadata: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = QUANTIZED,
     progress: Progress = silent,
 ) -> Comparison:
     """Write a model as an ONNX file with convolutions in int8, and compare it with float32.
@@ -96,6 +97,7 @@ def write(
         size: Height and width in pixels, by default those the model is trained at.
         dynamic_batch: Take any number of images instead of one at a time.
         metadata: Written into the file beside preprocessing and labels.
+        kinds: Types of nodes to quantise, as ONNX names them.
         progress: Shows it.
 
     Raises:
@@ -109,9 +111,9 @@ def write(
     with tempfile.TemporaryDirectory() as folder, export._temporary(file) as temporary:
         wide = Path(folder, "float32.onnx")
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
-        quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")))
-        _describe(temporary, metadata or {})
-        found = _compare(temporary, wide, read, rest, len(calibration), progress)
+        quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), kinds)
+        _describe(temporary, kinds, metadata or {})
+        found = _compare(temporary, wide, read, rest, len(calibration), kinds, progress)
         if not (math.isfinite(found.error) and found.error <= _WORST):
             raise RuntimeError(
                 f"int8 was not written: its logits are {100 * found.error:.0f} % off those of float32 "
@@ -120,13 +122,14 @@ def write(
     return found
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
+def quantize(source: Path, target: Path, batches: Iterable[Tensor], kinds: Sequence[str] = QUANTIZED) -> None:
     """Write a float32 ONNX file again with its convolutions in int8.
 
     Args:
         source: As `export.write` writes it.
         target: Written, not compared.
         batches: Of images, (N, C, H, W) or (C, H, W); they give the ranges of activations.
+        kinds: Types of nodes to quantise, as ONNX names them.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -146,7 +149,7 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
             target,
             Images(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
+            op_types_to_quantize=list(kinds),
             per_channel=True,
             weight_type=QuantType.QInt8,
             # Processors with VNNI multiply unsigned by signed bytes; with signed activations F0 took twice as long.
@@ -177,8 +180,7 @@ def _reader(model: Any, size: int | None) -> Callable[[Path], Tensor]:
 
     def read(path: Path) -> Tensor:
         try:
-            with Image.open(path) as picture:
-                return transform(picture.convert("L" if channels == 1 else "RGB"))
+            return transform(open_picture(path, channels))
         except OSError as error:
             raise ValueError(f"{path} cannot be read as a picture: {reason(error)}") from error
 
@@ -191,6 +193,7 @@ def _compare(
     read: Callable[[Path], Tensor],
     pictures: Sequence[Path],
     calibrated: int,
+    quantized: Sequence[str],
     progress: Progress,
 ) -> Comparison:
     """Run both files on every picture, in turn."""
@@ -217,19 +220,17 @@ def _compare(
         wide.stat().st_size,
         statistics.median(times["int8"]),
         statistics.median(times["float32"]),
-        tuple(sorted(kinds - set(QUANTIZED) - {"QuantizeLinear", "DequantizeLinear"})),
+        tuple(sorted(kinds - set(quantized) - {"QuantizeLinear", "DequantizeLinear"})),
     )
 
 
-def _describe(file: Path, metadata: Mapping[str, str]) -> None:
+def _describe(file: Path, kinds: Sequence[str], metadata: Mapping[str, str]) -> None:
     """Check the file and add to its metadata."""
     import onnx
 
     proto = onnx.load(file)
     known = {entry.key: entry.value for entry in proto.metadata_props}
     kept = "all other nodes are float32"
-    onnx.helper.set_model_props(
-        proto, known | {"quantized": f"{', '.join(QUANTIZED)} in int8, {kept}"} | dict(metadata)
-    )
+    onnx.helper.set_model_props(proto, known | {"quantized": f"{', '.join(kinds)} in int8, {kept}"} | dict(metadata))
     onnx.save(proto, file)
     onnx.checker.check_model(file, full_check=True)
