@@ -247,7 +247,10 @@ def refused(*argv, capsys):
         (["nfnet_f0", "-o", "m.gguf"], "ends in .onnx, .pt2, .ts or a folder, got m.gguf"),
         (["nfnet_f0", "-o", "missing/m.onnx"], "in an existing folder"),
         (["nfnet_f0", "-o", "net", "--size", "64"], "no --size, no --dynamic-*"),
-        (["nfnet_f0", "-o", "m.onnx", "--dtype", "int8"], "expected --dtype float32, float16, bfloat16, got int8"),
+        (
+            ["nfnet_f0", "-o", "m.onnx", "--dtype", "int8"],
+            "expected float32, float16, bfloat16 (or fp32, fp16, bf16), got int8",
+        ),
         (["nfnet_f0", "-o", "m.onnx", "--size", "0"], "size"),
     ],
 )
