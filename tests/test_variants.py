@@ -20,8 +20,7 @@ TREES = json.loads(gzip.decompress((GOLDEN / "haiku_trees.json.gz").read_bytes()
 
 def reference_net(name: str) -> Net:
     cfg = VARIANTS[name].cfg
-    family = {"deep_quad": "NFNet", "7x7_pool": "NF_ResNet", "3x3": "NF_RegNet"}[cfg.stem_type]
-    return Net(family, cfg.depths, cfg.channels)
+    return Net(VARIANTS[name].family, cfg.depths, cfg.channels)
 
 
 ALL = pytest.mark.parametrize("name", VARIANTS)
@@ -63,6 +62,11 @@ def test_reference_network_has_the_same_tree(name: str) -> None:
     assert {m: {n: list(s) for n, s in entries.items()} for m, entries in shapes.items()} == TREES[authors_name(name)]
 
 
+def test_every_entrypoint_is_declared_for_type_checkers() -> None:
+    declared = {name for name in nfnets.__annotations__ if not name.startswith("_")}
+    assert declared == set(VARIANTS) == set(timm.list_models(module="nfnets"))
+
+
 @ALL
 def test_row_yields_an_entrypoint_and_a_default_config(name: str) -> None:
     variant = VARIANTS[name]
@@ -74,8 +78,8 @@ def test_row_yields_an_entrypoint_and_a_default_config(name: str) -> None:
     assert cfg.input_size == (3, variant.train_size, variant.train_size)
     assert cfg.test_input_size == (3, variant.test_size, variant.test_size)
     assert cfg.pool_size == (-(-variant.train_size // 32),) * 2
-    assert cfg.crop_mode == ("squash" if variant.cfg.stem_type == "deep_quad" else "center")
-    assert cfg.first_conv == ("stem.conv1" if variant.cfg.stem_type == "deep_quad" else "stem.conv")
+    assert cfg.crop_mode == ("squash" if variant.family == "NFNet" else "center")
+    assert cfg.first_conv == ("stem.conv1" if variant.family == "NFNet" else "stem.conv")
     assert cfg.classifier == "head.fc"
     assert bool(cfg.has_weights) == (variant.hf_hub_id is not None)
 

@@ -191,6 +191,24 @@ def test_output_stride_changes_sizes_and_no_parameter(family: str, output_stride
             assert x.shape[2:] == (-(-h // info["reduction"]), -(-w // info["reduction"]))
 
 
+@EACH_FAMILY
+def test_five_stages_stride_in_every_one_and_smaller_output_strides_dilate(family: str) -> None:
+    net = Net(family, (1, 1, 1, 1, 1), (32, 32, 48, 48, 64), num_classes=3, group_size=8)
+    assert_equals_reference(net, (1, 97, 75))
+    reductions = [f["reduction"] for f in build(net).feature_info]
+    assert reductions == [2, 4, 8, 16, 32, 64]
+    for output_stride in (8, 16, 32, 64):
+        model = build(net, output_stride=output_stride)
+        assert [f["reduction"] for f in model.feature_info] == [min(r, output_stride) for r in reductions]
+        assert model.forward_features(batch(1, 128, 65)).shape[2:] == (128 // output_stride, -(-65 // output_stride))
+
+
+@pytest.mark.parametrize("output_stride", [4, 12, 64])
+def test_an_output_stride_that_the_network_cannot_have_is_refused(output_stride: int) -> None:
+    with pytest.raises(ValueError, match=f"or None for the network's own, 32; got {output_stride}"):
+        create("NFNet", output_stride=output_stride)
+
+
 def test_dilation_follows_the_strides_that_became_one() -> None:
     model = create("NFNet", output_stride=8, device="meta")
     dilations = [(b.conv2.dilation[0], b.conv2b.dilation[0], b.conv2.stride[0]) for s in model.stages for b in s]

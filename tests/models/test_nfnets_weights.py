@@ -290,6 +290,51 @@ def test_weights_of_the_other_structure_are_refused_also_with_other_classes(fuse
             create("NFNet", fused=fused, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+PARTS = {
+    "biases": lambda name: name.endswith(".bias"),
+    "gains": lambda name: name.endswith("gain"),
+    "squeeze-excite": lambda name: ".attn" in name,
+    "one convolution": lambda name: name.startswith("stages.1.1.conv2."),
+    "one weight": lambda name: name == "stages.1.1.conv2.weight",
+    "all but one convolution": lambda name: name != "stages.3.0.conv3.weight",
+    "one stage": lambda name: name.startswith("stages.2."),
+    "stem": lambda name: name.startswith("stem."),
+}
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_parts_of_a_network_load_as_torch_loads_them(family: str, fused: bool, prefix: str) -> None:
+    for part, chosen in PARTS.items():
+        model, source = create(family, fused=fused), create(family).state_dict()
+        own = model.state_dict()
+        state = {prefix + name: torch.full_like(p, 0.3) for name, p in source.items() if chosen(name)}
+        outer = nn.ModuleDict({"model": model}) if prefix else model
+        _, unexpected = outer.load_state_dict(state, strict=False)
+        assert {name.removeprefix(prefix) for name in unexpected} == {n for n in source if chosen(n)} - own.keys(), part
+        assert all((p == 0.3).all() == (prefix + name in state) for name, p in model.state_dict().items()), part
+
+
+@EACH_FAMILY
+def test_one_missing_gain_of_a_whole_network_is_enough_to_be_refused(family: str) -> None:
+    state = create(family).state_dict()
+    del state["stages.1.1.conv2.gain"]
+    with pytest.raises(RuntimeError, match="of fused convolutions, the network is unfused"):
+        create(family).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_the_other_structure_are_refused_for_features_and_under_a_prefix(fused: bool) -> None:
+    state = create("NFNet", fused=not fused).state_dict()
+    overlay = {"num_classes": 10, "state_dict": state}
+    with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
+        create("NFNet", fused=fused, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    outer = nn.ModuleDict({"model": create("NFNet", fused=fused)})
+    with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
+        outer.load_state_dict({f"model.{name}": p for name, p in state.items()}, strict=False)
+
+
 # --- the authors' files ---
 
 T0 = {"depths": (1, 2, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8, "num_classes": 10}

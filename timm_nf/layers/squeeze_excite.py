@@ -112,7 +112,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1).
 
-        >>> SqueezeExcite(6)(torch.zeros(2, 6, 5, 4)).shape
+        >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
         torch.Size([2, 6, 1, 1])
         """
         x = x.mean((2, 3), keepdim=True)
