@@ -33,13 +33,14 @@ def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     rows = weight.flatten(1)
     # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
     rows = rows - rows.mean(1, keepdim=True)
+    if torch.jit.is_tracing():  # not every converter knows var_mean, or keeps every node of a product with rsqrt
+        rows = rows - rows.mean(1, keepdim=True)
+        norm2 = rows.square().sum(1, keepdim=True).clamp(min=eps)
+        return (rows * (gain.view(-1, 1) / norm2.sqrt())).view_as(weight)
     var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-    norm2 = (rows.shape[1] * var).clamp(min=eps)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # Not every converter knows addcmul. torch.onnx.export(dynamo=False) loses a node of a product with rsqrt.
-        scale = gain.view(-1, 1) / norm2.sqrt()
+    scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
+    if torch.compiler.is_compiling():  # not every converter knows addcmul
         return (rows * scale - mean * scale).view_as(weight)
-    scale = gain.view(-1, 1) * norm2.rsqrt()
     return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
 
 
