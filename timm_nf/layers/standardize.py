@@ -30,18 +30,29 @@ def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         (O, I, K, K).
     """
+    if torch.jit.is_tracing():
+        return _traced(weight, gain, eps)
     rows = weight.flatten(1)
     # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
     rows = rows - rows.mean(1, keepdim=True)
-    if torch.jit.is_tracing():  # not every converter knows var_mean, or keeps every node of a product with rsqrt
-        rows = rows - rows.mean(1, keepdim=True)
-        norm2 = rows.square().sum(1, keepdim=True).clamp(min=eps)
-        return (rows * (gain.view(-1, 1) / norm2.sqrt())).view_as(weight)
     var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
     scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
     if torch.compiler.is_compiling():  # not every converter knows addcmul
         return (rows * scale - mean * scale).view_as(weight)
     return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
+
+
+def _traced(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """`_standardize` for converters of traces.
+
+    coremltools 9.0 knows neither var_mean, addcmul nor view_as; torch's older ONNX exporter loses nodes of a product
+    with rsqrt.
+    """
+    axes = tuple(range(1, weight.ndim))
+    centred = weight - weight.mean(axes, keepdim=True)
+    centred = centred - centred.mean(axes, keepdim=True)
+    norm2 = centred.square().sum(axes, keepdim=True).clamp(min=eps)
+    return centred * (gain.view(-1, *[1] * len(axes)) / norm2.sqrt())
 
 
 def _standardize_vjp(grad: Tensor, weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
