@@ -127,16 +127,16 @@ TEXT = """
 
 *same best class* and *logits* (relative L2 error) are those of the pictures that were compared, against the float32
 ONNX file. The golden parameters are synthetic, with gains and skip gains that are not 0: they show what rounding does
-to a network in which every part matters, and nothing about ImageNet. Times are medians of one picture, in turn;
-a network as small as the demo's spends them outside its convolutions.
+to a network in which every part matters, and nothing about ImageNet. Times are medians of one picture, in turn, on a
+machine that did other work as well. The demo's small network gets slower.
 
 What else could be in int8, NFNet-F0:
 
 {others}
 
-Nothing is faster than convolutions alone, and everything else adds to the error. So only convolutions are quantised,
-those of squeeze-excite included: weights in int8 per channel, activations in uint8 per tensor by the smallest and
-largest value seen.
+For this network nothing else gained time, and it added to the error. So only convolutions are quantised, those of
+squeeze-excite included; a share of these few pictures is coarse, the error of the logits is what decided. Weights are
+in int8 per channel, activations in uint8 per tensor by the smallest and largest value seen.
 
 {kept}
 
