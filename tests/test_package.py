@@ -28,7 +28,7 @@ WINGS = {
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
     "optim": "units sharded gradients agc exempt groups fused_where_equal optimizer factory",
-    "inference": "fuse images named classify export bench",
+    "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
     "verify": "golden stock checks",

@@ -25,7 +25,7 @@ def test_contenders_are_what_this_machine_can_run(monkeypatch):
     everything = list(bench.contenders("nfnet_f0", 1, 64))
     assert everything == [
         *("stock", "stock, channels_last", "timm_nf", "timm_nf, channels_last", "fused", "fused, channels_last"),
-        *("fused, bfloat16", "fused, compiled", "fused, onnxruntime"),
+        *("fused, bfloat16", "fused, compiled", "fused, onnxruntime", "fused, int8"),
     ]
     assert "timm_nf" not in bench.contenders("nf_resnet50", 1, 64)
     assert "stock" not in bench.contenders("nfnet_f7_plus", 1, 64)
@@ -73,12 +73,20 @@ def test_peak_memory_is_that_of_the_highest_point():
     assert bench.peak_memory(run) == pytest.approx(2 * 4 << 20, rel=1e-3)  # and a few bytes for the scalars
 
 
+def test_int8_is_timed_beside_float32(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create("test_nfnet", **kwargs))
+    builders = bench.contenders("nfnet_f0", 2, 64)
+    work = {label: builders[label] for label in ("fused, onnxruntime", "fused, int8")}
+    assert all(timing.median > 0 for timing in bench.time_inference(work, 3).values())
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Whatever is created is a small network instead."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create("test_nfnet", **kwargs))
-    for slow in ("compiled", "onnxruntime"):
+    for slow in ("compiled", "onnxruntime", "int8"):
         original = bench.contenders
         monkeypatch.setattr(
             bench, "contenders", lambda *a, o=original, s=slow: {k: v for k, v in o(*a).items() if not k.endswith(s)}

@@ -15,6 +15,7 @@ from .options import (
     Dtype,
     FastestDevice,
     License,
+    Loaded,
     Network,
     NetworkOption,
     Pictures,
@@ -42,24 +43,57 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images, not one.")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Any height and width.")] = False,
     dtype: Dtype = None,
+    int8: Annotated[
+        Path | None,
+        typer.Option("--int8", metavar="PICTURES", help="Convolutions in int8, by a folder of pictures.", exists=True),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Instead of the published: to time what is not trained yet.")
+    ] = False,
 ) -> None:
     """Bake standardised weights into plain convolutions and write the network for another run time.
 
     What was written is reloaded and compared with PyTorch on a photograph before it takes the file's name. A folder
     gets Hub layout (safetensors, config, card), which timm loads as the same architecture with `fused=True`; its card
     needs a --license, which is known for published weights. Without --dtype the file is in float32.
+
+    With --int8 a part of the pictures gives onnxruntime the ranges of activations, and int8 is compared with float32 on
+    the rest.
     """
+    if random_weights and (checkpoint or not _is_registered(network)):
+        raise typer.BadParameter("--random-weights is for a network by its name alone, without --checkpoint")
+    if int8 and (out.suffix != ".onnx" or dynamic_size or dtype):
+        raise typer.BadParameter("--int8 is for a file that ends in .onnx, without --dynamic-size and --dtype")
     dtype = dtype or torch.float32
     if _is_folder(out):
         if size or dynamic_batch or dynamic_size:
             raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
+        if random_weights:
+            raise typer.BadParameter("a folder is for weights: with --random-weights, give a file to --out")
         loaded = load_network(network, checkpoint, use_ema)
         if license is None and checkpoint is None and not Path(network).is_dir():
             license = _published_license(loaded.network)
         _export_folder(loaded.network, loaded.weights, out, license, dtype)
+        return
+    loaded = _with_random_weights(network) if random_weights else load_network(network, checkpoint, use_ema)
+    metadata = {"weights": "random"} if random_weights else {}
+    if int8:
+        _export_int8(loaded.network, loaded.weights, out, int8, size, dynamic_batch, metadata)
     else:
-        loaded = load_network(network, checkpoint, use_ema)
-        _export_file(loaded.network, loaded.weights, out, size, dynamic_batch, dynamic_size, dtype)
+        _export_file(loaded.network, loaded.weights, out, size, dynamic_batch, dynamic_size, dtype, metadata)
+
+
+def _is_registered(network: str) -> bool:
+    from timm.models import is_model
+
+    return is_model(network.partition(".")[0])
+
+
+def _with_random_weights(network: str) -> Loaded:
+    from ..inference.named import random_model
+
+    with console(stderr=True).status(f"building {network}"):
+        return Loaded(random_model(network), "random, of no use but to time the network")
 
 
 def _is_folder(out: Path) -> bool:
@@ -108,6 +142,7 @@ def _export_file(
     dynamic_batch: bool,
     dynamic_size: bool,
     dtype: torch.dtype,
+    metadata: Mapping[str, str],
 ) -> None:
     from ..inference.export import SUFFIXES, write
     from ..inference.fuse import fuse
@@ -115,9 +150,56 @@ def _export_file(
     with console(stderr=True).status("exporting"):
         if not getattr(network, "fused", False):
             network = fuse(network)
-        checks = write(network, out, size=size, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size, dtype=dtype)
+        checks = write(
+            network,
+            out,
+            size=size,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=dynamic_size,
+            dtype=dtype,
+            metadata=metadata,
+        )
     print_table(("check", "measured"), [(check.name, check.measured) for check in checks])
     print_facts([("weights", weights), ("wrote", f"{out}, {out.stat().st_size / 1e6:.1f} MB, {SUFFIXES[out.suffix]}")])
+
+
+def _export_int8(
+    network: nn.Module,
+    weights: str,
+    out: Path,
+    pictures: Path,
+    size: int | None,
+    dynamic_batch: bool,
+    metadata: Mapping[str, str],
+) -> None:
+    from ..env import machine
+    from ..inference.fuse import fuse
+    from ..inference.images import find_images
+    from ..inference.int8 import write
+
+    found = write(
+        network if getattr(network, "fused", False) else fuse(network),
+        find_images([pictures]),
+        out,
+        size=size,
+        dynamic_batch=dynamic_batch,
+        metadata=metadata,
+        progress=track,
+    )
+    ratio = found.float_milliseconds / found.milliseconds
+    print_facts(
+        [
+            ("weights", weights),
+            ("pictures", f"{found.calibrated} to calibrate, {found.compared} others to compare with float32"),
+            ("same best class", f"{100 * found.same_class:.1f} % of these"),
+            ("logits", f"relative error {found.error:.1e}"),
+            ("size", f"{found.size / 1e6:.1f} MB, float32 {found.float_size / 1e6:.1f} MB"),
+            ("one picture", f"{found.milliseconds:.1f} ms, float32 {found.float_milliseconds:.1f} ms, {ratio:.1f}x"),
+            ("machine", machine()),
+            ("still float32", ", ".join(found.kept)),
+            ("wrote", str(out)),
+        ]
+    )
 
 
 @commands.command(epilog=examples("bench nfnet_f0", "bench nf_resnet50 --size 224 --batch 8 --json"))
@@ -129,7 +211,7 @@ def bench(
     device: FastestDevice = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Time inference on this machine: timm's network, ours, fused, in bfloat16, compiled, and in onnxruntime.
+    """Time inference on this machine: timm's network, ours, fused, in bfloat16, compiled, in onnxruntime, in int8.
 
     The weights are random: they do not change the times. The network is one of ours, or of timm's with standardised
     convolutions.

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from .._progress import Progress, silent
 from .._seed import seeded
 from ..variants import VARIANTS
-from . import export
+from . import export, int8
 from .fuse import fuse
 
 __all__ = [
@@ -78,7 +78,8 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
 
     Returns:
         `stock`, timm's network; `timm_nf`, ours, if there is one; `fused`; those that are worth it also in
-        channels_last, in bfloat16, compiled by inductor with frozen weights, and exported to onnxruntime.
+        channels_last, in bfloat16, compiled by inductor with frozen weights, and exported to onnxruntime, in float32
+        and with convolutions in int8.
     """
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -107,6 +108,7 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
     table["fused, compiled"] = partial(_compiled, fused, images)
     if torch.device(device).type == "cpu" and export.onnx_is_installed():
         table["fused, onnxruntime"] = partial(_onnxruntime, fused, images)
+        table["fused, int8"] = partial(_int8, fused, images)
     return table
 
 
@@ -128,17 +130,21 @@ def _compiled(create: Callable[[], nn.Module], images: Tensor) -> Work:
 
 def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
     """Exported to ONNX, with as many threads as torch has."""
-    import onnxruntime
-
-    batch, size = images.shape[0], images.shape[-1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        export.write(create(), file, size=size, dynamic_batch=batch > 1)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {"images": images.numpy()}
-    return lambda: session.run(None, feed)
+        export.write(create(), file, size=images.shape[-1], dynamic_batch=len(images) > 1)
+        run = int8.session(file)
+    return lambda: run(images)
+
+
+def _int8(create: Callable[[], nn.Module], images: Tensor) -> Work:
+    """The same with convolutions in int8, calibrated on the images, on which times do not depend."""
+    with tempfile.TemporaryDirectory() as folder:
+        wide, narrow = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        export.write(create(), wide, size=images.shape[-1], dynamic_batch=len(images) > 1)
+        int8.quantize(wide, narrow, [images])
+        run = int8.session(narrow)
+    return lambda: run(images)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,7 @@ def write(
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
     dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[FileCheck]:
     """Write a model in the format of the file's suffix, read it back and compare it with the model in this process.
 
@@ -79,6 +80,7 @@ def write(
         dynamic_batch: Take any number of images instead of one at a time.
         dynamic_size: Let height and width differ as well.
         dtype: Of weights and images.
+        metadata: Written into the file: in ONNX beside preprocessing and labels, in the other two as extra files.
 
     Returns:
         What was checked; all of it passed.
@@ -98,7 +100,9 @@ def write(
         raise ValueError(f"the model does not take images of {shape}: {reason(error)}") from error
     writer = {".onnx": _write_onnx, ".pt2": _write_program, ".ts": _write_torchscript}[file.suffix]
     with _temporary(file) as temporary:
-        written = writer(model, inputs[0][0], _dims(model, dynamic_batch, dynamic_size), temporary)
+        written = writer(
+            model, inputs[0][0], _dims(model, dynamic_batch, dynamic_size), temporary, dict(metadata or {})
+        )
         checks = list(written.checks)
         for batches, logits in zip(inputs, expected, strict=True):
             checks += _compare(_logits(written.logits, batches), logits, tuple(batches[0].shape), dtype)
@@ -162,22 +166,24 @@ def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torc
     return checks
 
 
-def _write_program(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
+def _write_program(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]) -> _ReadBack:
     program = torch.export.export(
         model, (images,), dynamic_shapes=_shapes(dims), prefer_deferred_runtime_asserts_over_guards=True
     )
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files=dict(metadata))
     return _ReadBack(torch.export.load(file).module(), [])
 
 
-def _write_torchscript(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
+def _write_torchscript(
+    model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]
+) -> _ReadBack:
     with warnings.catch_warnings():  # torch would rather export: said by its documentation, and not by every command
         warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
-        torch.jit.save(torch.jit.script(model), file)
+        torch.jit.save(torch.jit.script(model), file, _extra_files=metadata)
         return _ReadBack(torch.jit.load(file), [])
 
 
-def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _ReadBack:
+def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]) -> _ReadBack:
     if not onnx_is_installed():
         raise RuntimeError("ONNX needs onnx, onnxscript and onnxruntime; pip install timm-nf[export]")
     import onnx
@@ -194,7 +200,7 @@ def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path) -> _R
         verbose=False,
     )
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, _metadata(model))
+    onnx.helper.set_model_props(proto, _metadata(model) | metadata)
     onnx.save(proto, file)
     onnx.checker.check_model(file, full_check=True)
     checks = [FileCheck("onnx.checker", "valid", True), *_graph_checks(onnx.load(file).graph)]

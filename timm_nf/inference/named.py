@@ -10,10 +10,11 @@ import timm
 from timm.models import is_model
 from torch import nn
 
+from .._seed import seeded
 from .._text import reason
 from ..checkpoint import Checkpoint, fill
 
-__all__ = ["is_known", "load_model", "timm_name"]
+__all__ = ["is_known", "load_model", "random_model", "timm_name"]
 
 
 def is_known(name: str) -> bool:
@@ -49,3 +50,16 @@ def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
             "weights, downloads need a network; local weights are loaded by --checkpoint FILE, where a command has it, "
             "or as a folder in Hub layout"
         ) from error
+
+
+def random_model(name: str) -> nn.Module:
+    """The network of a registered name with random weights, always the same, in evaluation mode.
+
+    What starts at 0, as skip gains, biases and some classifiers do, is random as well: every layer shows in the logits.
+    """
+    with seeded(0):
+        model = timm.create_model(name.partition(".")[0])
+        for p in model.parameters():
+            if not p.any():
+                nn.init.normal_(p, std=0.1)
+    return model.eval()

@@ -39,14 +39,29 @@ def formula(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         (O, I, K, K).
     """
+    if torch.jit.is_tracing():
+        return _traced(weight, gain, eps)
     rows = weight.flatten(1)
     # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
     rows = rows - rows.mean(1, keepdim=True)
     var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
     scale = gain.view(-1, 1) * (rows.shape[1] * var).clamp(min=eps).rsqrt()
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # not every converter knows addcmul
+    if torch.compiler.is_compiling():  # not every converter knows addcmul
         return (rows * scale - mean * scale).view_as(weight)
     return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
+
+
+def _traced(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The formula for converters of traces.
+
+    coremltools 9.0 knows neither var_mean, addcmul nor view_as. torch's older ONNX exporter loses nodes of a product
+    with rsqrt.
+    """
+    axes = tuple(range(1, weight.ndim))
+    centred = weight - weight.mean(axes, keepdim=True)
+    centred = centred - centred.mean(axes, keepdim=True)
+    norm2 = centred.square().sum(axes, keepdim=True).clamp(min=eps)
+    return centred * (gain.view(-1, *[1] * len(axes)) / norm2.sqrt())
 
 
 def _unit_rows(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,6 +80,8 @@ class GateConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, I, 1, 1) -> (N, O, 1, 1)."""
+        if torch.compiler.is_compiling():  # run times pack weights once; a Reshape of them would stay in ONNX files
+            return F.conv2d(input, self.weight, self.bias)
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
