@@ -301,6 +301,7 @@ def test_weights_of_stock_timms_network_of_the_same_name(hub, tmp_path, fails):
     args = {
         "depths": (1, 1),
         "channels": (128, 128),
+        "stem_chs": 64,  # as ours would have it, so that all convolutions are there
         "num_features": 64,
         "group_size": 8,
         "attn_kwargs": {"rd_ratio": 0.5},

@@ -29,6 +29,8 @@ from torch import Tensor
 from ._eager import is_eager
 from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_dtype, vjp
 
+__all__ = ["standardize", "takes_kernel"]
+
 _NO_PROJECTION = 1e9  # its square is lost in float64
 
 _logger = logging.getLogger(__name__)

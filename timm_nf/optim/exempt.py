@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from .._wrappers import innermost, wrappers
 from .units import weights_behind
 
+__all__ = ["classifier_weights"]
+
 Exempt = str | Iterable[str | nn.Module | nn.Parameter]
 _Find = Callable[[nn.Module], list[nn.Parameter]]
 

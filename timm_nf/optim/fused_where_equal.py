@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = ["fused_parts"]
+
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 

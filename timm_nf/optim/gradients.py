@@ -9,6 +9,8 @@ from torch import Tensor
 from .sharded import PLAIN, local_part, placements_of
 from .units import Axis, axis_problem
 
+__all__ = ["gradient_problem", "parameters_with_gradient"]
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .units import Axis, Layout, layout_of
 
+__all__ = ["Shard", "local_shard", "reduce_norms"]
+
 PLAIN = (Tensor, nn.Parameter)
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+__all__ = ["Axis", "unit_axes"]
+
 Axis = int | tuple[int, int]
 
 
