@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from functools import reduce
 from pathlib import Path
@@ -32,8 +33,11 @@ def names_of_ours() -> set[str]:
     return found
 
 
+DOCUMENTED = {"_asdict", "_replace"}  # of named tuples, public for all their underscore
+
+
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
 
 
 def private_names(source: Path, ours: set[str]) -> set[str]:
@@ -73,6 +77,8 @@ def has(owner: str, name: str) -> bool:
         found = reduce(getattr, parts[cut:], found)
         if hasattr(found, name):
             return True
+        if isinstance(found, type):  # an attribute that its instances get
+            return any(re.search(rf"\b{name}\b", inspect.getsource(c)) for c in found.__mro__ if c is not object)
         try:
             return bool(importlib.import_module(f"{owner}.{name}"))
         except ModuleNotFoundError:
