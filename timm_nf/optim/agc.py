@@ -310,7 +310,8 @@ def _block_norms(dtype: torch.dtype, x: Tensor, block_of_row: Tensor, blocks: in
         flat = x.flatten(2)
         rows = _vector_norm(flat, norm_type, dim=2, dtype=dtype) if flat.shape[2] > 1 else flat[..., 0].abs().to(dtype)
         if math.isinf(norm_type):
-            table.index_reduce_(0, block_of_row, rows.nan_to_num(math.inf, math.inf), "amax")
+            rows = rows.nan_to_num(math.inf, math.inf)  # a maximum may lose NaN
+            table.scatter_reduce_(0, block_of_row[:, None].expand_as(rows), rows, "amax")
         else:
             table.index_add_(0, block_of_row, rows.pow(norm_type)).pow_(1 / norm_type)
     return table.flatten()

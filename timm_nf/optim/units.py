@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
     def view(self, x: Tensor) -> Tensor:
         """The same memory with the first axis cut into its blocks."""
-        return x.view(self.blocks, -1, *x.shape[1:]) if self.blocks else x
+        return x.view(self.blocks, x.shape[0] // self.blocks, *x.shape[1:]) if self.blocks else x
 
     def reduced(self, ndim: int) -> tuple[int, ...]:
         """The axes of the view over which the norm of a unit is taken."""
