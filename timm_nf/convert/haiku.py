@@ -6,6 +6,9 @@ A tree is `{module: {name: array}}` as haiku makes it: convolutions HWIO, linear
 gains (). Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
+# torch types from_numpy in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import math
 from collections.abc import Collection, Mapping
 from typing import Any

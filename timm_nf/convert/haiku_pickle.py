@@ -7,6 +7,9 @@ enumeration: nothing is imported or called, and neither jax nor haiku nor dill i
 that were read from the file, so that no object is larger than what stands in the file for it.
 """
 
+# What is read from a file can be anything.
+# pyright: standard
+
 import enum
 import math
 import os

@@ -99,7 +99,7 @@ def write(
         shape = tuple(inputs[0][0].shape[1:])
         raise ValueError(f"the model does not take images of {shape}: {reason(error)}") from error
     writer = {".onnx": _write_onnx, ".pt2": _write_program, ".ts": _write_torchscript}[file.suffix]
-    with _temporary(file) as temporary:
+    with replacing(file) as temporary:
         written = writer(
             model, inputs[0][0], _dims(model, dynamic_batch, dynamic_size), temporary, dict(metadata or {})
         )
@@ -142,7 +142,7 @@ def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tenso
 
 
 @contextmanager
-def _temporary(file: Path) -> Generator[Path]:
+def replacing(file: Path) -> Generator[Path]:
     """A path beside the file that takes its place if nothing is raised, and goes if something is."""
     handle, name = tempfile.mkstemp(prefix=f".{file.stem}.", suffix=file.suffix, dir=file.parent)
     os.close(handle)

@@ -4,6 +4,9 @@ timm's `reparameterize_model` does the same to our layers. This exists because i
 layers as they are, and because a model should say that it was fused.
 """
 
+# The layers of timm that are taken apart here have no types.
+# pyright: standard, reportPrivateImportUsage=false
+
 import copy
 from collections.abc import Callable
 from typing import Any

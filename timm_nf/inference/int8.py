@@ -108,7 +108,7 @@ def write(
         raise ValueError(f"int8 is for files that end in .onnx, got {file}")
     calibration, rest = split(pictures)
     read = _reader(model, size)
-    with tempfile.TemporaryDirectory() as folder, export._temporary(file) as temporary:
+    with tempfile.TemporaryDirectory() as folder, export.replacing(file) as temporary:
         wide = Path(folder, "float32.onnx")
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
         quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), kinds)

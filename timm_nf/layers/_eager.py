@@ -1,5 +1,8 @@
 """Whether a tensor is computed with now, or recorded for later."""
 
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor

@@ -6,6 +6,9 @@ Shapes: O output channels, N fan-in, I * K * K. Sources: arXiv:2101.08692, secti
 nfnets/base.py at f5de0ede.
 """
 
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
+
 from typing import Any
 
 import torch

@@ -7,6 +7,9 @@ that a weight is read once and written once; longer rows are read three times.
 Shapes: O output channels (rows), N fan-in.
 """
 
+# Triton's language has no types.
+# pyright: standard
+
 # pyright: reportInvalidTypeForm=false
 # A kernel's annotations are Triton's types of its arguments, which are values: Python's floats would be float32.
 

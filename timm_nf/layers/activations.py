@@ -45,7 +45,7 @@ def activation_name(name: str) -> str:
     Raises:
         ValueError: if the authors give no gamma for an activation of this name, or it is not elementwise.
     """
-    key = _ALIASES.get(name, name) if isinstance(name, str) else name
+    key: object = _ALIASES.get(name, name) if isinstance(name, str) else name  # pyright: ignore[reportUnnecessaryIsInstance]
     if key in ACTIVATIONS:
         return key
     choices = f"choose one of {', '.join(ACTIVATIONS)}"

@@ -1,5 +1,8 @@
 """Pooling under TensorFlow's SAME rule."""
 
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -7,6 +7,9 @@ compiles, exports, traces or scripts sees torch's own operations.
 Shapes: N examples, C channels, H and W.
 """
 
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
+
 from typing import Any
 
 import torch

@@ -1,5 +1,8 @@
 """The gate of squeeze-excite, which timm's layer multiplies into the activations."""
 
+# torch types its constructors and hooks in part.
+# pyright: reportUnknownMemberType=false
+
 from typing import Any, Literal
 
 import torch

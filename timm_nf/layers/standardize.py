@@ -7,6 +7,9 @@ Shapes: O output channels, I input channels per group, K kernel size. Sources: a
 deepmind-research nfnets/base.py at f5de0ede.
 """
 
+# torch.jit and timm.layers do not list what they export.
+# pyright: reportPrivateImportUsage=false, reportUnknownVariableType=false
+
 from typing import Any
 
 import torch

@@ -13,6 +13,9 @@ Shapes: O output channels, I input channels per group, K kernel size, N = I * K 
 section 4.2.
 """
 
+# Triton and torch's autograd functions have no types.
+# pyright: standard
+
 import importlib.util
 import logging
 import math

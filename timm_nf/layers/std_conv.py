@@ -4,6 +4,9 @@ Shapes: O output channels, I input channels per group, K kernel size.
 Source: deepmind-research nfnets/base.py at f5de0ede.
 """
 
+# torch.jit does not list what it exports; torch types its constructors in part.
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false
+
 from typing import Any
 
 import torch

@@ -7,6 +7,9 @@ so that a block ends in one addcmul, see `add_scaled`.
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
+# torch types its constructors and hooks in part.
+# pyright: reportUnknownMemberType=false
+
 from collections import OrderedDict
 from functools import partial
 from typing import Any

@@ -10,6 +10,9 @@ width, which gives 524.95 M parameters where table 3 has 527 M.
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
+# timm's model builder has no types.
+# pyright: standard, reportPrivateImportUsage=false
+
 import dataclasses
 import itertools
 import math

@@ -5,6 +5,9 @@ gave for synthetic parameters and images that `fill` and `image` make again. Eve
 bound it has to keep; what a device cannot check is a row of its own and never counts as passed.
 """
 
+# timm's networks and optimizers have no types.
+# pyright: standard, reportPrivateImportUsage=false
+
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

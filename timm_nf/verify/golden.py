@@ -1,5 +1,8 @@
 """The authors' numbers, and the synthetic parameters and images that they belong to."""
 
+# torch types from_numpy in part.
+# pyright: reportUnknownMemberType=false
+
 import importlib.resources
 from typing import Any
 from zlib import crc32

@@ -3,6 +3,9 @@
 timm's dm_nfnet_f* has the parameters of our nfnet_f* and computes another function with them, 1.8 % off on logits.
 """
 
+# timm's data sets and loaders have no types.
+# pyright: standard, reportPrivateImportUsage=false
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
