@@ -237,7 +237,11 @@ def _backward(model: nn.Module, batch: Batch) -> float:
 def _warm_up(model: nn.Module, batches: Iterator[Batch], steps: int, track: Progress) -> list[float]:
     """Train for a few steps; the loss of each."""
     losses: list[float] = []
-    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=CLIP_FACTOR)
+    # Said here, as a network without a classifier is no reason to warn: its ratios are measured all the same.
+    exempt = classifier_weights(model)
+    optimizer = create_optimizer_v2(
+        model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=CLIP_FACTOR, clip_exempt=exempt
+    )
     for step in track(range(steps), "warming up"):
         batch = next(batches)
         loss = _backward(model, batch)
