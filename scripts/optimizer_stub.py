@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
+from timm.optim import get_optimizer_class, list_optimizers
+
 import timm_nf
-from timm_nf import optim
-from timm_nf.optim.optimizer import AdaptiveClipping
 
 FILE = Path(timm_nf.__file__).parent / "optim" / "__init__.pyi"
 HEAD = '''"""Written by `python -m scripts.optimizer_stub` from timm's registry: change that, not this."""
@@ -47,10 +47,9 @@ class {name}(AdaptiveClipping, {base}):
 
 
 def stub() -> str:
-    found = {name: made for name, made in vars(optim).items() if isinstance(made, type)}
-    made = {n: c for n, c in sorted(found.items()) if issubclass(c, AdaptiveClipping) and c is not AdaptiveClipping}
-    # Classes that are made for somebody's own optimizers are not of the registry.
-    made = {n: c for n, c in made.items() if c.base_class.__module__.startswith(("timm.optim.", "torch.optim."))}
+    # From the registry: the package also holds the classes that were made for somebody's own optimizers.
+    classes = {get_optimizer_class(name, bind_defaults=False) for name in list_optimizers("agc*")}
+    made = {c.__name__: c for c in sorted(classes, key=lambda c: c.__name__)}
     modules = {n: re.sub(r"^(torch\.optim)\..*", r"\1", c.base_class.__module__) for n, c in made.items()}
     imports = "\n".join(sorted({f"import {module}" for module in modules.values()}))
     bases = {n: f"{modules[n]}.{c.base_class.__qualname__}" for n, c in made.items()}

@@ -153,7 +153,8 @@ def test_small_batches_are_not_clipped(name):
 @pytest.mark.parametrize(("name", "kind"), [("nfnet_f0", "scratch"), ("dm_nf_regnet_b0", "scratch")])
 def test_the_learning_rate_of_every_step_is_the_authors(name, kind):
     args, per_epoch = namespace(name, kind), 3
-    optimizer = create_optimizer_v2(nn.Linear(1, 1), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    network = timm.create_model("test_nfnet")  # the classifier is looked for in it
+    optimizer = create_optimizer_v2(network, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=per_epoch)
     assert epochs == 360
     assert schedule is not None

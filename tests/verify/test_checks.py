@@ -100,7 +100,9 @@ def test_reads_are_counted_where_a_step_waits(monkeypatch):
     read, _ = checks._waiting_checks(CPU)
     assert read.ok
 
-    monkeypatch.setattr(agc, "clip_checked_", lambda settings, *args: [settings[0][0][0].sum().item()])
+    monkeypatch.setattr(
+        agc, "clip_checked_", lambda settings, *args: [p.sum().item() for ps, _ in settings for p in ps][:0]
+    )
     read, _ = checks._waiting_checks(CPU)
     assert read.ok is False
     assert int(read.measured) > 0
