@@ -49,7 +49,7 @@ def main() -> int:
 
     names = LARGE if args.large else SMALL
     selection = [f"--our-models={','.join(names)}", *(["--every-config"] if args.large else [])]
-    suites = ["tests/test_models.py"] if args.large else ["tests/test_models.py", "tests/optim/test_registered.py"]
+    suites = ["tests/test_models.py"] if args.large else ["tests/test_models.py", "tests/test_optim.py"]
     folder = fetch_tests(version("timm"), ROOT / ".cache")
     if args.fetch:
         return 0
