@@ -22,6 +22,7 @@ from timm_nf.layers import ScaledStdConv2d, standardize_triton, standardize_weig
 from timm_nf.layers.standardize_triton import standardize, takes_kernel
 
 HERE = Path(__file__).parent
+NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux")
 
 
 def python(*arguments: str, **environment: str) -> str:
@@ -35,9 +36,9 @@ def python(*arguments: str, **environment: str) -> str:
 # --- the kernels ---
 
 
+@NEEDS_TRITON
 @pytest.mark.timeout(600)
 def test_the_interpreted_kernels_keep_every_promise() -> None:
-    pytest.importorskip("triton")
     output = python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "test_standardize_triton.py"),
         TRITON_INTERPRET="1",
@@ -86,10 +87,11 @@ def targets(fan_in: int) -> list[Any]:
     return [pair[fan_in > MAX_COLUMNS] for pair in (FORWARD, BACKWARD)]
 
 
+@NEEDS_TRITON
 @pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_nvidia_without_spilled_registers(capability: int, tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton")
+    import triton
     from triton.backends.compiler import GPUTarget
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -109,9 +111,9 @@ def test_the_kernels_compile_for_nvidia_without_spilled_registers(capability: in
             assert rounding == ({"rn"} if written == "bf16" else set())  # to nearest
 
 
+@NEEDS_TRITON
 @pytest.mark.usefixtures("triton_cache")
 def test_the_kernels_compile_for_amd_without_spilled_registers() -> None:
-    pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
     for fan_in, weight, out in KERNELS:
@@ -136,6 +138,7 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
 
+@NEEDS_TRITON
 @pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize(
     ("shape", "names", "programs"),
@@ -149,7 +152,8 @@ class Driver:
 def test_a_launch_gives_triton_the_arguments_that_the_kernel_has(
     shape: tuple[int, ...], names: list[str], programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton = pytest.importorskip("triton")
+    import triton
+
     from timm_nf.layers._standardize_kernels import BACKWARD, FORWARD, launch
 
     started = []
@@ -367,8 +371,10 @@ print(standardize(torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]), scale=0.5))
     ]
 
 
+@NEEDS_TRITON
 def test_a_triton_that_does_not_start_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    triton = pytest.importorskip("triton")
+    import triton
+
     standardize_triton._has_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

@@ -49,10 +49,11 @@ def test_clipping_gradients_by_themselves_can_be_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    "read",
-    [Tensor.item, Tensor.cpu, Tensor.nonzero, lambda x: x[x > 0], float],
-    ids=["item", "cpu", "nonzero", "mask", "float"],
+    ("read", "operation"),
+    [(Tensor.item, "_local_scalar_dense"), (float, "_local_scalar_dense"), (Tensor.nonzero, "nonzero")],
+    ids=["item", "float", "nonzero"],
 )
-def test_what_a_graph_cannot_record_is_found(read: Callable[[Tensor], Any]) -> None:
-    with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), Recorded():
-        read(torch.empty((), device="meta") if read in (Tensor.item, float) else torch.empty(3, device="meta"))
+def test_what_a_graph_cannot_record_is_found(read: Callable[[Tensor], Any], operation: str) -> None:
+    # The mode's own error: meta tensors refuse copies to the host and masks by themselves, with other ones.
+    with pytest.raises(AssertionError, match=f"^{operation}"), Recorded():
+        read(torch.empty(1, device="meta"))

@@ -19,7 +19,7 @@ class GateConv2d(nn.Conv2d):
     """1x1 convolution of maps of one pixel, computed as the matrix product that it is.
 
     A matrix product takes the weight as it is. For a convolution oneDNN copies the weight into another layout at every
-    call, 87 MB a forward pass of NFNet-F0 (`python -m benchmarks.profile_inference` shows it of the other ones).
+    call, as `python -m benchmarks.profile_inference` shows of the other ones.
 
     Args:
         in_channels: I.

@@ -1,13 +1,11 @@
 """Scaled weight standardisation on accelerators: one kernel forward and one backward, both of them our own.
 
-`standardize.py` has the formula as tensor operations, which a compiler fuses and a file can hold. Run one by one, a
-training step of NFNet-F0 starts 2447 of them for its 57 convolutions and moves 38 times the bytes of the weights. This
-file exists for tensors that nobody compiles: 114 kernels, 5 times the bytes.
+`standardize.py` has the formula as tensor operations, which a compiler fuses and a file can hold. This file exists for
+tensors that nobody compiles: two kernels a convolution, 5 times its weight's bytes (`python -m benchmarks.counts`).
 
 The two kernels are operations of torch's dispatcher, with an implementation for meta tensors, and exist without Triton
 as well. A device that has no Triton takes `_Plain` instead. Operations are registered with `Library.impl` and called by
-an autograd.Function because that takes the least time on the host of what gives forward mode too: 47 us forward and
-backward less the launches, where `custom_op` with `register_autograd` takes 76.
+an autograd.Function, which takes the least time on the host of what gives forward mode too (LOG.md has the others).
 
 Shapes: O output channels, I input channels per group, K kernel size, N = I * K * K. Source: arXiv:2101.08692,
 section 4.2.
