@@ -152,7 +152,7 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], kinds: Seque
             op_types_to_quantize=list(kinds),
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # Processors with VNNI multiply unsigned by signed bytes; with signed activations F0 took twice as long.
+            # Processors with VNNI multiply unsigned by signed bytes.
             activation_type=QuantType.QUInt8,
         )
 
