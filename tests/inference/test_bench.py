@@ -1,6 +1,7 @@
 """`timm_nf.inference.bench` and `timm-nf bench`: who is compared with whom, in turn, and what is printed."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -128,3 +129,20 @@ def test_compiled_and_exported_contenders_run(label, monkeypatch):
     builders = bench.contenders("nfnet_f0", 2, 64)
     timings = bench.time_inference({label: builders[label]}, repeats=3)
     assert timings[label].median > 0
+
+
+@pytest.mark.slow
+def test_the_compiled_contender_has_its_weights_frozen(monkeypatch):
+    create, built = timm.create_model, []
+    small = {"depths": (1, 1, 1, 1), "channels": (32, 64, 96, 96), "group_size": 8}
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **small, **kwargs))
+    fuse = bench.fuse
+    monkeypatch.setattr(bench, "fuse", lambda model: built.append(fuse(model)) or built[-1])
+    work = bench.contenders("nfnet_f0", 2, 64)["fused, compiled"]()
+    with torch.no_grad():
+        before: Any = work()
+        convolutions = [module for module in built[0].modules() if isinstance(module, torch.nn.Conv2d)]
+        for convolution in convolutions:
+            convolution.weight.mul_(2)
+        after: Any = work()
+        assert torch.equal(after, before)

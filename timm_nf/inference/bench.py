@@ -18,6 +18,7 @@ import timm
 import torch
 from timm.models import is_model
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
 from .._progress import Progress, silent
@@ -122,8 +123,9 @@ def _compiled(create: Callable[[], nn.Module], images: Tensor) -> Work:
     """Compiled by inductor with constant weights, in channels_last."""
     last: Any = torch.channels_last
     x = images.to(memory_format=last)
-    model = torch.compile(create().to(images.device).to(memory_format=last), options={"freezing": True})
-    with torch.no_grad():
+    model = torch.compile(create().to(images.device).to(memory_format=last))
+    # As one of torch.compile's options it freezes nothing: dynamo reads the setting before inductor sees its options.
+    with torch.no_grad(), inductor.patch(freezing=True):
         model(x)  # compiles, and freezes only without gradients
     return lambda: model(x)
 
