@@ -108,9 +108,11 @@ def tables(count: int) -> str:
             kept = f"{label}: {', '.join(found.kept)} stay float32."
             if label.startswith("NFNet"):
                 first = kept
-                for what, kinds in ELSE.items():
+                for what, op_types in ELSE.items():
                     found = (
-                        found if kinds == QUANTIZED else int8.write(fused, pictures, file, kinds=kinds, progress=track)
+                        found
+                        if op_types == QUANTIZED
+                        else int8.write(fused, pictures, file, op_types=op_types, progress=track)
                     )
                     others.append([what, *cells(found)[1:]])
     return TEXT.format(
