@@ -109,11 +109,8 @@ def tables(count: int) -> str:
             if label.startswith("NFNet"):
                 first = kept
                 for what, op_types in ELSE.items():
-                    found = (
-                        found
-                        if op_types == QUANTIZED
-                        else int8.write(fused, pictures, file, op_types=op_types, progress=track)
-                    )
+                    if op_types != QUANTIZED:
+                        found = int8.write(fused, pictures, file, op_types=op_types, progress=track)
                     others.append([what, *cells(found)[1:]])
     return TEXT.format(
         rows=table(["network", *columns], rows),

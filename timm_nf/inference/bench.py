@@ -142,7 +142,7 @@ def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
 
 
 def _int8(create: Callable[[], nn.Module], images: Tensor) -> Work:
-    """The network in onnxruntime with convolutions in int8. The images calibrate it: their values do not change times."""
+    """The network in onnxruntime with convolutions in int8. The images calibrate it; times do not depend on them."""
     with tempfile.TemporaryDirectory() as folder:
         wide, narrow = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         export.write(create(), wide, size=images.shape[-1], dynamic_batch=len(images) > 1)
