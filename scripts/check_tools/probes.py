@@ -108,7 +108,12 @@ def error(got: Any, expected: Tensor) -> float:
 
 def off(value: float, bound: float = EXACT) -> Measured:
     """The error, and whether it is within the bound."""
-    text = "equal" if value == 0 else f"{value:.0e}" if value < 0.01 else f"{100 * value:.0f} % off"
+    if value == 0:
+        text = "equal"
+    elif value < 0.01:
+        text = f"{value:.0e}"
+    else:
+        text = f"{100 * value:.0f} % off"
     return Measured(value <= bound, text)
 
 
@@ -118,25 +123,30 @@ def share(value: float, of: float, what: str) -> Measured:
 
 
 def attempt(measure: Callable[[Any], Measured], model: Any) -> Measured:
-    """What `measure` finds, or its exception in one line."""
+    """The result of `measure`, or its exception in one line."""
     try:
         return measure(model)
-    except Exception as raised:  # tools raise all kinds
+    except Exception as raised:  # the tools have no common type of error
         line = " ".join(str(raised).split())
         short = line if len(line) <= 150 else f"{line[:147]}..."
         return Measured(False, f"{type(raised).__name__}: {short}")
 
 
 def both(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
-    """The same on the network and on the fused one."""
+    """Measure the network and the fused network."""
     unfused, fused = attempt(measure, create()), attempt(measure, timm_nf.fuse(create()))
-    verdict = "as it is" if unfused.ok else "fuse first" if fused.ok else "not"
-    text = f"{unfused.text}; fused: {fused.text}"
-    return Row(what, verdict, f"{unfused.text}; fused: the same" if fused.text == unfused.text else text)
+    if unfused.ok:
+        verdict = "as it is"
+    elif fused.ok:
+        verdict = "fuse first"
+    else:
+        verdict = "not"
+    second = "the same" if fused.text == unfused.text else fused.text
+    return Row(what, verdict, f"{unfused.text}; fused: {second}")
 
 
 def alone(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
-    """Where a tool builds the network itself by its name, so that there is no fused one to be had."""
+    """Measure the network alone. The tool builds it by name, so it cannot be fused."""
     found = attempt(measure, create())
     return Row(what, "as it is" if found.ok else "not", found.text)
 

@@ -20,13 +20,12 @@ from benchmarks import differences  # first: it takes functions of stock timm, b
 # isort: split
 import timm_nf
 from scripts.comparison.peers import PEERS, PeerError
-from timm_nf._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from scripts.comparison.probes import EPS, FACTOR
 from timm_nf._relative_error import relative_error
 from timm_nf.convert import timm_to_haiku
 from timm_nf.verify.golden import golden_model, image
 
 GOLDEN = Path(__file__).parents[2] / "timm_nf" / "verify" / "golden"
-FACTOR, EPS = CLIP_FACTOR, CLIP_EPS
 REPEATS, PAUSE = 11, 0.2  # seconds; without a pause waiting threads of one process slow the next
 HARD = [("float16", 300.0), ("bfloat16", 1.0), ("float32", 1e25)]  # dtype and size of every entry of a gradient
 KINDS = ["convolutions", "squeeze-excite", "gains", "biases", "skip gains", "classifier"]

@@ -218,7 +218,7 @@ def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, w
     with torch.inference_mode():
         made = torch.ones(2, 2)
     inference.grad = DTensor.from_local(made, mesh, [Shard(0)])
-    rows = 3 if rank == 0 else 1 if rank == 1 else 2
+    rows = {0: 3, 1: 1}.get(rank, 2)
     uneven.grad = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], shape=shape, stride=(2, 1))
     for p in (expanded, inference):
         assert adaptive_clip_grad_(p) == 1  # of a clone

@@ -31,7 +31,8 @@ class StochasticDepth(nn.Module):
         """
         if not self.training:
             return coefficient
-        return coefficient * (torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate)
+        remains = torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate
+        return coefficient * remains
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
