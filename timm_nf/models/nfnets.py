@@ -98,7 +98,28 @@ class NormFreeNet(nn.Module):
         self.stem, stride, feature = make_stem(cfg, in_chans, dd)
         self.stem_feature_index = [f"stem.{n}" for n, _ in self.stem.named_children()].index(feature["module"])
         self.feature_info = [feature]
+        self.stages = self._make_stages(stride, output_stride, drop_path_rate, dd)
 
+        in_chs, final_chs = cfg.stage_chs()[-1], cfg.final_chs()
+        if final_chs:
+            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
+            self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
+        else:
+            self.final_conv = nn.Identity()
+        self.num_features = final_chs or in_chs
+        # No convolution follows that could carry gamma. forward_features returns the authors' tensor.
+        self.final_act = Activation(cfg.act_layer)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self._init_classifier()
+        if fused:
+            reparameterize_model(self, inplace=True)
+
+    def _make_stages(
+        self, stride: int, output_stride: int | None, drop_path_rate: float, dd: dict[str, Any]
+    ) -> nn.Sequential:
+        """Build the stages, and add their features to `feature_info`. `stride` is the stem's."""
+        cfg = self.cfg
         nominal_strides = [2] * len(cfg.depths)
         if stride == 4:  # the stem has done the first stage's stride
             nominal_strides[0] = 1
@@ -143,21 +164,7 @@ class NormFreeNet(nn.Module):
                 expected_var = (1.0 if first else expected_var) + cfg.alpha**2
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": out_chs, "reduction": stride, "module": f"stages.{stage}"})
-        self.stages = nn.Sequential(*stages)
-
-        if final_chs := cfg.final_chs():
-            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
-            self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
-        else:
-            self.final_conv = nn.Identity()
-        self.num_features = final_chs or in_chs
-        # No convolution follows that could carry gamma. forward_features returns the authors' tensor.
-        self.final_act = Activation(cfg.act_layer)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
-        self._init_classifier()
-        if fused:
-            reparameterize_model(self, inplace=True)
+        return nn.Sequential(*stages)
 
     @property
     def fused(self) -> bool:
