@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.comparison import probes as comparison_probes
+from scripts.comparison import probes
 from scripts.comparison.probes import EPS, FACTOR, last_line, prepare
 
-QUESTIONS = ("load", "clip", "time", "sharded")  # the others are functions of comparison_probes
+QUESTIONS = ("load", "clip", "time", "sharded")  # the others are functions of the module probes
 SHARDED = {"convolution": (8, 4, 3, 3), "linear layer": (7, 5), "bias": (7,)}  # 7 does not divide by 2
 
 Arrays = dict[str, np.ndarray]
@@ -254,7 +254,7 @@ def main() -> None:
                 clipper = clipper or (OptaxPeer if peer == "optax" else TorchPeer)(peer)
                 answer = getattr(clipper, do)(**arguments)
             else:
-                answer = getattr(comparison_probes, do)(peer, **arguments)
+                answer = getattr(probes, do)(peer, **arguments)
             reply = {"answer": answer}
         except Exception as error:
             reply = {"error": last_line(error)}

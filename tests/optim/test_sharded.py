@@ -3,8 +3,10 @@
 Two and three gloo processes each run all of `CHECKS` once, four run `CHECKS_OF_A_GRID`; the tests read what came.
 """
 
+import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import traceback
 from contextlib import contextmanager
@@ -377,10 +379,19 @@ def directory():
 
 
 @cache
+def start_method():
+    """A server that has imported this module, from which all nine processes are forked: an import takes seconds."""
+    if sys.platform != "linux":
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
+
+
+@cache
 def outcomes(world_size):
     if world_size == 3:
         outcomes(2)  # writes the checkpoint
-    mp.spawn(worker, (world_size, directory()), world_size)
+    mp.start_processes(worker, (world_size, directory()), world_size, start_method=start_method())
     return [torch.load(directory() / f"{world_size}.{rank}") for rank in range(world_size)]
 
 
