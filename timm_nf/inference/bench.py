@@ -1,6 +1,6 @@
 """Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported."""
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 

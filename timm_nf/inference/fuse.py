@@ -4,7 +4,7 @@ timm's `reparameterize_model` does the same to our layers, but it does not fuse 
 does not mark the model as fused.
 """
 
-# The layers of timm that are taken apart here have no types.
+# timm's layers have no types.
 # pyright: standard, reportPrivateImportUsage=false
 
 import copy

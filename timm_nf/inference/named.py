@@ -1,6 +1,6 @@
 """Creates networks by name, with weights from the Hub, from a file, or random ones."""
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 

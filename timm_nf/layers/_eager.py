@@ -1,6 +1,6 @@
 """Tells whether operations on a tensor run now, or are recorded for a compiler or a file."""
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
 import torch

@@ -7,7 +7,7 @@ backward pass takes 13: `mean` divides the expanded gradient instead of the smal
 Shapes: N examples, C channels, H height, W width.
 """
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
 from typing import Any

@@ -1,6 +1,6 @@
 """The gate of squeeze-excite. timm's layer also multiplies it into the activations; here the block does that."""
 
-# torch types its constructors and hooks in part.
+# torch's types of constructors and hooks are incomplete.
 # pyright: reportUnknownMemberType=false
 
 from typing import Any, Literal
@@ -21,7 +21,7 @@ class GateConv2d(nn.Conv2d):
     A matrix product uses the weight in its own layout. For a convolution, oneDNN copies the weight into another layout
     in every call; `python -m benchmarks.profile_inference` shows these copies for the other convolutions.
 
-    The arguments are those of nn.Conv2d, which tools copy from one layer to another. Most allow one value only.
+    The arguments are those of nn.Conv2d, so that tools can build such a layer from another one. Most allow one value.
 
     Args:
         in_channels: I.
