@@ -252,6 +252,21 @@ def test_make_fx_computes_the_same(family: str, fused: bool) -> None:
 
 @EACH_FAMILY
 @BOTH
+@pytest.mark.parametrize("size", [(32, 48), (33, 41)])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_make_fx_with_symbols_for_sizes_computes_the_same_at_other_sizes(
+    family: str, fused: bool, mode: Any, size: tuple[int, int]
+) -> None:
+    model = network(family, fused)
+    with mode():
+        graph = make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(batch(2, *size))
+        for size in [(32, 32), (64, 48), (33, 40), (37, 51)]:
+            other = batch(3, *size)
+            assert relative_error(graph(other), model(other)) < 1e-12
+
+
+@EACH_FAMILY
+@BOTH
 @pytest.mark.parametrize("size", [(32, 32), (33, 40)])
 def test_vmap_without_gradients_computes_the_same_and_warns_of_nothing(
     family: str, fused: bool, size: tuple[int, int]
