@@ -18,3 +18,13 @@ def is_eager(x: Tensor) -> bool:
     cannot hold others. Tensor subclasses get plain operations too: their elements may lie in several pieces.
     """
     return not torch.compiler.is_compiling() and type(x) in _TYPES and not torch.jit.is_tracing()
+
+
+@torch.jit.unused
+def has_fixed_sizes(x: Tensor) -> bool:
+    """Whether the sizes of `x` are plain numbers. If so, code may branch on them.
+
+    If a compiler or exporter records the computation, sizes may be symbols. A branch on their parity would then hold for
+    all sizes.
+    """
+    return is_eager(x) and all(type(size) is int for size in x.shape)

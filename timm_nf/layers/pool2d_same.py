@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._eager import has_fixed_sizes
 from .padding import same_padding
 
 __all__ = ["SameAvgPool2d", "SameMaxPool2d"]
@@ -21,15 +22,14 @@ class SameMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            # Sizes may be symbols here, and `% 2` below would fix their parity. Padding repeats the edge: windows that
-            # reach outside contain the edge already, so no maximum changes. Padding with minus infinity would be right
-            # too, but would spoil the ranges that quantisers measure.
-            top, bottom = same_padding(x.shape[-2], 3, 2)
-            left, right = same_padding(x.shape[-1], 3, 2)
-            return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
-        # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
-        return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        if torch.jit.is_scripting() or has_fixed_sizes(x):
+            # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
+            return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        # Symbolic sizes have no parity. Padding repeats the edge. Windows that reach outside contain the edge already, so
+        # no maximum changes. Minus infinity would be right too, but would spoil the ranges that quantisers measure.
+        top, bottom = same_padding(x.shape[-2], 3, 2)
+        left, right = same_padding(x.shape[-1], 3, 2)
+        return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
 
 
 class SameAvgPool2d(nn.Module):

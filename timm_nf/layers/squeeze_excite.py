@@ -1,12 +1,13 @@
 """The gate of squeeze-excite. timm's layer also multiplies it into the activations; here the block does that."""
 
-# torch's types of constructors and hooks are incomplete.
-# pyright: reportUnknownMemberType=false
+# torch's types of constructors and hooks are incomplete, and so are those of timm's initialisers.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportPrivateImportUsage=false
 
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..variants import squeeze_chs
@@ -79,7 +80,8 @@ class GateConv2d(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution with std 1 / sqrt(I), truncated at 2 std. Set the bias to 0."""
         std = self.in_channels**-0.5
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        # torch's own trunc_normal_ draws again by value, and fake tensors have no values.
+        trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
