@@ -24,7 +24,7 @@ def is_eager(x: Tensor) -> bool:
 def has_fixed_sizes(x: Tensor) -> bool:
     """Whether the sizes of `x` are plain numbers. If so, code may branch on them.
 
-    If a compiler or exporter records the computation, sizes may be symbols. A branch on their parity would then hold for
+    If a compiler or exporter records the computation, sizes may be symbols. A branch on their parity then holds for
     all sizes.
     """
     return is_eager(x) and all(type(size) is int for size in x.shape)
