@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 
 from scripts.claims.training import STAGES, Result, Run
+from timm_nf._clip_defaults import CLIP_FACTOR
 
 SEEDS = (0, 1, 2)
 FACTORS = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # the paper's five, and three below
-PAPER = 0.01  # its factor at batch 4096
+PAPER = CLIP_FACTOR  # at batch 4096
 LARGEST = 4096
 BATCHES = (256, 512, 1024, 2048, LARGEST)
 SMALL_BATCHES = (4, 8, 16)

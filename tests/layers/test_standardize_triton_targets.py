@@ -37,7 +37,6 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 @NEEDS_TRITON
-@pytest.mark.timeout(600)
 def test_the_interpreted_kernels_keep_every_promise() -> None:
     output = python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "test_standardize_triton.py"),
