@@ -9,6 +9,7 @@ Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import compress
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, cast
@@ -120,15 +121,18 @@ def checked_setting(name: str, value: Any) -> float:
     hint = "; inf clips nothing" if name == "clip_factor" else ""
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
-    number = value
-    if isinstance(value, str):
-        try:
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, (str, Real)):
+        with suppress(ValueError, OverflowError):
             number = float(value)
-        except ValueError:
-            number = None
-    if isinstance(number, bool) or not isinstance(number, Real) or not float(number) >= 0:  # false for NaN
+    if not number >= 0:  # false for NaN
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
-    return cast(float, number)
+    return number
+
+
+def clips(clip_factor: Any) -> bool:
+    """Whether anything is clipped with this setting: not with None, nor with infinity."""
+    return clip_factor is not None and not math.isinf(checked_setting("clip_factor", clip_factor))
 
 
 class Settings(NamedTuple):

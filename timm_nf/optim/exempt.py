@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._wrappers import innermost, wrappers
-from .units import weights_behind
+from .units import is_single_unit, weights_behind
 
 __all__ = ["classifier_weights"]
 
@@ -141,7 +141,7 @@ def exemption_of(
             text), beside the classifier; empty for none. None for the classifier alone, with a warning if there is
             none or more than one.
         given: The ids of the parameters that count; all of them by default.
-        warns: Whether there is a warning; not where the groups say who is clipped.
+        warns: Whether there is a warning; not where the groups say who is clipped, or nothing is.
 
     Raises:
         ValueError: Something in `clip_exempt` is not in the model, or has no weight.
@@ -193,13 +193,18 @@ def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple
 
 
 def weights_in(module: nn.Module) -> list[nn.Parameter]:
-    """The weights with at least two axes in a module: those that are exempt where the module is."""
-    found: list[nn.Parameter] = []
+    """The weights with at least two axes in a module, whatever their names: they are exempt where the module is.
+
+    With them goes what a weight norm or a parametrization adds to them. Biases and gains are not exempt.
+    """
+    found: dict[int, nn.Parameter] = {}
     for inner in module.modules():
         behind = weights_behind(inner)
-        if any(p.ndim >= 2 for p in behind):
-            found += behind
-    return found
+        if not any(p.ndim >= 2 for p in behind):
+            behind = []
+        behind += [p for name, p in inner.named_parameters(recurse=False) if _is_weight(name, p)]
+        found |= {id(p): p for p in behind}
+    return list(found.values())
 
 
 def tensor(entry: Tensor | tuple[str, Tensor]) -> Tensor:
@@ -297,7 +302,11 @@ def _names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
 
 
 def _is_weight(name: str, p: Tensor) -> bool:
-    return p.ndim >= 2 and name.rpartition(".")[2].startswith(("weight", "original"))
+    """Whether a name and a shape are those of a weight: `weight`, `in_proj_weight`, `prototypes`, not `gain`."""
+    last = name.rpartition(".")[2]
+    if last.startswith(("weight", "original")):
+        return p.ndim >= 2
+    return "bias" not in last and not is_single_unit(p.shape)
 
 
 def _has_classifier(model: nn.Module) -> bool:
