@@ -164,7 +164,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
             )
 
     def _label(self, _: int, parameter: Tensor) -> str:
-        """What to call it: its place and, if the groups or the model that timm's factory had name it, its name."""
+        """Its place and its name, if the groups or the model given to timm's factory name it."""
         places = ((i, j, group) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
         i, j, group = next((i, j, group) for i, j, group in places if group["params"][j] is parameter)
         remembered: list[list[str]] = self._recorded("_names", [])
@@ -174,11 +174,11 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     @contextmanager
     def _fused_where_equal(self) -> Generator[None]:
-        """For this step, let torch's SGD take its fused implementation on the CPU, which it never chooses by itself.
+        """Let torch's SGD take its fused implementation in this step; on the CPU it never chooses it by itself.
 
-        Where nobody asked for one, and only for parameters where the result is the same to the bit. Where one is asked
-        for, sharded parameters take the default instead: torch's fused SGD cannot be sharded. The groups themselves
-        keep their `fused`, so state dicts stay those of the bare optimizer.
+        Groups that state no implementation take it for parameters where the result is the same to the bit. In groups
+        that ask for it, sharded parameters take the default: torch's fused SGD cannot be sharded. The groups keep their
+        `fused`, so state dicts stay those of the bare optimizer.
         """
         groups = self.param_groups
         if self._is_sgd and not torch.compiler.is_compiling():
@@ -249,7 +249,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _regroup(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The saved groups of a bare optimizer, cut to this one's groups; as they are where that does not apply.
+        """Cut the saved groups of a bare optimizer to the groups of this one; return them unchanged if they do not fit.
 
         Only the ids in `params` tie a state dict's groups to its state, so the state itself can stay as it is.
         """
@@ -327,7 +327,7 @@ def _converted(settings: Mapping[str, Any], known: Container[str]) -> dict[str, 
 
 
 def _settled(params: Any, clip_exempt: Exempt | None, clips: bool) -> tuple[Any, Exemption, list[list[Tensor]]]:
-    """What a constructor was given, split by who is exempt: the groups, whom to look up later, and the bare groups."""
+    """Split a constructor's parameters by who is exempt: the groups, whom to look up later, the groups before that."""
     if isinstance(params, SettledGroups) and clip_exempt is None:
         return params, params.exemption, []
     if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
