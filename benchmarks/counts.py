@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import timm_nf
-from benchmarks.weights import timm_route
+from benchmarks.stock import timm_route
 from timm_nf.layers import ScaledStdConv2d, std_conv
 
 PAGE = Path(__file__).parents[1] / "docs/performance.md"
