@@ -67,7 +67,7 @@ FULL = Sizes({"nfnet_f0": 192, "dm_nf_resnet50": 224}, (8, 32, 128), (1, 64), {}
 _SMALL = {"depths": (1, 1), "channels": (32, 48), "num_classes": 10}
 TINY = Sizes(
     {"nfnet_f0": 32, "dm_nf_resnet50": 32}, (2,), (1,),
-    {"nfnet_f0": _SMALL | {"group_size": 16}, "dm_nf_resnet50": _SMALL}, "aot_eager", 1,
+    {"nfnet_f0": _SMALL | {"group_size": 16}, "dm_nf_resnet50": _SMALL}, "eager", 1,
 )  # fmt: skip
 
 
