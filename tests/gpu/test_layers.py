@@ -44,9 +44,9 @@ def exact_products() -> Iterator[None]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways that a device may take: that with Triton and that without."""
     if request.param == "plain":
-        monkeypatch.setattr(standardize_triton, "_has_triton", lambda device_type: False)
+        monkeypatch.setattr(standardize_triton, "has_triton", lambda device_type: False)
     else:
-        assert standardize_triton._has_triton(DEVICE.type) or ON_CPU, "Triton does not start on this device"
+        assert standardize_triton.has_triton(DEVICE.type) or ON_CPU, "Triton does not start on this device"
 
 
 # --- standardisation ---

@@ -14,10 +14,7 @@ section 4.2.
 # Triton and torch's autograd functions have no types.
 # pyright: standard
 
-import importlib.util
-import logging
 import math
-import os
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -27,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._eager import is_eager
+from .._eager import is_eager
+from .._triton import has_triton
 from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_dtype, vjp
 
 __all__ = ["standardize", "takes_kernel"]
 
 _NO_PROJECTION = 1e9  # its square is lost in float64
-
-_logger = logging.getLogger(__name__)
 
 
 def takes_kernel(weight: Tensor) -> bool:
@@ -70,29 +66,10 @@ def standardize(
         ValueError: if there is not exactly one gain for every output channel.
     """
     check_gain(weight, gain)
-    if _has_triton(weight.device.type):
+    if has_triton(weight.device.type):
         function = _Kernel if torch._C._are_functorch_transforms_active() else _EagerKernel
         return function.apply(weight, gain, eps, out_dtype or weight.dtype, scale)
     return _Plain.apply(weight, gain, eps, out_dtype or weight.dtype, scale)[0]
-
-
-@cache
-def _has_triton(device_type: str) -> bool:
-    """Whether the kernels run on a device; meta tensors stand for one where they do."""
-    if device_type == "meta":
-        return True
-    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (interpreted or device_type == "cuda"):  # ROCm's is "cuda" too
-        return False
-    if device_type == "cuda" and torch.cuda.is_available():  # else the tensors are fake
-        import triton
-
-        try:
-            triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # Triton builds its driver with a C compiler, which a machine may lack
-            _logger.warning("Triton does not start, weights are standardised by more and slower kernels: %s", error)
-            return False
-    return True
 
 
 @cache

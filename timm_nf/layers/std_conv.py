@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._eager import is_eager
+from .._eager import is_eager
 from .padding import same_padding
 from .standardize import standardize_weight
 from .standardize_triton import standardize, takes_kernel
