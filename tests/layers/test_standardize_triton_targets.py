@@ -312,11 +312,13 @@ import sys
 sys.modules["triton"] = None
 import torch
 from timm_nf._triton import has_triton
+import timm_nf
 from timm_nf.layers.standardize_triton import standardize
 weight = torch.empty(4, 3, 3, 3, device="meta", requires_grad=True)
 out = standardize(weight, torch.empty(4, 1, 1, 1, device="meta"))
 out.backward(torch.empty_like(out))
 print(weight.grad.shape, torch.ops.timm_nf.standardize.default, torch.ops.timm_nf.standardize_backward.default)
+print(torch.ops.timm_nf.unit_norms.default, torch.ops.timm_nf.scale_units_.default)
 print([has_triton(x) for x in ("meta", "cuda", "mps", "cpu")])
 print(standardize(torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]), scale=0.5))
 """,
@@ -324,6 +326,7 @@ print(standardize(torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]), scale=0.5))
     )
     assert output.splitlines() == [
         "torch.Size([4, 3, 3, 3]) timm_nf.standardize.default timm_nf.standardize_backward.default",
+        "timm_nf.unit_norms.default timm_nf.scale_units_.default",
         "[True, False, False, False]",
         "tensor([[ 0.7071, -0.7071]])",
     ]

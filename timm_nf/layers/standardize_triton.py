@@ -63,9 +63,16 @@ def standardize(
         (O, I, K, K), in the memory format of the weight.
 
     Raises:
-        ValueError: if there is not exactly one gain for every output channel.
+        ValueError: if there is not exactly one gain for every output channel, or it is on another device.
+        TypeError: if the weight or `out_dtype` are not of floating point numbers.
     """
     check_gain(weight, gain)
+    if gain.device != weight.device:
+        raise ValueError(f"expected weight and gain on one device, got {weight.device} and {gain.device}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"expected an out_dtype of floating point numbers, got {out_dtype}")
+    if not weight.numel():  # no kernel starts without elements, and batch_norm's backward pass divides by their number
+        return (weight * gain.view(-1, *[1] * (weight.ndim - 1))).to(out_dtype or weight.dtype)
     if has_triton(weight.device.type):
         function = _Kernel if torch._C._are_functorch_transforms_active() else _EagerKernel
         return function.apply(weight, gain, eps, out_dtype or weight.dtype, scale)
@@ -214,8 +221,10 @@ class _Plain(torch.autograd.Function):
         std, rest = torch.std_mean(rows, 1, correction=0, keepdim=True)
         std = std.clamp(min=floor)
         factor = gain.view(-1, 1) / std
-        torch.addcmul(rest * factor * -constant, rows, factor, value=constant, out=rows)
-        return _unrows(rows, weight).to(dtype), mean, rest, std
+        # Into memory of its own: a view of `rows` could not be changed in place by whoever gets it.
+        out = torch.empty_like(weight, dtype=stats_dtype)
+        torch.addcmul(rest * factor * -constant, rows, factor, value=constant, out=_rows(out, memory_format))
+        return out.to(dtype), mean, rest, std
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

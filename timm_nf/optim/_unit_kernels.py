@@ -7,8 +7,8 @@ graph holds them as it holds those of every other kernel.
 A unit is a row that lies in memory in one piece, and has a program of its own.
 """
 
-# Triton's language has no types.
-# pyright: standard
+# Triton's language has no types: its constants stand for types, and its loops are unrolled.
+# pyright: standard, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
 from contextlib import nullcontext
