@@ -22,12 +22,12 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # fmt: off
 WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
-    "_gain_names _eager _triton",
-    "layers": "_standardize_formula _standardize_kernels standardize_triton standardize padding activations "
+    "_gain_names _triton",
+    "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
     "residual std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
-    "optim": "units _unit_kernels unit_triton sharded gradients agc exempt groups fused_where_equal optimizer factory",
+    "optim": "units sharded _unit_kernels unit_triton gradients agc exempt groups fused_where_equal optimizer factory",
     "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
@@ -181,7 +181,6 @@ def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
         "_clip_defaults",
-        "_eager",
         "_gain_names",
         "_triton",
         "_wrappers",

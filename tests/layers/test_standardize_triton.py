@@ -203,6 +203,75 @@ def test_a_gain_of_another_length_is_refused_with_both_shapes(gain: Tensor) -> N
     assert str(tuple(gain.shape)) in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 3, 3), (4, 0, 3, 3), (4, 3, 0, 3), (0,), (0, 0)], ids=str)
+def test_weights_without_elements_have_gradients_of_zero(shape: tuple[int, ...]) -> None:
+    weight, gain = torch.empty(shape, requires_grad=True), torch.ones(shape[0], requires_grad=True)
+    out = standardize(weight, gain, out_dtype=torch.bfloat16)
+    grad_weight, grad_gain = torch.autograd.grad(out.sum(), (weight, gain))
+    assert out.shape == grad_weight.shape == shape
+    assert out.dtype is torch.bfloat16
+    assert torch.equal(grad_gain, torch.zeros_like(gain))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (4, 1), (4,), (1, 1, 1, 1)], ids=str)
+def test_rows_of_one_element_become_zero(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, requires_grad=True)
+    out = standardize(weight, torch.ones(shape[0]))
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert not out.any()
+    assert not grad.any()
+
+
+def test_half_precision_neither_overflows_in_the_sums_nor_hides_that_a_gain_does() -> None:
+    weight = torch.full((2, 4, 3, 3), 6e4).half()
+    weight[:, ::2] *= -1
+    out = standardize(weight, torch.ones(2).half())
+    torch.testing.assert_close(out, formula(weight.double(), torch.ones(2).double()).half())
+    assert standardize(weight, torch.full((2,), 6e4).half(), scale=40.0).isinf().all()
+
+
+def test_without_a_floor_only_constant_rows_are_not_numbers() -> None:
+    weight = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    weight[1] = 0.5
+    out = standardize(weight, torch.ones(2, dtype=torch.float64), eps=0.0)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[0].norm(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_what_comes_out_can_be_changed_in_place() -> None:
+    weight = torch.randn(3, 4, requires_grad=True)
+    standardize(weight, torch.ones(3)).mul_(2).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_weight_that_changed_before_the_backward_pass_is_noticed() -> None:
+    weight = torch.randn(3, 4, requires_grad=True)
+    out = standardize(weight, torch.ones(3))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("weight", "gain", "options", "message"),
+    [
+        (torch.ones(2, 3), None, {}, r"got None; pass torch\.ones"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(2), {}, "floating point numbers, got torch.int64"),
+        (torch.ones(2, 3, dtype=torch.complex64), torch.ones(2), {}, "floating point numbers, got torch.complex64"),
+        (torch.ones(2, 3), torch.ones(2), {"out_dtype": torch.int32}, "out_dtype of floating point numbers, got"),
+        (torch.ones(2, 3), torch.ones(2, device="meta"), {}, "on one device, got cpu and meta"),
+        (torch.ones(()), torch.ones(()), {}, r"a weight of shape \(\)"),
+    ],
+    ids=["no gain", "integers", "complex", "integers out", "two devices", "no axes"],
+)
+def test_what_cannot_be_standardised_is_refused(
+    weight: Tensor, gain: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        standardize(weight, gain, **options)
+
+
 # --- derivatives and transforms ---
 
 

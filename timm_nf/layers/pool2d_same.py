@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._eager import has_fixed_sizes
 from .padding import same_padding
 
 __all__ = ["SameAvgPool2d", "SameMaxPool2d"]
@@ -21,15 +22,14 @@ class SameMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            # Sizes may be symbols here, of which the parity below would be fixed. Every window that reaches outside
-            # holds the edge already, so a copy of the edge changes no maximum; minus infinity would not either, but
-            # quantisers take the range of what they see.
-            top, bottom = same_padding(x.shape[-2], 3, 2)
-            left, right = same_padding(x.shape[-1], 3, 2)
-            return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
-        # Odd sizes are padded by one at both ends, even ones at the end only, where ceil_mode clips the window.
-        return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        if torch.jit.is_scripting() or has_fixed_sizes(x):
+            # Odd sizes are padded by one at both ends, even ones at the end only, where ceil_mode clips the window.
+            return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        # Every window that reaches outside holds the edge already, so a copy of the edge changes no maximum. Minus
+        # infinity would not either, but quantisers take the range of what they see.
+        top, bottom = same_padding(x.shape[-2], 3, 2)
+        left, right = same_padding(x.shape[-1], 3, 2)
+        return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
 
 
 class SameAvgPool2d(nn.Module):

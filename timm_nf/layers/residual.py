@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._eager import is_eager
+from ._eager import is_eager
 
 __all__ = ["add_scaled", "global_mean"]
 

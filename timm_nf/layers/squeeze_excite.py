@@ -1,12 +1,13 @@
 """The gate of squeeze-excite, which timm's layer multiplies into the activations."""
 
-# torch types its constructors and hooks in part.
-# pyright: reportUnknownMemberType=false
+# torch types its constructors and hooks in part, timm its initialisers.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportPrivateImportUsage=false
 
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..variants import squeeze_chs
@@ -77,7 +78,7 @@ class GateConv2d(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Weight from a normal distribution cut at two deviations, of deviation 1 / sqrt(I) before the cut; bias 0."""
         std = self.in_channels**-0.5
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)  # torch's own redraws, which fake tensors cannot
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

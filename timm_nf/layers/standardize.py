@@ -16,7 +16,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from .._eager import is_eager
+from ._eager import is_eager
 from ._standardize_formula import STD_EPS, as_rows, check_gain, formula, jvp, vjp
 from .standardize_triton import standardize, takes_kernel
 

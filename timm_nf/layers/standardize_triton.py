@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._eager import is_eager
 from .._triton import has_triton
+from ._eager import is_eager
 from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_dtype, vjp
 
 __all__ = ["standardize", "takes_kernel"]

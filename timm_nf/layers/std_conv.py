@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._eager import is_eager
+from ._eager import has_fixed_sizes
 from .padding import same_padding
 from .standardize import standardize_weight
 from .standardize_triton import standardize, takes_kernel
@@ -129,7 +129,7 @@ class SameConv2d(nn.Conv2d):
         On CPUs a row and a column of outputs more do not: the activation behind them takes longer over the part that
         is left.
         """
-        if not is_eager(input):
+        if not has_fixed_sizes(input):
             return False
         return before == after or (
             input.device.type != "cpu" and self.in_channels * self.stride[0] ** 2 > self.out_channels

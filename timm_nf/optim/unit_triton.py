@@ -13,9 +13,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .._eager import is_eager
 from .._triton import has_triton
+from .sharded import PLAIN
 from .units import ROWS, SINGLE, Layout
 
 __all__ = ["scale_units_", "takes_kernel", "unit_norms"]
@@ -34,7 +35,8 @@ def takes_kernel(weight: Tensor, grad: Tensor, layout: Layout) -> bool:
         grad.device.type != "cpu"
         and has_triton(grad.device.type)
         and layout in (SINGLE, ROWS)
-        and all(is_eager(x) and _is_dense(x) for x in (weight, grad))
+        and not torch.compiler.is_compiling()
+        and all(type(x) in (*PLAIN, FakeTensor) and _is_dense(x) for x in (weight, grad))
     )
 
 

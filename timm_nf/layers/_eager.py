@@ -18,3 +18,12 @@ def is_eager(x: Tensor) -> bool:
     hold nothing else. So do subclasses of tensors, which may not hold their elements in one piece.
     """
     return not torch.compiler.is_compiling() and type(x) in _TYPES and not torch.jit.is_tracing()
+
+
+@torch.jit.unused
+def has_fixed_sizes(x: Tensor) -> bool:
+    """Whether the sizes of `x` are plain numbers, on which a choice may rest.
+
+    Where a computation is recorded they may be symbols. A choice by their parity would then hold for every later size.
+    """
+    return is_eager(x) and all(type(size) is int for size in x.shape)
