@@ -21,6 +21,7 @@ from torch import Tensor
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .gradients import check_gradients, clone_gradients_
 from .sharded import Shard, local_shard, reduce_norms
+from .unit_triton import scale_units_, takes_kernel, unit_norms
 from .units import Axis, checked_axis, layout_of
 
 __all__ = ["adaptive_clip_grad_", "unitwise_norm"]
@@ -255,7 +256,8 @@ def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shar
         groups: dict[tuple[object, ...], list[Shard]] = {}
         for p in parameters:
             shard = local_shard(p, _grad(p), settings.axis)
-            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.layout.single, shard.spread_over)
+            kind = _by_kernel(shard), shard.layout.single
+            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, *kind, shard.spread_over)
             if shard.grad.numel() or shard.blocks is not None:
                 groups.setdefault(key, []).append(shard)
         chunks += [(group, settings) for group in groups.values()]
@@ -271,6 +273,10 @@ def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shar
         yield shards, Units(parameters, counts, weight_norm, grad_norm, limit, clipped)
 
 
+def _by_kernel(shard: Shard) -> bool:
+    return shard.blocks is None and takes_kernel(shard.weight, shard.grad, shard.layout)
+
+
 def _count(shard: Shard) -> int:
     if shard.blocks is not None:
         return shard.layout.blocks * shard.grad.shape[1]
@@ -279,6 +285,8 @@ def _count(shard: Shard) -> int:
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
     """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
+    if norm_type == 2 and _by_kernel(shards[0]):
+        return unit_norms([s.weight for s in shards], [s.grad for s in shards], [_count(s) for s in shards])
     weight_norm, grad_norm = (
         _unit_norms(tensors, shards, norm_type)
         for tensors in ([shard.weight for shard in shards], [shard.grad for shard in shards])
@@ -326,6 +334,9 @@ def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     """Scale every unit that exceeds its limit down to it."""
     scale = units.grad_norm.clamp(min=_DIV_EPS)
     torch.div(units.limit, scale, out=scale).masked_fill_(~units.clipped, 1.0)
+    if _by_kernel(shards[0]):
+        scale_units_([shard.grad for shard in shards], units.counts, scale)
+        return
     scales = list(scale.unbind() if shards[0].layout.single else scale.split_with_sizes(units.counts))
     if _reading_is_free(scale):  # skip gradients without a clipped unit: rewriting them costs time
         hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))
