@@ -24,7 +24,7 @@ WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
     "_gain_names _triton",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
-    "residual std_conv pool2d_same squeeze_excite drop",
+    "residual same_conv std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
     "optim": "units sharded _unit_kernels unit_triton gradients agc exempt groups fused_where_equal optimizer factory",
