@@ -13,7 +13,7 @@ OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims-quick clean
+.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims claims-quick clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -50,7 +50,10 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
-claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
+claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+	$(PYTHON) -m scripts.claims
+
+claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
 
 clean:  ## remove everything that can be made again
