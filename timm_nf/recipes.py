@@ -29,9 +29,10 @@ class Recipe:
         title: What it is for.
         source: Where the settings are from.
         batch_size: Of all processes together.
-        lr: Peak learning rate at that batch size; in proportion at another one.
+        lr: Peak learning rate at that batch size.
         settings: train.py's arguments by name, without those that follow from network and batch size.
         chosen: What the sources leave open, as it was settled here.
+        lr_follows_batch: Whether rate and smallest rate are in proportion at another batch size, or the same.
     """
 
     title: str
@@ -40,7 +41,10 @@ class Recipe:
     lr: float
     settings: dict[str, Any]
     chosen: str = ""
+    lr_follows_batch: bool = True
 
+
+IMAGES = 1_281_167  # of ImageNet's training set
 
 _EVERYWHERE: dict[str, Any] = {
     "device_modules": ["timm_nf"],
@@ -90,7 +94,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             "from scratch on ImageNet", "deepmind-research nfnets/experiment_nf_regnets.py", 1024, 0.4,
             _EVERYWHERE | _epochs(360, 5) | {"min_lr": 1e-3} | _SGD | {"drop_path": 0.1} | _MIX | _ema(0.99999)
             | _FLOAT32,
-            "the weight decay of B6 to B8, by the rule of B0 to B5",
+            "the weight decay of B6 to B8, by the rule of B0 to B5", lr_follows_batch=False,
         ),
     },
     "finetune": {
@@ -142,7 +146,8 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
         name: Of the network, without a tag.
         purpose: `scratch`, `finetune` or `small-batch`.
         world_size: Processes, each of which takes the same share of a batch.
-        batch_size: Of all processes together, by default the recipe's. The learning rate follows in proportion.
+        batch_size: Of all processes together, by default the recipe's. The learning rate and its minimum follow in
+            proportion, except those of NF-RegNets from scratch, which the authors leave as they are.
 
     Raises:
         ValueError: if there is no such recipe, or the processes cannot share the batch.
@@ -161,8 +166,10 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
         )
     row = VARIANTS[name]
     network = {"model": name, "img_size": row.train_size}
-    pace = {"batch_size": share, "lr": round(recipe.lr * batch_size / recipe.batch_size, 12)}
-    return network | pace | recipe.settings | _of_variant(name, row, recipe.settings)
+    times = batch_size / recipe.batch_size if recipe.lr_follows_batch else 1.0
+    pace = {"batch_size": share, "lr": round(recipe.lr * times, 12)}
+    given = recipe.settings | {"min_lr": recipe.settings["min_lr"] * times}
+    return network | pace | given | _of_variant(name, row, given)
 
 
 def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> str:
@@ -184,7 +191,8 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     if values.get("pretrained") and not row.hf_hub_id:
         head.append("No weights of this network are published: give yours by --pretrained-path FILE.")
     head += ["", "What train.py cannot express, or does in its own way:"]
-    for text in _differences(row, values):
+    texts = [*([] if purpose == "finetune" else [_pace(values, world_size)]), *_differences(row, values)]
+    for text in texts:
         head += [text] if text.startswith("python") else wrap(f"- {text}", 116, subsequent_indent="  ")
     dumped: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + dumped
@@ -206,13 +214,61 @@ def _of_variant(name: str, row: Variant, given: dict[str, Any]) -> dict[str, Any
     return values
 
 
+def _updates(values: dict[str, Any], world_size: int) -> dict[str, tuple[float, float]]:
+    """All updates and those of the warmup, with the authors' count and with train.py's.
+
+    The authors count epochs in images, so that one has a fraction of a batch. train.py leaves out what does not fill a
+    batch of every process.
+    """
+    batch_size, warmup = values["batch_size"] * world_size, values["warmup_epochs"]
+    epochs = values["epochs"] + warmup
+    each = -(-IMAGES // world_size) // values["batch_size"]
+    return {
+        "authors": (IMAGES * epochs // batch_size, warmup * IMAGES / batch_size),
+        "train.py": (each * epochs, each * warmup),
+    }
+
+
+def _peak_share(step: float, updates: float, warmup: float) -> float:
+    """The learning rate over its peak, with a minimum of 0."""
+    return step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (updates - warmup))) / 2
+
+
+def _pace(values: dict[str, Any], world_size: int) -> str:
+    """How the counts of updates differ, and the rates with them."""
+    there, here = _updates(values, world_size).values()
+    end = min(there[0], here[0])
+    steps = (there[1], here[1], *(end * i / 1000 for i in range(1001)))  # the warmups' ends are the cusps
+    gap = max(abs(_peak_share(step, *there) - _peak_share(step, *here)) for step in steps)
+    return (
+        f"Updates: {there[0]:,} there, {here[0]:,} here, where an epoch ends at its last whole batch. At the same "
+        f"update the rates differ by up to {100 * gap:.2f} % of the peak."
+    )
+
+
 def _differences(row: Variant, values: dict[str, Any]) -> Iterator[str]:
     """What the authors do otherwise than train.py with these settings."""
     nfnet = row.family == "NFNet"
-    if "aa" in values:
+    yield (
+        "Crops: the authors' have at least 10 % of the picture's area and a side that is drawn uniformly. Here the "
+        "area is, from 8 %, and the logarithm of the aspect ratio."
+    )
+    yield "Resizing: theirs has no antialiasing, Pillow's bicubic here has."
+    if "aa" in values and row.rand_augment is not None:
         yield (
             "RandAugment: the authors apply it after MixUp and CutMix, train.py before. Theirs has a sixteenth "
-            "operation, Cutout, and other distances of translation."
+            "operation, Cutout, and other distances of translation. Rotation, shear and translation take the nearest "
+            "pixel and fill with 128; here they are bicubic and fill with the mean colour."
+        )
+        yield (
+            "RandAugment's Contrast: the authors blend with the number of pixels / 256, at most 255, where timm takes "
+            f"the mean grey. It is among the four operations of {100 * (1 - (15 / 16) ** 4):.0f} % of their images."
+        )
+        if (added := int(row.rand_augment * 11)) > 128:
+            yield f"RandAugment's SolarizeAdd: {added} is added there at this magnitude, 128 here, timm's limit."
+        yield (
+            "timm_nf.augment.AuthorsRandAugment has the authors' operations for a training loop of your own. train.py "
+            "cannot take it."
         )
     if "mixup" in values:
         yield (

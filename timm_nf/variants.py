@@ -28,7 +28,8 @@ class NfCfg:
         stem_chs: Output channels of the stem, before `width_factor`. By default they follow `channels` as in the
             authors' code: half of the first stage (`deep_quad`), all of it (`3x3`) or a quarter (`7x7_pool`).
         num_features: Output channels of the final convolution, before `width_factor`; 0 for no such convolution. By
-            default twice the last stage, or 1280 / 440 of it if `reg`.
+            default twice the last stage, or 1280 / 440 of it if `reg`. A width that `width_factor` does not scale
+            cannot be expressed beside it: give `channels` their final widths and leave the factor at 1.
         group_size: Channels per group of the 3x3 convolutions, to a multiple of which the bottleneck is rounded down;
             None or 0 for no groups.
         bottle_ratio: Width of a bottleneck over its block's output, or over its input if `reg`.
