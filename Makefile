@@ -13,7 +13,7 @@ OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench gpu claims-quick clean
+.PHONY: help demo test test-all test-fast test-timm-main dist lint bench gpu claims claims-quick clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -56,7 +56,10 @@ gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=
 	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
 	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
 
-claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
+claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+	$(PYTHON) -m scripts.claims
+
+claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
 
 clean:  ## remove everything that can be made again

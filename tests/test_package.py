@@ -36,8 +36,8 @@ WINGS = {
 }
 # Modules at the root that stand on a wing: right after it.
 AFTER = {
-    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint"], "inference": ["export"], "diagnostics": ["demo"],
-    "cli": ["__main__"],
+    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint", "augment"], "inference": ["export"],
+    "diagnostics": ["demo"], "cli": ["__main__"],
 }
 # fmt: on
 ORDER: list[str] = []

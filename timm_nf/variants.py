@@ -28,7 +28,8 @@ class NfCfg:
         stem_chs: Output channels of the stem, before `width_factor`. By default they are a fraction of the first
             stage's, as in the authors' code: half (`deep_quad`), all (`3x3`) or a quarter (`7x7_pool`).
         num_features: Output channels of the final convolution, before `width_factor`. 0 for no final convolution. By
-            default twice the last stage's, or 1280 / 440 of them if `reg`.
+            default twice the last stage's, or 1280 / 440 of them if `reg`. A width that `width_factor` does not scale
+            cannot be given beside it: give `channels` their final widths and leave the factor at 1.
         group_size: Channels per group of the 3x3 convolutions. Bottlenecks are rounded down to a multiple of it. None
             or 0 for no groups.
         bottle_ratio: Width of a bottleneck over its block's output channels, or over its input channels if `reg`.
