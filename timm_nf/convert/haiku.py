@@ -42,6 +42,7 @@ FAMILIES = {
     "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE, "7x7_pool"),
     "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE, "3x3"),
 }
+"""For each of the authors' classes: block module, timm's name of squeeze-excite, other modules, stem type."""
 # What a network may lack; in the blocks it is in all of them or in none.
 _OPTIONAL = {"final_conv", "linear", "conv1b", "squeeze_excite"}
 
@@ -96,7 +97,11 @@ def _refuse(family: str, unknown: list[str], missing: list[str], misshapen: list
 
 
 def layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Names]:
-    """Family, depths and names of a tree that has the parameters of a network, all of them and no others."""
+    """Family, depths and names of a tree that has the parameters of a network, all of them and no others.
+
+    Raises:
+        ValueError: if it is no tree of the authors' networks; the message lists what is missing and what is too much.
+    """
     families = {module.partition("/")[0] for module in params}
     if len(families) != 1 or not families <= FAMILIES.keys():
         raise ValueError(

@@ -31,10 +31,12 @@ from .images import open_picture
 __all__ = ["FEWEST", "QUANTIZED", "Comparison", "quantize", "session", "split", "write"]
 
 FEWEST = 10  # pictures: fewer say nothing about the range of activations, and leave too few to compare
+"""The smallest number of pictures that int8 export accepts."""
 _MOST_CALIBRATION = 256
 _WORST = 0.5  # relative error of logits; noise as large as half of them is no network to use
 # The share of time that is not in convolutions is small; see benchmarks/int8.py for the other types of nodes.
 QUANTIZED = ("Conv",)
+"""The ONNX node types whose weights become int8."""
 
 
 class Comparison(NamedTuple):

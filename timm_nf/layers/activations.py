@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "softsign": (nn.Softsign, 2.338853120803833),
     "tanh": (nn.Tanh, 1.5939117670059204),
 }
+"""For each name of an activation: its module, and the gamma that gives its output unit variance."""
 _ALIASES = {"swish": "silu", "soft_sign": "softsign", "logsigmoid": "log_sigmoid"}
 # In the authors' table too. They mix channels, so the network around them would be another one.
 _NOT_BUILT = ("glu", "log_softmax")

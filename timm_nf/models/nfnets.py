@@ -5,7 +5,7 @@ and its plain nfnet_f0 is a different network. `python -m benchmarks.differences
 
 Where arXiv:2102.06171 and the authors' code differ, the code is followed, as the published weights came from it:
 squeeze-excite has a relu where the paper writes gelu; the bottleneck of F4+ is truncated to a multiple of its group
-width, which gives 524.95 M parameters where table 3 has 527 M.
+width, which gives 524.95 M parameters where table 5 has 527 M.
 
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
