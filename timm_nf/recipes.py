@@ -127,6 +127,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
     },
 }  # fmt: skip
+"""All recipes, by purpose and then by family."""
 
 
 def purposes(name: str) -> list[str]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 __all__ = ["DEEP_STEM", "VARIANTS", "Family", "NfCfg", "Variant", "squeeze_chs"]
 
 Family = Literal["NFNet", "NF_ResNet", "NF_RegNet"]  # the authors' classes
+"""The authors' classes of networks."""
 DEEP_STEM = (16, 32, 64)  # channels of the first three convolutions of a `deep_quad` stem, nfnets/nfnet.py
+"""Output channels of the first three convolutions of an NFNet's stem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,4 +296,5 @@ VARIANTS: dict[str, Variant] = {
     "dm_nf_regnet_b7": _nf_regnet((4, 10, 19, 19), (96, 208, 416, 880), 512, 600, 0.5),
     "dm_nf_regnet_b8": _nf_regnet((4, 11, 22, 22), (104, 232, 456, 968), 600, 672, 0.5),
 }
+"""The 31 networks by name."""
 # fmt: on

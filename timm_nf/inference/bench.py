@@ -38,7 +38,8 @@ __all__ = [
     "time_inference",
 ]
 
-Work = Callable[[], object]  # the call that is timed; its result is ignored
+Work = Callable[[], object]
+"""What is timed: a call without arguments, whose result is ignored."""
 
 # Seconds between two contenders. The threads of onnxruntime and OpenMP wait in a loop for more work, and slow down the
 # next contender. The fused bfloat16 NFNet-F0 after onnxruntime: 114 ms without the pause, 68 ms with it (2 cores).
