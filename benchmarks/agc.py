@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import timm
-import timm.utils.agc
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,13 +25,14 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Imported before timm_nf, which replaces it.
-timm_clip = timm.utils.agc.adaptive_clip_grad
+from benchmarks.stock import timm_clip
 
-import timm_nf  # noqa: E402
-from timm_nf._clip_defaults import CLIP_FACTOR  # noqa: E402
-from timm_nf.cli.terminal import track  # noqa: E402
-from timm_nf.inference.bench import peak_memory  # noqa: E402
+# timm_nf puts a function of its own in the place of timm's.
+# isort: split
+import timm_nf
+from timm_nf._clip_defaults import CLIP_FACTOR
+from timm_nf.cli.terminal import track
+from timm_nf.inference.bench import peak_memory
 
 SETTINGS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
 TARGETS = {"clip": 2.0, "step": 2.2}

@@ -25,8 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.stock import timm_clip, timm_route
+
+# timm_nf puts a function of its own in the place of timm's.
+# isort: split
 import timm_nf
-from benchmarks.weights import timm_route
 from timm_nf.layers import ScaledStdConv2d, std_conv
 
 PAGE = Path(__file__).parents[1] / "docs/performance.md"
@@ -144,6 +147,17 @@ def standardisation(route: str, name: str = "nfnet_f0") -> tuple[Counts, int]:
     return total, weights
 
 
+def clipping(route: str, name: str = "nfnet_f0") -> Counts:
+    """Of clipping all gradients of a network, by `timm_nf` or `timm`."""
+    function = {"timm_nf": timm_nf.adaptive_clip_grad_, "timm": timm_clip}[route]
+    parameters = [nn.Parameter(_on_meta(p)) for p in timm.create_model(name).parameters()]
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    with Counter() as counter:
+        function(parameters)
+    return Counts(counter.kernels, counter.moved, 0)
+
+
 def tables(bandwidth: float, batch_sizes: tuple[int, ...] = (1, 32, 128)) -> str:
     """Both tables as Markdown."""
     lines = [
@@ -164,6 +178,10 @@ def tables(bandwidth: float, batch_sizes: tuple[int, ...] = (1, 32, 128)) -> str
     for route in ("timm", "timm_nf"):
         counts, weights = standardisation(route)
         lines.append(f"| {route} | {counts.kernels} | {counts.moved / weights:.1f} | {counts.saved / weights:.2f} |")
+    lines += ["", "| clipping alone | operations | GB moved |", "| --- | --: | --: |"]
+    for route in ("timm", "timm_nf"):
+        counts = clipping(route)
+        lines.append(f"| {route} | {counts.kernels} | {counts.moved / 1e9:.2f} |")
     return "\n".join(lines) + "\n"
 
 

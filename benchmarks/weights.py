@@ -13,22 +13,15 @@ import time
 
 import timm
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 import timm_nf
+from benchmarks.stock import timm_route
 from timm_nf.cli.terminal import track
 from timm_nf.layers import ScaledStdConv2d
 
 BOUNDS = {"forward, no grad": 1.5, "forward": 1.5, "forward + backward": 1.0}
-
-
-def timm_route(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """The standardised weight, computed as in timm.layers.ScaledStdConv2dSame."""
-    rows = weight.reshape(1, weight.shape[0], -1)
-    scale = (gain * weight[0].numel() ** -0.5).view(-1)
-    return F.batch_norm(rows, None, None, weight=scale, training=True, momentum=0.0, eps=1e-5).reshape_as(weight)
 
 
 def main() -> int:

@@ -32,6 +32,7 @@ class Recipe:
         lr: The peak learning rate at that batch size. It scales linearly with the batch size.
         settings: train.py's arguments by name, except those that depend on the network or the batch size.
         chosen: The settings that the sources leave open.
+        lr_follows_batch: Whether rate and smallest rate are proportional to the batch size. If not, they stay the same.
     """
 
     title: str
@@ -40,7 +41,10 @@ class Recipe:
     lr: float
     settings: dict[str, Any]
     chosen: str = ""
+    lr_follows_batch: bool = True
 
+
+IMAGES = 1_281_167  # of ImageNet's training set
 
 _EVERYWHERE: dict[str, Any] = {
     "device_modules": ["timm_nf"],
@@ -91,7 +95,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             "from scratch on ImageNet", "deepmind-research nfnets/experiment_nf_regnets.py", 1024, 0.4,
             _EVERYWHERE | _epochs(360, 5) | {"min_lr": 1e-3} | _SGD | {"drop_path": 0.1} | _MIX | _ema(0.99999)
             | _FLOAT32,
-            "the weight decay of B6 to B8, by the rule of B0 to B5",
+            "the weight decay of B6 to B8, by the rule of B0 to B5", lr_follows_batch=False,
         ),
     },
     "finetune": {
@@ -123,6 +127,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
     },
 }  # fmt: skip
+"""All recipes, by purpose and then by family."""
 
 
 def purposes(name: str) -> list[str]:
@@ -142,8 +147,9 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
     Args:
         name: Name of the network, without a tag.
         purpose: `scratch`, `finetune` or `small-batch`.
-        world_size: Number of processes.
-        batch_size: Batch size of all processes together, by default the recipe's. The learning rate scales with it.
+        world_size: Number of processes. Each takes the same share of a batch.
+        batch_size: Batch size of all processes together, by default the recipe's. The learning rate and its minimum are
+            proportional to it. Those of NF-RegNets from scratch stay the same, as the authors' do.
 
     Raises:
         ValueError: if there is no such recipe, or the batch cannot be divided between the processes.
@@ -162,8 +168,10 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
         )
     variant = VARIANTS[name]
     network = {"model": name, "img_size": variant.train_size}
-    pace = {"batch_size": share, "lr": round(recipe.lr * batch_size / recipe.batch_size, 12)}
-    return network | pace | recipe.settings | _of_variant(name, variant, recipe.settings)
+    times = batch_size / recipe.batch_size if recipe.lr_follows_batch else 1.0
+    pace = {"batch_size": share, "lr": round(recipe.lr * times, 12)}
+    given = recipe.settings | {"min_lr": recipe.settings["min_lr"] * times}
+    return network | pace | given | _of_variant(name, variant, given)
 
 
 def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> str:
@@ -192,7 +200,8 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     if values.get("pretrained") and not variant.hf_hub_id:
         head.append("This network has no published weights: give yours by --pretrained-path FILE.")
     head += ["", "What train.py cannot express, or does in its own way:"]
-    for text in _differences(variant, values):
+    texts = [*([] if purpose == "finetune" else [_pace(values, world_size)]), *_differences(variant, values)]
+    for text in texts:
         if text.startswith("python"):  # a command stays on one line
             head.append(text)
         else:
@@ -219,13 +228,61 @@ def _of_variant(name: str, variant: Variant, given: dict[str, Any]) -> dict[str,
     return values
 
 
+def _updates(values: dict[str, Any], world_size: int) -> dict[str, tuple[float, float]]:
+    """All updates and those of the warmup, with the authors' count and with train.py's.
+
+    The authors count epochs in images, so that one has a fraction of a batch. train.py leaves out what does not fill a
+    batch of every process.
+    """
+    batch_size, warmup = values["batch_size"] * world_size, values["warmup_epochs"]
+    epochs = values["epochs"] + warmup
+    each = -(-IMAGES // world_size) // values["batch_size"]
+    return {
+        "authors": (IMAGES * epochs // batch_size, warmup * IMAGES / batch_size),
+        "train.py": (each * epochs, each * warmup),
+    }
+
+
+def _peak_share(step: float, updates: float, warmup: float) -> float:
+    """The learning rate over its peak, with a minimum of 0."""
+    return step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (updates - warmup))) / 2
+
+
+def _pace(values: dict[str, Any], world_size: int) -> str:
+    """How the counts of updates differ, and the rates with them."""
+    there, here = _updates(values, world_size).values()
+    end = min(there[0], here[0])
+    steps = (there[1], here[1], *(end * i / 1000 for i in range(1001)))  # the warmups' ends are the cusps
+    gap = max(abs(_peak_share(step, *there) - _peak_share(step, *here)) for step in steps)
+    return (
+        f"Updates: {there[0]:,} there, {here[0]:,} here, where an epoch ends at its last whole batch. At the same "
+        f"update the rates differ by up to {100 * gap:.2f} % of the peak."
+    )
+
+
 def _differences(variant: Variant, values: dict[str, Any]) -> Iterator[str]:
-    """The differences between the authors' training and train.py with these settings."""
+    """What the authors do otherwise than train.py with these settings."""
     nfnet = variant.family == "NFNet"
-    if "aa" in values:
+    yield (
+        "Crops: the authors' have at least 10 % of the picture's area and a side that is drawn uniformly. Here the "
+        "area is, from 8 %, and the logarithm of the aspect ratio."
+    )
+    yield "Resizing: theirs has no antialiasing, Pillow's bicubic here has."
+    if "aa" in values and variant.rand_augment is not None:
         yield (
             "RandAugment: the authors apply it after MixUp and CutMix, train.py before. Theirs has a sixteenth "
-            "operation, Cutout, and other distances of translation."
+            "operation, Cutout, and other distances of translation. Rotation, shear and translation take the nearest "
+            "pixel and fill with 128; here they are bicubic and fill with the mean colour."
+        )
+        yield (
+            "RandAugment's Contrast: the authors blend with the number of pixels / 256, at most 255, where timm takes "
+            f"the mean grey. It is among the four operations of {100 * (1 - (15 / 16) ** 4):.0f} % of their images."
+        )
+        if (added := int(variant.rand_augment * 11)) > 128:
+            yield f"RandAugment's SolarizeAdd: {added} is added there at this magnitude, 128 here, timm's limit."
+        yield (
+            "timm_nf.augment.AuthorsRandAugment has the authors' operations for a training loop of your own. train.py "
+            "cannot take it."
         )
     if "mixup" in values:
         yield (

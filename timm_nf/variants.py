@@ -13,7 +13,9 @@ from typing import Any, Literal
 __all__ = ["DEEP_STEM", "VARIANTS", "Family", "NfCfg", "Variant", "squeeze_chs"]
 
 Family = Literal["NFNet", "NF_ResNet", "NF_RegNet"]  # the authors' classes
+"""The authors' classes of networks."""
 DEEP_STEM = (16, 32, 64)  # channels of the first three convolutions of a `deep_quad` stem, nfnets/nfnet.py
+"""Output channels of the first three convolutions of an NFNet's stem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class NfCfg:
         stem_chs: Output channels of the stem, before `width_factor`. By default they are a fraction of the first
             stage's, as in the authors' code: half (`deep_quad`), all (`3x3`) or a quarter (`7x7_pool`).
         num_features: Output channels of the final convolution, before `width_factor`. 0 for no final convolution. By
-            default twice the last stage's, or 1280 / 440 of them if `reg`.
+            default twice the last stage's, or 1280 / 440 of them if `reg`. A width that `width_factor` does not scale
+            cannot be given beside it: give `channels` their final widths and leave the factor at 1.
         group_size: Channels per group of the 3x3 convolutions. Bottlenecks are rounded down to a multiple of it. None
             or 0 for no groups.
         bottle_ratio: Width of a bottleneck over its block's output channels, or over its input channels if `reg`.
@@ -293,4 +296,5 @@ VARIANTS: dict[str, Variant] = {
     "dm_nf_regnet_b7": _nf_regnet((4, 10, 19, 19), (96, 208, 416, 880), 512, 600, 0.5),
     "dm_nf_regnet_b8": _nf_regnet((4, 11, 22, 22), (104, 232, 456, 968), 600, 672, 0.5),
 }
+"""The 31 networks by name."""
 # fmt: on

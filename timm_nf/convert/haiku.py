@@ -44,6 +44,7 @@ FAMILIES = {
     "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE, "7x7_pool"),
     "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE, "3x3"),
 }
+"""For each of the authors' classes: block module, timm's name of squeeze-excite, other modules, stem type."""
 # A network may lack these. Of those in blocks, either all blocks have one or none has.
 _OPTIONAL = {"final_conv", "linear", "conv1b", "squeeze_excite"}
 

@@ -17,7 +17,16 @@ from timm.layers import ScaledStdConv2d as StockScaledStdConv2d
 from timm.layers import ScaledStdConv2dSame, StdConv2d, StdConv2dSame, create_conv2d
 from torch import nn
 
-from ..layers.std_conv import ScaledStdConv2d, bake
+from ..layers.std_conv import (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    ScaledStdLinear,
+    bake,
+)
 
 __all__ = ["fuse"]
 
@@ -43,8 +52,17 @@ def _fuse_stock(conv: Any) -> nn.Conv2d:
     return bake(plain, conv, weight)
 
 
-_FUSE: dict[type, Callable[[Any], nn.Conv2d]] = {
-    ScaledStdConv2d: ScaledStdConv2d.fuse,
+_OURS = (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    ScaledStdLinear,
+)
+_FUSE: dict[type, Callable[[Any], nn.Module]] = {
+    **{layer: layer.fuse for layer in _OURS},
     StockScaledStdConv2d: _fuse_stock,
     ScaledStdConv2dSame: _fuse_stock,
     StdConv2d: _fuse_stock,

@@ -30,11 +30,13 @@ from .images import open_picture
 
 __all__ = ["FEWEST", "QUANTIZED", "Comparison", "quantize", "session", "split", "write"]
 
-FEWEST = 10  # pictures; fewer do not show the range of activations, and leave too few for the comparison
+FEWEST = 10
+"""The smallest number of pictures that int8 export accepts: fewer do not show the range of activations."""
 _MOST_CALIBRATION = 256
 _WORST = 0.5  # relative error of the logits; a network with a larger one is of no use
 # Other nodes take little time. benchmarks/int8.py measures them.
 QUANTIZED = ("Conv",)
+"""The ONNX node types whose weights become int8."""
 
 
 class Comparison(NamedTuple):

@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "softsign": (nn.Softsign, 2.338853120803833),
     "tanh": (nn.Tanh, 1.5939117670059204),
 }
+"""For each name of an activation: its module, and the gamma that gives its output unit variance."""
 _ALIASES = {"swish": "silu", "soft_sign": "softsign", "logsigmoid": "log_sigmoid"}
 # The authors' table has these two as well. They mix channels, so they do not fit into these networks.
 _NOT_BUILT = ("glu", "log_softmax")

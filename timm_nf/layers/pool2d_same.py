@@ -25,8 +25,8 @@ class SameMaxPool2d(nn.Module):
         if torch.jit.is_scripting() or has_fixed_sizes(x):
             # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
             return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
-        # Symbolic sizes have no parity. Padding repeats the edge. Windows that reach outside hold the edge already, so
-        # no maximum changes. Minus infinity would be right too, but would spoil the ranges that quantisers measure.
+        # Padding repeats the edge: windows that reach outside contain the edge already, so no maximum changes. Padding
+        # with minus infinity would be right too, but would spoil the ranges that quantisers measure.
         top, bottom = same_padding(x.shape[-2], 3, 2)
         left, right = same_padding(x.shape[-1], 3, 2)
         return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)

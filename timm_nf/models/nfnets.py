@@ -5,7 +5,7 @@ differ by 1.8 %. Its nfnet_f0 is a different network. `python -m benchmarks.diff
 
 Where arXiv:2102.06171 and the authors' code differ, this file follows the code, which made the published weights:
 - Squeeze-excite has a relu, the paper writes gelu.
-- F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 3.
+- F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 5.
 
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """

@@ -43,8 +43,13 @@ FORWARD = {
     "dm_nf_resnet50": "nf_resnet_ResNet50_1x64x64",
     "dm_nf_regnet_b0": "nf_regnet_B0_1x64x64",
 }
+"""The golden file of each network whose logits `run` compares."""
 STEPS = "sgd_agc_nfnet_F0_2x32x32"
-OURS, STOCK = "nfnet_f0.dm_in1k", "dm_nfnet_f0.dm_in1k"  # the same weights on the Hub
+"""The golden file of the optimizer steps."""
+OURS = "nfnet_f0.dm_in1k"
+"""Our network with published weights that `run` compares."""
+STOCK = "dm_nfnet_f0.dm_in1k"  # the same weights on the Hub
+"""timm's network with the same weights."""
 
 # A small network with every type of parameter, for checks that do not depend on values.
 _TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16, "num_classes": 10}
