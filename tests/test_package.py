@@ -24,9 +24,9 @@ WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
     "_gain_names",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
-    "residual same_conv std_conv pool2d_same squeeze_excite drop",
+    "drop residual same_conv std_conv pool2d_same squeeze_excite",
     "convert": "haiku_pickle haiku infer",
-    "models": "blocks nfnets",
+    "models": "blocks nfnets normalizer_free",
     "optim": "units sharded gradients agc exempt groups fused_where_equal optimizer factory",
     "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",

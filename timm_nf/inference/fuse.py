@@ -74,8 +74,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """A copy with plain convolutions and the same outputs, for inference.
 
     Works on our networks, on timm's with `ScaledStdConv2d`, `StdConv2d` and their SAME forms (NFNets, BiT, hybrid
-    vision transformers), and on modules that contain them. Names stay, gains are gone. Where the padding depends on
-    the size of the input (SAME, a stride, a kernel larger than 1), a subclass of nn.Conv2d pads before it convolves.
+    vision transformers), on every layer of `timm_nf.layers` with a standardised weight, and on modules that contain
+    them. Names stay, gains are gone. Where the padding depends on the size of the input (SAME, a stride, a kernel
+    larger than 1), a subclass of torch's convolution pads before it convolves.
 
     A fused network of ours saves and reloads as `create_model(name, fused=True)`. timm's architectures have no such
     argument: `hub.write_folder` and `push` refuse them, and as `model_args` says fused all the same, a folder that timm

@@ -20,10 +20,21 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, coefficient: Tensor, x: Tensor) -> Tensor:
-        """Coefficient of the branch, broadcastable to (N, C, 1, 1), with zeros for the dropped examples of `x`."""
+        """Coefficient of the branch with zeros for the dropped examples of `x`.
+
+        Args:
+            coefficient: (1,), or what broadcasts to (N, C, 1, ..., 1).
+            x: (N, ...), the branch, of any number of axes.
+
+        Returns:
+            (N, 1, ..., 1), as many axes as `x`, or more channels if the coefficient has them.
+        """
         if not self.training:
             return coefficient
-        return coefficient * (torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate)
+        one = x
+        for axis in range(1, x.dim()):
+            one = one.narrow(axis, 0, 1)  # of every example
+        return coefficient * (torch.rand_like(one, dtype=torch.float32) >= self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
