@@ -75,7 +75,8 @@ TEXT = """\
 
 Everything printed below is real output: `python -m scripts.hub_walkthrough` runs these commands and writes this page.
 The Hub is the stand-in that the tests use, on 127.0.0.1 with its port written as PORT, so links lead nowhere and
-commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to https://huggingface.co.
+commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
+https://huggingface.co.
 
 ## The authors' checkpoints
 

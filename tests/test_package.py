@@ -24,10 +24,15 @@ WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
     "_gain_names _triton",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
-    "residual same_conv std_conv pool2d_same squeeze_excite drop",
+    "drop residual same_conv std_conv pool2d_same squeeze_excite",
     "convert": "haiku_pickle haiku infer",
+<<<<<<< HEAD
     "models": "blocks nfnets",
     "optim": "units sharded _unit_kernels unit_triton gradients agc exempt groups fused_where_equal optimizer factory",
+=======
+    "models": "blocks nfnets normalizer_free",
+    "optim": "units sharded gradients agc exempt groups fused_where_equal optimizer factory",
+>>>>>>> parts
     "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",

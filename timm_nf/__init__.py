@@ -7,6 +7,7 @@ The import registers the networks as timm models (`nfnet_f0`, ...) and the clipp
 from . import convert, diagnostics, hub, nfnets, optim, recipes
 from .inference.fuse import fuse
 from .layers.standardize import standardize_weight
+from .models.normalizer_free import normalizer_free, replace_convs
 from .optim.agc import adaptive_clip_grad_, unitwise_norm
 from .optim.groups import param_groups_agc
 from .version import __version__
@@ -19,9 +20,11 @@ __all__ = [
     "fuse",
     "hub",
     "nfnets",
+    "normalizer_free",
     "optim",
     "param_groups_agc",
     "recipes",
+    "replace_convs",
     "standardize_weight",
     "unitwise_norm",
 ]

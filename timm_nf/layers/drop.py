@@ -20,6 +20,7 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, coefficient: Tensor, x: Tensor) -> Tensor:
+<<<<<<< HEAD
         """Set the branch's coefficient to 0 for dropped examples.
 
         Args:
@@ -33,6 +34,23 @@ class StochasticDepth(nn.Module):
             return coefficient
         remains = torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate
         return coefficient * remains
+=======
+        """Coefficient of the branch with zeros for the dropped examples of `x`.
+
+        Args:
+            coefficient: (1,), or what broadcasts to (N, C, 1, ..., 1).
+            x: (N, ...), the branch, of any number of axes.
+
+        Returns:
+            (N, 1, ..., 1), as many axes as `x`, or more channels if the coefficient has them.
+        """
+        if not self.training:
+            return coefficient
+        one = x
+        for axis in range(1, x.dim()):
+            one = one.narrow(axis, 0, 1)  # of every example
+        return coefficient * (torch.rand_like(one, dtype=torch.float32) >= self.rate)
+>>>>>>> parts
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

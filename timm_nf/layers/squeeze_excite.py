@@ -119,9 +119,13 @@ class SqueezeExcite(nn.Module):
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, 1, 1).
+        """(N, C, H, W) -> (N, C, 1, 1); of any number of axes behind the channels.
 
-        >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
-        torch.Size([2, 6, 1, 1])
+        >>> [tuple(SqueezeExcite(6)(torch.zeros(2, 6, *size)).shape) for size in ((5, 4), (5,))]
+        [(2, 6, 1, 1), (2, 6, 1)]
         """
-        return self.gate(self.fc2(self.act(self.fc1(global_mean(x)))))
+        mean = global_mean(x)
+        if mean.dim() == 4:
+            return self.gate(self.fc2(self.act(self.fc1(mean))))
+        shape = list(mean.shape)
+        return self.gate(self.fc2(self.act(self.fc1(mean.flatten(1)[:, :, None, None])))).view(shape)
