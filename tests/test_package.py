@@ -21,8 +21,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
-    "_gain_names",
+    "ground": "version _versions _progress _text _relative_error _clip_defaults _seed variants _variant_table "
+    "_wrappers _gain_names",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
     "residual std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
@@ -36,8 +36,8 @@ WINGS = {
 }
 # Modules at the root that stand on a wing: right after it.
 AFTER = {
-    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint"], "inference": ["export"], "diagnostics": ["demo"],
-    "cli": ["__main__"],
+    "models": ["nfnets"], "optim": ["registration", "recipes", "env", "checkpoint"], "inference": ["export"],
+    "diagnostics": ["demo"], "cli": ["__main__"],
 }
 # fmt: on
 ORDER: list[str] = []

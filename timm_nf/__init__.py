@@ -4,11 +4,17 @@ Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping 
 (`agcsgd`, ...), and the clipping function behind timm's `--clip-mode agc`.
 """
 
+from ._versions import require_versions
+
+require_versions()  # before anything that an older version lacks
+
+# ruff: noqa: E402
 from . import convert, diagnostics, hub, nfnets, optim, recipes
 from .inference.fuse import fuse
 from .layers.standardize import standardize_weight
 from .optim.agc import adaptive_clip_grad_, unitwise_norm
 from .optim.groups import param_groups_agc
+from .registration import register, unregister
 from .version import __version__
 
 __all__ = [
@@ -22,8 +28,10 @@ __all__ = [
     "optim",
     "param_groups_agc",
     "recipes",
+    "register",
     "standardize_weight",
     "unitwise_norm",
+    "unregister",
 ]
 
-optim.register()
+register()
