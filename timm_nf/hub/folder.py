@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .._relative_error import relative_error
 from .._text import reason
+from .._versions import saved_arguments
 from .._wrappers import innermost
 from ..checkpoint import assign, fitted, skeleton
 from ..version import __version__
@@ -219,8 +220,11 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
     labels: dict[str, Any] = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     if len(labels.get("label_names") or ()) != model.num_classes:
         labels = {}  # the labels of the weights that this network started from
-    save_config_for_hf(model, str(file), labels)
+    save_config_for_hf(model, str(file), labels, **saved_arguments(model))
     config: dict[str, Any] = json.loads(file.read_text())
+    for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has
+        if key in config["pretrained_cfg"]:
+            config["pretrained_cfg"][key][0] = getattr(model, "in_chans", config["pretrained_cfg"][key][0])
     config["architecture"] = architecture
     for key in ("tag", "license"):
         config["pretrained_cfg"].pop(key, None)

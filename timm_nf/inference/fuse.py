@@ -73,15 +73,9 @@ _FUSE: dict[type, Callable[[Any], nn.Module]] = {
 def fuse(model: nn.Module) -> nn.Module:
     """Copy a model and replace its standardised convolutions by plain ones with the same outputs. For inference.
 
-<<<<<<< HEAD
     It works on our networks, on timm's networks with `ScaledStdConv2d`, `StdConv2d` or their SAME forms (NFNets, BiT,
-    hybrid vision transformers), and on modules that contain such networks.
-=======
-    Works on our networks, on timm's with `ScaledStdConv2d`, `StdConv2d` and their SAME forms (NFNets, BiT, hybrid
-    vision transformers), on every layer of `timm_nf.layers` with a standardised weight, and on modules that contain
-    them. Names stay, gains are gone. Where the padding depends on the size of the input (SAME, a stride, a kernel
-    larger than 1), a subclass of torch's convolution pads before it convolves.
->>>>>>> parts
+    hybrid vision transformers), on every layer of `timm_nf.layers` with a standardised weight, and on modules that
+    contain such networks.
 
     Parameter names stay. Gains disappear. If the padding depends on the size of the input (SAME, with a stride and a
     kernel larger than 1), the plain convolution is a subclass of nn.Conv2d that pads first.

@@ -102,17 +102,10 @@ def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None 
     """`shortcut + out * gain * gate`.
 
     Args:
-<<<<<<< HEAD
-        shortcut: (N, C, H, W).
+        shortcut: (N, C, H, W), or any other number of axes.
         out: Output of the branch, (N, C, H, W).
         gain: (1,), or (N, 1, 1, 1) with one value per example.
         gate: (N, C, 1, 1). None stands for 1.
-=======
-        shortcut: (N, C, H, W), or of any other number of axes.
-        out: (N, C, H, W), of the branch.
-        gain: One for all, (1,), or one for each example, (N, 1, 1, 1).
-        gate: (N, C, 1, 1), none for 1.
->>>>>>> parts
 
     Returns:
         (N, C, H, W), in the dtype of `shortcut` and `out`.
