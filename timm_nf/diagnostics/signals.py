@@ -81,7 +81,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _skips(model: nn.Module) -> dict[str, tuple[nn.Module, SkipInit]]:
     """The blocks that end in a `SkipInit`, and these."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     ends = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, SkipInit)}
     return {name: (modules[name], end) for name, end in ends.items()}
 
@@ -216,7 +216,9 @@ class _Recorder:
         self.add("stem", args[0], None, None)
 
     def on_skip(self, name: str, block: nn.Module, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        branch = args[1] if len(args) < 3 or args[2] is None else _gated(args[1:2], args[2])
+        _, branch, *gate = args
+        if gate and gate[0] is not None:
+            branch = _gated((branch,), gate[0])
         self.add(name, out, _channel_stats(branch)[1], getattr(block, "expected_var", None))
 
     def on_first_input(self, block: nn.Module, args: tuple[Any, ...]) -> None:
