@@ -9,9 +9,10 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -225,6 +226,18 @@ def test_fx_quantisation_prepares_observes_and_converts(family: str, fused: bool
         prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (x,))
         assert torch.equal(prepared(x), expected)
         assert relative_error(convert_fx(prepared)(x), expected) < 0.2  # eight bits
+
+
+@EACH_FAMILY
+@BOTH
+def test_a_network_is_built_and_trained_under_fake_tensors(family: str, fused: bool) -> None:
+    with FakeTensorMode():
+        model = create(family, fused=fused)
+        model.init_weights()
+        optimizer = timm.optim.create_optimizer_v2(model, "agcsgd", lr=0.1)
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    assert all(isinstance(p.grad, FakeTensor) for p in model.parameters())
 
 
 @EACH_FAMILY

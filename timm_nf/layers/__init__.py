@@ -1,4 +1,4 @@
-"""Layers of the normalizer-free networks, each equal to the authors' JAX layer to rounding."""
+"""Layers of the normalizer-free networks. Each equals the authors' JAX layer up to rounding."""
 
 from .activations import ACTIVATIONS, Activation, activation_gain, activation_name, create_activation
 from .drop import StochasticDepth
