@@ -75,10 +75,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
     It works on our networks, on timm's networks with `ScaledStdConv2d`, `StdConv2d` or their SAME forms (NFNets, BiT,
     hybrid vision transformers), on every layer of `timm_nf.layers` with a standardised weight, and on modules that
-    contain such networks.
+    contain such networks or layers.
 
     Parameter names stay. Gains disappear. If the padding depends on the size of the input (SAME, with a stride and a
-    kernel larger than 1), the plain convolution is a subclass of nn.Conv2d that pads first.
+    kernel larger than 1), the plain convolution is a subclass of torch's that pads first.
 
     Saving: a fused network of ours is saved and created again with `create_model(name, fused=True)`. timm's
     architectures have no such argument, so `hub.write_folder` and `push` refuse them once fused. If timm itself saves

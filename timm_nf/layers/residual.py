@@ -130,6 +130,9 @@ class SkipInit(nn.Module):
         device: Of the gain.
         dtype: Of the gain.
 
+    Raises:
+        ValueError: if the rate is not between 0 and 1.
+
     >>> SkipInit()(torch.ones(1, 1, 2), torch.ones(1, 1, 2)).tolist()
     [[[1.0, 1.0]]]
 
