@@ -229,7 +229,7 @@ def test_the_citation_is_of_this_version():
 
 @pytest.mark.parametrize("tool", ["ruff", "pyright"])
 def test_commits_are_checked_by_the_tools_of_the_extra_dev(tool: str):
-    (pinned,) = re.findall(rf'"{tool}(?:\[nodejs\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    (pinned,) = set(re.findall(rf'"{tool}(?:\[nodejs\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
     assert re.search(rf"{tool}.*\n +rev: v{re.escape(pinned)}\n", (ROOT / ".pre-commit-config.yaml").read_text())
 
 

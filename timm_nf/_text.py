@@ -1,4 +1,4 @@
-"""Shortens the errors of other libraries, whose texts can have many lines, for our one-line messages."""
+"""Parts of our one-line messages: errors of other libraries, shortened, and how to get an extra."""
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
@@ -6,3 +6,8 @@ def reason(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     return f"{name}: {text}"[:limit] if text else name
+
+
+def install_hint(extra: str) -> str:
+    """How to get an extra. The package is not on PyPI yet, so its name alone would install nothing."""
+    return f'run pip install ".[{extra}]" in the folder of timm_nf\'s source (it is not on PyPI yet)'

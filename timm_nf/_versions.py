@@ -57,7 +57,7 @@ def build_network(
     config names none until the network is there.
 
     Args:
-        network: Its class.
+        network: Its class, an nn.Module.
         name: In timm's registry.
         pretrained: Load weights.
         asked: The caller's keywords, for the builder and the network.
@@ -66,11 +66,11 @@ def build_network(
     options = dict(asked)
     if not _TIMM_RECORDS:
         options["pretrained_cfg_overlay"] = {**(asked.get("pretrained_cfg_overlay") or {}), "first_conv": None}
-    made: Any = timm.models.build_model_with_cfg(network, name, pretrained, **kwargs, **options)
+    made = cast(Any, timm.models.build_model_with_cfg(network, name, pretrained, **kwargs, **options))
     if not _TIMM_RECORDS:
         cfg: Any = timm.models.get_pretrained_cfg(name)
         made.pretrained_cfg["first_conv"] = cfg.first_conv
-        if type(made) is network:  # and no wrapper that extracts features
+        if isinstance(made, network):
             cast(Any, made)._model_args = {key: value for key, value in asked.items() if key not in _NO_ARGUMENTS}
     return made
 

