@@ -50,8 +50,9 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
-claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+claims: $(READY)  ## continue the runs of docs/claims/plan.md, hours, and write docs/claims.md; needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims
+	$(PYTHON) -m scripts.claims --report
 
 claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick

@@ -1,5 +1,7 @@
 """The scripts of docs/claims.md: their clippings, twin, plan and rule, and that the page says what the rows say."""
 
+import re
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
@@ -16,11 +18,15 @@ from torch import nn
 import timm_nf
 from scripts.claims import __main__ as claims
 from scripts.claims import grid, training
+from scripts.claims import page as pages
+from scripts.claims.figures import FIGURES
 from scripts.claims.grid import LARGEST, PARTS, PHASES, QUICK_PHASES, SEEDS, TUNING, Phase, Rows, planned
+from scripts.claims.page import page, plan_commit
 from scripts.claims.parts import CLAIMS, Part
 from scripts.claims.parts import quick as quick_parts
 from scripts.claims.rule import Differences, decide, seeds_to_decide, simulate
 from scripts.claims.training import Result, Run, build, clip, clip_layerwise_, learning_rate, train
+from tests.support import ROOT
 
 ROWS = claims.read(claims.CSV)
 
@@ -313,6 +319,44 @@ def test_a_missing_data_set_is_one_line_and_exit_code_1(monkeypatch: pytest.Monk
 
 def test_the_rows_of_the_first_experiment_are_kept():
     assert sum(run.plan == 1 for run in ROWS) == 270
+
+
+def test_the_committed_page_is_that_of_the_committed_rows_and_names_the_plans_commit():
+    text = (claims.FOLDER.parent / "claims.md").read_text()
+    assert text == page(ROWS, plan_commit(claims.FOLDER))
+    drawn = {f"{index}_{name}.png" for index, (name, each) in enumerate(FIGURES.items(), 1) if each.ready(ROWS)}
+    assert set(re.findall(r"\(claims/(\w+\.png)\)", text)) == drawn
+    assert {file.name for file in claims.FOLDER.glob("?_*.png")} == drawn
+
+
+def test_the_plans_commit_is_before_all_rows_of_plan_2():
+    at_plan = subprocess.run(
+        ["git", "show", f"{plan_commit(claims.FOLDER)}:docs/claims/runs.csv"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert {line.partition(",")[0] for line in at_plan.splitlines()} == {"plan", "1"}
+
+
+def test_a_page_of_a_complete_plan_decides_every_part_and_draws_every_figure(
+    complete: tuple[Rows, list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = {run: each for run, each in ROWS.items() if run.plan == 1} | complete[0]
+    monkeypatch.setattr(pages, "plan_commit", lambda folder: "a commit")
+    pages.write_page(rows, tmp_path / "claims")
+    text = (tmp_path / "claims.md").read_text()
+    assert "as a commit." in text
+    assert "not run yet" not in text
+    parts = [part for say in CLAIMS.values() for part in say(rows)]
+    assert len(re.findall(r"^\| \d \| .*(holds|does not hold|not decided)", text, re.MULTILINE)) == len(parts) > 50
+    assert len(list((tmp_path / "claims").glob("*.png"))) == len(FIGURES) == len(CLAIMS)
+    assert "Its comparison with a batch-normalised twin was unfair" in text
+
+
+def test_a_page_without_runs_says_so(tmp_path: Path):
+    text = page({run: each for run, each in ROWS.items() if run.plan == 1}, "a commit")
+    assert not re.search(r"^\| \d \| .*(holds|does not hold)", text, re.MULTILINE)
+    assert "not run yet: 0 of 22 runs" in text
+    assert ".png" not in text
 
 
 def test_the_plan_states_its_phases_and_the_power_of_its_rule():
