@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.claims import grid, parts
+from scripts.claims import grid, parts, signals
 from scripts.claims.figures import FIGURES, draw
 from scripts.claims.grid import BATCHES, KINDS, LARGEST, SEEDS, SETTINGS, TUNING, Phase, Rows
 from scripts.claims.markdown import table
@@ -271,8 +271,14 @@ def state(rows: Rows, phases: Iterable[Phase]) -> str:
     )
 
 
-def page(rows: Rows, commit: str) -> str:
-    """The Markdown text; rows decide every number and verdict in it."""
+def page(rows: Rows, commit: str, about_signals: str = "") -> str:
+    """The Markdown text; rows decide every number and verdict in it.
+
+    Args:
+        rows: Of both experiments.
+        commit: The plan's.
+        about_signals: The section of scripts/claims/signals.py.
+    """
     lines = [INTRODUCTION.format(commit=commit, margin=MARGIN) + state(rows, grid.PHASES), ""]
     found = {
         title: [(part.statement, *part.verdict(rows)) for part in say(rows)] for title, say in parts.CLAIMS.items()
@@ -290,6 +296,7 @@ def page(rows: Rows, commit: str) -> str:
         lines += ["", text] if (text := claim.table(rows)) else []
     lines += ["", "## Training and test, and independence of examples", ""]
     lines += [MEASURED, "", measured_table(rows) or "Not run yet.", ""]
+    lines += [about_signals] if about_signals else []
     first = {run: result for run, result in rows.items() if run.plan == 1}
     twin = Run(1, "bn", width=1.0, batch=LARGEST, lr=1.6, epochs=2)
     reached = spread([first[replace(twin, seed=seed)].accuracy for seed in range(3)])
@@ -298,7 +305,7 @@ def page(rows: Rows, commit: str) -> str:
 
 def write_page(rows: Rows, folder: Path) -> None:
     """Write docs/claims.md, and the figures that have rows into `folder`."""
-    (folder.parent / "claims.md").write_text(page(rows, plan_commit(folder)))
+    (folder.parent / "claims.md").write_text(page(rows, plan_commit(folder), signals.section(folder)))
     for index, (name, figure) in enumerate(FIGURES.items(), 1):
         file: Any = folder / f"{index}_{name}.png"
         if figure.ready(rows):

@@ -17,7 +17,7 @@ from torch import nn
 
 import timm_nf
 from scripts.claims import __main__ as claims
-from scripts.claims import grid, training
+from scripts.claims import grid, signals, training
 from scripts.claims import page as pages
 from scripts.claims.figures import FIGURES
 from scripts.claims.grid import LARGEST, PARTS, PHASES, QUICK_PHASES, SEEDS, TUNING, Phase, Rows, planned
@@ -164,14 +164,33 @@ def test_networks_of_the_plan_have_0_1_to_0_5_million_parameters():
     assert 0.1e6 < min(sizes) <= max(sizes) < 0.6e6
 
 
-def test_a_run_is_the_same_again_and_networks_of_a_seed_see_the_same_batches(monkeypatch: pytest.MonkeyPatch):
-    images = torch.randn(384, 1, 32, 32)  # the measures take as many
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """384 pictures of noise, as many as the measures take, and no test."""
+    images = torch.randn(384, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(training, "load", lambda train: (images, torch.arange(384) % 10))
     monkeypatch.setattr(training, "accuracy", lambda model: 50.0)
     monkeypatch.setattr(training.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(
-        training.np.random, "default_rng", lambda seed: SimpleNamespace(permutation=lambda n: np.arange(384))
-    )
+    order = SimpleNamespace(permutation=lambda n: np.arange(384))
+    monkeypatch.setattr(training.np.random, "default_rng", lambda seed: order)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_watching_a_run_changes_nothing_in_it_and_sees_every_part():
+    run = Run(clip="unit", factor=0.01, batch=32, images=64, epochs=2)
+    watch = signals.Watch(run)
+    assert replace(train(run, watch), seconds=0.0) == replace(train(run), seconds=0.0)
+    assert [row["step"] for row in watch.rows] == [
+        step for step in range(4) for _ in PARTS.keys() - {"the classifier's weight"}
+    ]
+    first = watch.rows[0]
+    assert (first["part"], first["lr"]) == ("first convolution", 0.1)
+    assert first["clipped"] > 0
+    assert watch.rows[1]["clipped"] < first["clipped"]  # behind a skip gain of 0 there are no gradients yet
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_the_same_again_and_networks_of_a_seed_see_the_same_batches(monkeypatch: pytest.MonkeyPatch):
     cross_entropy, seen, results = training.F.cross_entropy, [], []
 
     def watched(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -323,9 +342,9 @@ def test_the_rows_of_the_first_experiment_are_kept():
 
 def test_the_committed_page_is_that_of_the_committed_rows_and_names_the_plans_commit():
     text = (claims.FOLDER.parent / "claims.md").read_text()
-    assert text == page(ROWS, plan_commit(claims.FOLDER))
+    assert text == page(ROWS, plan_commit(claims.FOLDER), signals.section(claims.FOLDER))
     drawn = {f"{index}_{name}.png" for index, (name, each) in enumerate(FIGURES.items(), 1) if each.ready(ROWS)}
-    assert set(re.findall(r"\(claims/(\w+\.png)\)", text)) == drawn
+    assert set(re.findall(r"\(claims/(\w+\.png)\)", text)) - {"ratios.png", "signals.png"} == drawn
     assert {file.name for file in claims.FOLDER.glob("?_*.png")} == drawn
 
 
