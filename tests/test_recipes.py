@@ -232,7 +232,14 @@ def test_the_header_tests_as_the_authors_do(name, kind):
 
 def test_the_header_lists_what_train_py_cannot_express():
     f0, resnet = recipes.as_yaml("nfnet_f0"), recipes.as_yaml("dm_nf_resnet50", "small-batch")
-    for word in ("RandAugment", "MixUp on half", "The average's warmup", "Stochastic depth", "Sharpness", "Evaluation"):
+    for word in (
+        "RandAugment",
+        "MixUp and CutMix",
+        "Warmup of the weight",
+        "Stochastic depth",
+        "Sharpness",
+        "Evaluation",
+    ):
         assert f"# - {word}" in f0
         assert (f"# - {word}" in resnet) == (word in ("Stochastic depth", "Evaluation"))
 

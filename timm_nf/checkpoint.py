@@ -220,7 +220,11 @@ def build(
 def fill(
     name: str, checkpoint: Checkpoint, num_classes: int | None = None, labels: Sequence[str] | None = None
 ) -> nn.Module:
-    """As `build`, and `name` may also be a place: `hf-hub:user/repo`, `local-dir:folder`, which give the structure."""
+    """As `build`, and `name` may also be a place: `hf-hub:user/repo`, `local-dir:folder`, which give the structure.
+
+    Raises:
+        ValueError: if the weights are of another network, or there is not one label for each class.
+    """
     model = _structure(name, checkpoint, num_classes)
     assign(model, checkpoint.state_dict, checkpoint.origin)
     if labels is not None and len(labels) != model.num_classes:

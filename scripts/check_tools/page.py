@@ -1,4 +1,4 @@
-"""docs/tools.md from what the probes answered."""
+"""Writes docs/tools.md from the probes' answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ NOTES = """\
 
 
 def cell(text: str) -> str:
-    """One line that does not end a Markdown cell."""
+    """Text for a cell of a Markdown table: one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -58,8 +58,8 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
     """The whole page.
 
     Args:
-        answers: Of probes by their names; a string is the reason why there is none.
-        before: The page as it was, where probes that were not run have their rows.
+        answers: Answers by the probes' names. A string is the reason why there is no answer.
+        before: The old page. Probes without an answer keep their rows of it.
     """
     lines: list[str] = []
     for name, probe in PROBES.items():
@@ -75,5 +75,5 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
 
 
 def write(answers: Mapping[str, Answer | str], file: Path = PAGE) -> None:
-    """Write the page, or what changed in it."""
+    """Write the page. Probes without an answer keep their rows."""
     file.write_text(page(answers, file.read_text() if file.exists() else ""))

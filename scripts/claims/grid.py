@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from scripts.claims.rule import TRAINED
 from scripts.claims.training import STAGES, Result, Run
+from timm_nf._clip_defaults import CLIP_FACTOR
 
 Rows = dict[Run, Result]
 
@@ -70,7 +71,7 @@ def mean(rows: Rows, setting: Run, seeds: Sequence[int]) -> float:
 
 def clipped_at_linear(batch: int) -> list[Run]:
     """Tuning: the clip factors at the linear rule, the paper's first."""
-    factors = sorted(FACTORS, key=lambda factor: factor != 0.01)
+    factors = sorted(FACTORS, key=lambda factor: factor != CLIP_FACTOR)
     return [Run(clip="unit", factor=f, batch=batch, lr=linear(batch), seed=TUNING) for f in factors]
 
 
@@ -268,7 +269,7 @@ def next_runs(rows: Rows, phases: Sequence[Phase] = PHASES) -> tuple[str, list[R
 QUICK = Run(batch=512, lr=0.8, images=6000, epochs=10)
 QUICK_RUNS = {
     PLAIN: QUICK,
-    CLIPPED: replace(QUICK, clip="unit", factor=0.01),
+    CLIPPED: replace(QUICK, clip="unit", factor=CLIP_FACTOR),
     "clipped at 0.16": replace(QUICK, clip="unit", factor=0.16),
     TWIN: replace(QUICK, net="bn-zero"),
 }

@@ -19,6 +19,7 @@ from scripts.claims.figures import COLOURS
 from scripts.claims.grid import LARGEST, SMALLEST, linear
 from scripts.claims.markdown import table
 from scripts.claims.training import STAGES, Run, build, learning_rate, load, train
+from timm_nf._clip_defaults import CLIP_FACTOR
 from timm_nf.diagnostics import signal_stats
 from timm_nf.diagnostics.plots import draw_signals
 from timm_nf.diagnostics.signals import SignalStats
@@ -26,7 +27,7 @@ from timm_nf.diagnostics.signals import SignalStats
 FOLDER = Path(__file__).parents[2] / "docs" / "claims"
 POINTS = 70  # of a curve
 PARTS = {"stem.": "first convolution"} | {stage: f"stage {i}" for i, stage in enumerate(STAGES, 1)}
-CLIPPED = {batch: Run(clip="unit", factor=0.01, batch=batch, lr=linear(batch)) for batch in (SMALLEST, LARGEST)}
+CLIPPED = {batch: Run(clip="unit", factor=CLIP_FACTOR, batch=batch, lr=linear(batch)) for batch in (SMALLEST, LARGEST)}
 AT_256 = CLIPPED[SMALLEST]
 UNCLIPPED = replace(AT_256, clip="none", factor=0.0)
 
@@ -171,8 +172,8 @@ def section(folder: Path) -> str:
     return f"""\
 ## What clipping does when
 
-Gradient norm over weight norm of every unit during one clipped training at each end, factor 0.01, linear rule, seed 0,
-from `optimizer.clip_stats()`. `python -m scripts.claims.signals` makes these runs.
+Gradient norm over weight norm of every unit during one clipped training at each end, factor {CLIP_FACTOR}, linear rule,
+seed 0, from `optimizer.clip_stats()`. `python -m scripts.claims.signals` makes these runs.
 
 ![Ratios over training steps, by part of the network and batch size](claims/ratios.png)
 

@@ -1,10 +1,12 @@
-"""Write docs/comparison.md: timm_nf beside other implementations of NFNets and of adaptive gradient clipping.
+"""Write docs/comparison.md: timm_nf and other implementations of NFNets and of adaptive gradient clipping.
 
     python -m scripts.comparison
 
-Other packages are installed into environments under a temporary folder and run as processes over the same arrays;
-nothing of them stays. What does not install or run says so on the page.
-Six processes hold F0's parameters and gradients at once, for times measured in turn: minutes, and much memory.
+The other packages are installed into environments under a temporary folder, which is removed. Each runs in its own
+process, on the same arrays. If a package does not install or run, the page says so.
+
+It takes minutes and much memory: six processes hold F0's parameters and gradients at once, as their times are measured
+in turn.
 """
 
 import functools
@@ -40,7 +42,7 @@ def table(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """A process for every package; what did not install answers with the reason."""
+    """A process for every package. If a package did not install, all its answers are the reason."""
     peers: dict[str, Any] = {}
     for title, peer in track(PEERS.items(), "installing"):
         try:
@@ -51,7 +53,7 @@ def start(folder: Path) -> dict[str, Any]:
 
 
 def known() -> dict[str, dict[str, str]]:
-    """Cells of the first table that benchmarks/differences.py measures."""
+    """The cells of the first table that benchmarks/differences.py measures."""
     return {
         "classifier": {"timm_nf": differences.bias_is_clipped("ours"), "timm": differences.bias_is_clipped("timm")},
         "decayed_gains": {
@@ -77,7 +79,7 @@ def page(peers: dict[str, Any], folder: Path) -> str:
         try:
             steps.append([title, *measure.three_steps(peer, folder)])
         except PeerError as error:
-            steps.append([title, *[str(error)] * len(measure.KINDS)])
+            steps.append([title, *[str(error)] * len(measure.TYPES)])
     forward = measure.forward_rows(peers, folder)
     standardised = measure.standardisation_rows(peers, folder)
     times = measure.clip_times(peers, folder)
@@ -85,54 +87,63 @@ def page(peers: dict[str, Any], folder: Path) -> str:
         installed=table(["package", "installed", "how"], installed),
         features=table(["", *COLUMNS, "how obtained"], features),
         clipped=table(["", *clipped], zip(measure.clip_cases(), *clipped.values(), strict=True)),
-        steps=table(["", *measure.KINDS], steps),
+        steps=table(["", *measure.TYPES], steps),
         times=table(["", "every unit clipped", "no unit clipped", "called"], times),
         forward=table(["network", "golden", "relative L2 error", "how obtained"], forward),
         standardised=table(["layer", "relative L2 error"], standardised),
         machine=machine(),
+        differences=differences.table(),
         repeats=measure.REPEATS,
     )
 
 
 PAGE_TEXT = """\
-# Side by side
+# Beside other packages
 
-Written by `python -m scripts.comparison`, all of it in one run; edit the script, not this page. Other packages are
-installed into environments that are deleted afterwards and run as processes over the same arrays. A cell that begins
-with *fails* or *did not install* goes on with the last line of the error.
+Written by `python -m scripts.comparison`; edit the script, not this page. Every table comes from one run. The other
+packages are installed into environments of their own, which are deleted afterwards, and run as processes over the same
+arrays. If a cell begins with *fails* or *did not install*, the rest of it is the last line of the error.
 
 {installed}
 
+## Beside timm, in short
+
+{differences}
+
+The forward pass in the last row is that of the network as it is. [Fused](performance.md), it takes less time.
+
 ## Features
 
-Of the versions in the first row, no others. The last column says how a row was obtained: *tried*, *counted* and
-*metadata* come from running the package in this run, *read* from its source in that version.
+The rows hold for the versions in the first row. The last column says how a row was obtained: *tried*, *counted* and
+*metadata* come from running the package, *read* from its source in that version.
 
 {features}
 
 ## One step of clipping
 
-The same parameters and gradients for every package (clip factor 0.01, eps 1e-3), against the paper's formula in float64
-NumPy (`clip_reference` in scripts/comparison/measure.py): relative L2 error of the clipped gradient, 1e+00 is all
-wrong. Packages on torch get PyTorch's layout, optax the authors' (kernels HWIO, linear layers IO, gains as vectors).
+Every package clips the same parameters and gradients (clip factor 0.01, eps 1e-3). The reference is the paper's formula
+in float64 NumPy (`clip_reference` in scripts/comparison/measure.py). Cells are relative L2 errors of the clipped
+gradient: 1e+00 means that all of it is wrong. Packages on torch get PyTorch's layout. optax gets the authors' layout:
+kernels HWIO, linear layers IO, gains as vectors.
 
 {clipped}
 
-Why they differ, as read in the sources above:
+The sources of the packages explain the differences:
 
-- A gain of shape (O, 1, 1, 1), as in timm's layout, is one unit in the paper. Where it is not, each of its entries is a
-  unit of its own; optax and the authors treat such a shape as one unit, and their gains are vectors anyway.
-- nfnets-pytorch takes the norm of a two-axis weight over axis 0, as the authors do for weights stored (in, out);
-  PyTorch stores (out, in). No NFNet has such a weight but the classifier, which is not clipped.
-- composer has no eps: the gradient of a unit whose weight is zero becomes zero, and the unit stays where it is.
+- The paper treats a gain as one unit. timm stores gains as (O, 1, 1, 1), and most packages take each entry of such a
+  tensor for a unit of its own. optax and the authors store gains as vectors.
+- nfnets-pytorch takes the norm of a weight with two axes over axis 0. The authors do so too, for weights stored as
+  (in, out), but PyTorch stores (out, in). The only such weight in an NFNet is the classifier's, which is not clipped.
+- composer has no eps. If a unit's weight is zero, its gradient becomes zero, and the unit never moves.
 - nfnets-pytorch holds eps in float32.
-- Norms that are rounded to float16 or squares that overflow give an infinite norm, and a gradient of zero.
+- Norms rounded to float16, and squares that overflow, become infinite. The clipped gradient is then zero.
 
 ## Three steps of F0 against the authors' numbers
 
-The golden run (tests/golden/README.md: float64, Nesterov momentum, clip factor 0.01): our network and torch's SGD, the
-package's function in between, given every gradient but the classifier's weight. Relative L2 error of what three steps
-changed, over the three entries of every tensor that the golden file holds.
+The reference is the golden run (tests/golden/README.md: float64, Nesterov momentum, clip factor 0.01). Here our network
+takes three steps of torch's SGD. Before each step the package clips every gradient but that of the classifier's weight.
+Cells are relative L2 errors of what the three steps changed. They look at three entries of every tensor, those that the
+golden file holds.
 
 {steps}
 
@@ -140,8 +151,9 @@ changed, over the three entries of every tensor that the golden file holds.
 
 {times}
 
-float32, 71.5 million parameters; medians of {repeats} runs in turn, one process each, a pause before every run; in
-brackets over timm_nf's. What sets the gradients back before a run is not in the time. On the CPU; {machine}.
+float32, 71.5 million parameters, medians of {repeats} runs. The packages take turns, each in its own process, with a
+pause before every run. The ratio in brackets is to timm_nf's time. Restoring the gradients before a run is not counted.
+On the CPU; {machine}.
 
 ## Networks against the authors' logits
 
@@ -149,15 +161,15 @@ Synthetic parameters, one image of 64 x 64 pixels, float64, relative L2 error of
 
 {forward}
 
-nfnets-pytorch's network is another one, as read in models/resnet.py: beta is one constant for all blocks, shortcuts
-convolve what is not yet activated, a plain ReLU follows the stem, and none precedes the pooling.
+The network of nfnets-pytorch is a different one (models/resnet.py): its beta is the same for all blocks, its shortcuts
+convolve the input before the activation, a plain ReLU follows the stem, and no activation precedes the pooling.
 
-Standardised weights of one convolution (64, 32, 3, 3), as the layer applies them (its answers to unit impulses),
-against the authors' formula in float64:
+The next table compares the standardised weights of one convolution (64, 32, 3, 3) with the authors' formula in float64.
+The weights are read from the layers' answers to unit impulses.
 
 {standardised}
 
-nfnets-pytorch's `WSConv2d` takes the number of all entries for the fan-in, the authors' that of one output.
+nfnets-pytorch's `WSConv2d` takes the number of all entries for the fan-in. The authors take that of one output.
 """
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -229,6 +230,18 @@ def test_fx_quantisation_prepares_observes_and_converts(family: str, fused: bool
 
 @EACH_FAMILY
 @BOTH
+def test_a_network_is_built_and_trained_under_fake_tensors(family: str, fused: bool) -> None:
+    with FakeTensorMode():
+        model = create(family, fused=fused)
+        model.init_weights()
+        optimizer = timm.optim.create_optimizer_v2(model, "agcsgd", lr=0.1)
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    assert all(isinstance(p.grad, FakeTensor) for p in model.parameters())
+
+
+@EACH_FAMILY
+@BOTH
 def test_fake_tensors_of_the_cpu_give_shapes_forward_and_backward(family: str, fused: bool) -> None:
     model = network(family, fused)
     for weights_are_fake in (False, True):
@@ -248,6 +261,21 @@ def test_fake_tensors_of_the_cpu_give_shapes_forward_and_backward(family: str, f
 def test_make_fx_computes_the_same(family: str, fused: bool) -> None:
     model, x = network(family, fused), batch(2, 32, 32)
     assert relative_error(make_fx(model)(x)(x), model(x)) < 1e-12
+
+
+@EACH_FAMILY
+@BOTH
+@pytest.mark.parametrize("size", [(32, 48), (33, 41)])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_make_fx_with_symbols_for_sizes_computes_the_same_at_other_sizes(
+    family: str, fused: bool, mode: Any, size: tuple[int, int]
+) -> None:
+    model = network(family, fused)
+    with mode():
+        graph = make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(batch(2, *size))
+        for size in [(32, 32), (64, 48), (33, 40), (37, 51)]:
+            other = batch(3, *size)
+            assert relative_error(graph(other), model(other)) < 1e-12
 
 
 @EACH_FAMILY

@@ -28,6 +28,7 @@ from .terminal import complain, console, examples, print_facts, print_table, tra
 __all__ = ["commands"]
 
 commands = typer.Typer()
+"""The typer application of classify, export and bench."""
 
 
 @commands.command(

@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+"""The typer application of all commands; `main` runs it."""
 for module in (networks, weights, inference, measure):
     app.add_typer(module.commands)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["commands"]
 
 commands = typer.Typer()
+"""The typer application of the commands that measure."""
 
 
 @commands.command(

@@ -9,6 +9,7 @@ from .terminal import examples, print_facts, print_table, typer
 __all__ = ["commands"]
 
 commands = typer.Typer()
+"""The typer application of list, info and recipe."""
 
 
 @commands.command("list", epilog=examples("list", "list 'nfnet_f?'"))

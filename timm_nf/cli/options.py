@@ -76,9 +76,13 @@ def _plot(file: Path) -> Path:
 
 
 Network = Annotated[str, typer.Argument(metavar="NETWORK", help=_NETWORK, callback=_network)]
+"""A network as the first argument."""
 Networks = Annotated[list[str], typer.Argument(metavar="NETWORK...", help=_NETWORK, callback=_networks)]
+"""Several networks as arguments."""
 NetworkOption = Annotated[str, typer.Option("--model", metavar="NETWORK", help=_NETWORK, callback=_network)]
+"""A network as `--model`."""
 Variant = Annotated[str, typer.Argument(help="Name of a network of ours, see `timm-nf list`.", callback=_variant)]
+"""The name of one of our networks."""
 CheckpointFile = Annotated[
     Path | None,
     typer.Option(
@@ -89,24 +93,33 @@ CheckpointFile = Annotated[
         dir_okay=False,
     ),
 ]
+"""A file of weights as `--checkpoint`."""
 UseEma = Annotated[bool, typer.Option("--use-ema", help="The checkpoint's averaged weights, not those of the steps.")]
+"""Whether to take the averaged weights of the file."""
 Dtype = Annotated[
     torch.dtype | None,
     typer.Option("--dtype", metavar="DTYPE", help=f"Round to {', '.join(_DTYPES)}, in full or short.", parser=_dtype),
 ]
+"""A dtype as `--dtype`, in torch's or train.py's spelling."""
 License = Annotated[
     str | None,
     typer.Option("--license", help="Of the card, as the Hub spells it, apache-2.0 say. It is yours to choose."),
 ]
+"""The license of a card."""
 Device = Annotated[str, typer.Option("--device", help="Where to run, as torch names it.")]
+"""The device as torch names it."""
 FastestDevice = Annotated[
     str | None, typer.Option("--device", help="As torch names it; an accelerator if there is one.")
 ]
+"""The device; without it, an accelerator if there is one."""
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files, or folders of them.")]
+"""Picture files, or folders of them."""
 PicturesFolder = Annotated[
     Path | None, typer.Option("--images", help="Folder of pictures instead of noise.", exists=True, file_okay=False)
 ]
+"""A folder of pictures in place of noise."""
 Plot = Annotated[Path, typer.Option("--out", "-o", help=f"Picture to write: {', '.join(_PLOTS)}.", callback=_plot)]
+"""The picture file to write."""
 
 
 class Loaded(NamedTuple):
@@ -117,7 +130,11 @@ class Loaded(NamedTuple):
 
 
 def check_ema(checkpoint: Path | None, use_ema: bool) -> None:
-    """Refuse --use-ema where there is no file that it could be about."""
+    """Refuse --use-ema where there is no file that it could be about.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
     if use_ema and checkpoint is None:
         raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["commands"]
 
 commands = typer.Typer()
+"""The typer application of convert, push and pull."""
 
 # Of train.py's arguments those that make the result, and no paths, names or accounts.
 _RECIPE = (

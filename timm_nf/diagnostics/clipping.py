@@ -42,7 +42,9 @@ __all__ = [
 ]
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
+"""The quantiles of the ratio of gradient norm to weight norm that statistics report."""
 SHARES = (0.01, 0.05, 0.10, 0.25)
+"""The shares of units for which `ClipRange` states a clip factor."""
 _STAGE = re.compile(r"[^.\d]*(\.?\d+)?")  # stem, stages.0, layer1, blocks.3, head
 
 Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)

@@ -21,6 +21,7 @@ from ..inference.images import find_images, reader
 __all__ = ["INPUTS", "input_batch", "named_network", "open_branches", "pick_pictures"]
 
 INPUTS = 16  # 16 x 6 x 6 values of a channel where NFNet-F0 is narrowest: the noise of a mean's square is 2e-3 there
+"""The number of pictures or noise images in a batch of `input_batch`."""
 
 
 def open_branches(model: nn.Module) -> int:

@@ -43,6 +43,7 @@ PANELS: dict[Statistic, str] = {
     "avg_var": "average channel variance",
     "res_avg_var": "variance of the residual branch",
 }
+"""The statistics that are drawn, with their titles."""
 _BRANCH_ENDS: dict[type[nn.Module], str] = {
     NormFreeBlock: "conv3",
     StockNormFreeBlock: "drop_path",
@@ -234,7 +235,10 @@ def _evaluate(net: nn.Module, undo: ExitStack) -> None:
 # A signal begins with variance 1. At a hundred times its magnitude it has exploded, at a hundredth it has died. float16
 # ends at 65504, so there is no room for squares above 1e4, and it loses digits below 6e-5. Initialised networks stay
 # away from both: the smallest of each of timm's families and of ours have variances of 2e-3 to 18.
-EXPLODED, DEAD = 1e4, 1e-4
+EXPLODED = 1e4
+"""A squared mean or variance above this is called exploded."""
+DEAD = 1e-4
+"""A variance below this is called dead."""
 
 
 def _trouble(key: Statistic, value: float) -> str | None:

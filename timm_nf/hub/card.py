@@ -229,52 +229,52 @@ Multiply-adds at the training size. `timm-nf list` prints these numbers, compute
 | NF-ResNet | `dm_nf_resnet50`, `101`, `152`, `200`, `288`, `600` | arXiv:2101.08692, `nfnets/nf_resnet.py` | none |
 | NF-RegNet | `dm_nf_regnet_b0` to `b8` | arXiv:2101.08692, `nfnets/nf_regnet.py` | none |
 
-The code is google-deepmind/deepmind-research at f5de0ede. Where it differs from the papers it is followed, because the
-weights came from it: squeeze-excite has a relu where the paper writes gelu, and F4+ has {f4_plus} parameters where the
-paper's table 5 has 527 M.
+The code is google-deepmind/deepmind-research at f5de0ede. Where code and paper differ, the networks follow the code,
+because the weights came from it: squeeze-excite has a relu where the paper writes gelu, and F4+ has {f4_plus}
+parameters where table 5 of arXiv:2102.06171 has 527 M.
 
-`dm_in1k` are the authors' ImageNet-1k weights in timm's conversion, pulled from the Hub repositories
-`{first_repo}` to `{last_repo}` when asked for. Nothing is bundled here.
+`dm_in1k` are the authors' ImageNet-1k weights in timm's conversion. `pretrained=True` fetches them from the Hub
+repositories `{first_repo}` to `{last_repo}`. The package contains no weights.
 
 | | F0 | F1 | F2 | F3 | F4 | F5 | F6 |
 | --- | --- | --- | --- | --- | --- | --- | --- |
-| top-1 % in the paper (F5, F6 there with SAM: 86.3, 86.5) | 83.6 | 84.7 | 85.1 | 85.7 | 85.9 | 86.0 | - |
+| top-1 % in the paper (with SAM: F5 86.3, F6 86.5) | 83.6 | 84.7 | 85.1 | 85.7 | 85.9 | 86.0 | - |
 | top-1 % of these files in timm's network, by timm | 83.47 | 84.70 | 85.18 | 85.68 | 85.84 | 86.10 | 86.36 |
 
 Both rows are quoted (arXiv:2102.06171, table 3; timm's results for `dm_in1k`), not measured here.
 """,
     "Preprocessing": """
-RGB, ImageNet mean and standard deviation, bicubic. timm's evaluation of these weights squashes the image to
-size / crop_pct in both directions, whatever its aspect ratio, and crops the centre;
-`timm.data.resolve_model_data_config` returns all of it, and `use_test_size=True` the larger test size that the
-accuracies belong to.
+RGB, ImageNet's mean and standard deviation, bicubic. For these weights timm resizes height and width to
+size / crop_pct each, whatever the aspect ratio, and crops the centre. `timm.data.resolve_model_data_config(model)`
+returns these settings. With `use_test_size=True` it returns the larger test size, which the accuracies above belong to.
 """,
     "Intended use": """
 Classification of photographs into ImageNet's classes, features for other vision tasks, fine-tuning, and research on
-training without normalisation: the output for one example does not depend on the others of its batch, and training and
-evaluation mode compute the same function when dropout and stochastic depth are off.
+training without normalisation. The output for one example does not depend on the other examples of its batch. Training
+and evaluation mode compute the same function when dropout and stochastic depth are off.
 
 Not intended for decisions about people. The ImageNet weights inherit that data set's labels and biases.
 """,
     "Limits": """
 - Training NFNets at large batch sizes needs adaptive gradient clipping; `--opt agcsgd` has the paper's policy.
-- TorchScript is not supported.
-- At an output stride of 8 or 16 the strided convolutions are dilated. The authors have no such networks; the weights
-  load, the function is an approximation.
-- Converting pretrained weights to another number of input channels keeps the function for one channel (grey images) and
-  for multiples of three. Any other number loses the mean of the converted weights, which standardisation removes.
+- `torch.jit.trace` takes every network. `torch.jit.script` takes fused ones only (`timm_nf.fuse(model)`).
+- At an output stride of 8 or 16, convolutions are dilated in place of strided. The authors have no such networks: the
+  weights load, but the function is an approximation.
+- Pretrained weights converted to one input channel (grey images) or to a multiple of three keep their function. With
+  any other number, standardisation removes the mean of the converted weights, and the function changes.
 """,
     "How equality was established": """
-The authors' code was run in float64 on synthetic parameters, and its logits, pooled features, signal statistics,
-gradients and three optimizer steps are stored in `tests/golden`; its README has the details.
-`python -m pytest tests -k golden` compares. `timm-nf verify` runs a part of it on the user's device, in the dtypes it
-has. Parameter counts and names of all {variants} variants are compared with those the authors' code creates.
+The authors' code was run in float64 on synthetic parameters. Its numbers are stored in `tests/golden`, whose README
+says how: logits, pooled features and signal statistics of all three families, gradients and three optimizer steps of
+NFNets and NF-ResNets. `python -m pytest tests -k golden` compares with them. `timm-nf verify` compares a part of them
+on your device, in the dtypes that it has. Parameter counts and names of all {variants} variants are compared with those
+that the authors' code creates.
 """,
     "What could not be verified where this was developed": """
 No network to the Hub and no accelerator were at hand.
 
-- The `dm_in1k` files themselves were never downloaded: that their names and shapes fit follows from timm's
-  `dm_nfnet_f*`, whose state dicts load. `timm-nf verify --pretrained` compares both networks on the real weights, and
+- The `dm_in1k` files were never downloaded. Their names and shapes fit if timm's `dm_nfnet_f*` load them, since those
+  networks' state dicts load here. `timm-nf verify --pretrained` compares both networks on the real weights, and
   `--imagenet-val DIR` their accuracies.
 - Nothing was run on a GPU. `timm-nf verify --device cuda` does. No speed on accelerators is claimed anywhere.
 - No network was trained on ImageNet here.

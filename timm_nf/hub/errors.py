@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 __all__ = ["LOGIN_HINT", "HubError", "explained"]
 
 LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
+"""What to do without a login."""
 
 
 class HubError(RuntimeError):
@@ -34,7 +35,11 @@ class HubError(RuntimeError):
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, token: str | None) -> Generator[None]:
-    """Turn what the Hub's client raises inside into a `HubError`; everything else passes."""
+    """Turn what the Hub's client raises inside into a `HubError`; everything else passes.
+
+    Raises:
+        HubError: in place of the client's error, with what to do.
+    """
     try:
         yield
     except HubError:

@@ -33,7 +33,12 @@ from .card import Facts, metadata, network_card
 
 __all__ = ["CONFIG", "README", "WEIGHTS", "Written", "git_blob_id", "sha256_of", "write_folder"]
 
-WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
+WEIGHTS = "model.safetensors"
+"""The name of the file of weights in a Hub folder."""
+CONFIG = "config.json"
+"""The name of the config in a Hub folder."""
+README = "README.md"
+"""The name of the card in a Hub folder."""
 _PINNED = re.compile(r"[^@]+@[0-9a-f]{40}")  # as `hub.pull` records it
 # Every network has these arguments. The card names them only where they have another value.
 _USUAL_ARGUMENTS = {"fused": False, "in_chans": 3, "global_pool": "avg", "num_classes": 1000}

@@ -33,7 +33,9 @@ __all__ = ["BOUNDS", "SUFFIXES", "FileCheck", "is_known", "onnx_is_installed", "
 
 # Relative L2 error of the logits that is still rounding: another order of summation, a few roundings of half precision.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""The largest relative L2 error of the logits with which an exported file is accepted, by dtype."""
 SUFFIXES = {".onnx": "ONNX", ".pt2": "torch.export program", ".ts": "TorchScript"}
+"""The formats that `write` knows, by the suffix of the file."""
 # What standardised weights and batch normalisation leave in a graph; other kinds of normalisation are a network's own.
 _FORBIDDEN = ("BatchNormalization", "InstanceNormalization")
 

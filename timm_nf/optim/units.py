@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = ["Axis", "unit_axes"]
 
 Axis = int | tuple[int, int]
+"""The axis of a weight's output units; `(axis, groups)` for grouped transposed convolutions."""
 
 
 class Layout(NamedTuple):
