@@ -58,8 +58,9 @@ gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=
 	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
 	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
 
-claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+claims: $(READY)  ## continue the runs of docs/claims/plan.md, hours, and write docs/claims.md; needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims
+	$(PYTHON) -m scripts.claims --report
 
 claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
