@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
+import copy
 import json
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._progress import Progress, silent
 from .._seed import seeded
+from ..checkpoint import skeleton
 from ..variants import VARIANTS
 from . import export, int8
 from .fuse import fuse
@@ -68,27 +70,35 @@ def bfloat16_is_fast(device: str = "cpu") -> bool:
     return has.get("avx512_bf16", False) or has.get("amx_tile", False)
 
 
-def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Work]]:
-    """What can be timed of one network: {label: function that builds it and returns its work}. Weights are random.
+def contenders(
+    name: str, batch: int, size: int, device: str = "cpu", trained: nn.Module | None = None
+) -> dict[str, Callable[[], Work]]:
+    """What can be timed of one network: {label: function that builds it and returns its work}.
 
     Args:
         name: Of a network of ours, or of one of timm's with standardised convolutions.
         batch: Images in a forward pass.
         size: Their height and width.
         device: As torch names it.
+        trained: The network with its weights, on the CPU. By default one with random weights is made by name.
 
     Returns:
         `stock`, timm's network; `timm_nf`, ours, if there is one; `fused`; those that are worth it also in
         channels_last, in bfloat16, compiled by inductor with frozen weights, and exported to onnxruntime, in float32
         and with convolutions in int8.
+
+    Raises:
+        ValueError: before anything is built, if the network has no standardised convolutions.
     """
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    fuse(skeleton(name) if trained is None else trained)  # refuses what cannot be fused
+    channels: int = getattr(trained, "in_chans", 3)
+    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stock() -> nn.Module:
-        return timm.create_model(stock_name(name)).eval()
+        return timm.create_model(stock_name(name), in_chans=channels).eval()
 
     def ours() -> nn.Module:
-        return timm.create_model(name).eval()
+        return timm.create_model(name).eval() if trained is None else copy.deepcopy(trained)
 
     def fused() -> nn.Module:
         return fuse(ours())
