@@ -14,6 +14,8 @@ from .terminal import complain, typer
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130  # as shells have it
+
 app = typer.Typer(
     name="timm-nf",
     epilog="Exit codes: 0 done, 1 the work failed, 2 the command line was wrong, 130 interrupted. "
@@ -76,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         complain(f"{message} (see timm-nf --help)")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("timm-nf: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = _INTERRUPTED
     except Exception as error:
         if debug:
             raise
         complain(_one_line(error))
         raise SystemExit(1) from None
+    if code == _INTERRUPTED:  # which typer returns as well
+        print("timm-nf: interrupted", file=sys.stderr)
     if code:
         raise SystemExit(code)
 
