@@ -2,8 +2,12 @@
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """Type and text of an error in one line of at most `limit` characters. Without a text, the type alone."""
-    text = " ".join(str(error).split())
+    """Type and text of an error in one line of at most `limit` characters. Without a text, the type alone.
+
+    The number of an operating system's error is left out.
+    """
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(told.split())
     name = type(error).__name__
     return f"{name}: {text}"[:limit] if text else name
 

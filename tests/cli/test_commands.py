@@ -176,7 +176,7 @@ def test_classify_reports_what_it_cannot_read_and_goes_on(local_model, tmp_path,
     errors = [line for line in captured.err.splitlines() if "error" in line]
     assert len(errors) == 2
     assert "broken.png" in errors[0]
-    assert "missing.jpg: FileNotFoundError" in errors[1]
+    assert "missing.jpg cannot be read as a picture: FileNotFoundError: No such file" in errors[1]
 
 
 def test_classify_without_pictures_or_weights_is_one_line(local_model, tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_classify_without_pictures_or_weights_is_one_line(local_model, tmp_path,
     code, line = fails("classify", str(tmp_path), "--model", model, capsys=capsys)
     assert code == 1
     assert str(tmp_path) in line
-    code, line = fails("classify", f"{tmp_path}/no.png", "--model", "local-dir:/not/read/either", capsys=capsys)
+    code, line = fails("classify", f"{tmp_path}/no.png", "--model", model, capsys=capsys)
     assert code == 1
     assert f"found no file {tmp_path}/no.png" in line
     pictures = str(local_model / "pictures")

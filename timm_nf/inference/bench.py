@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
+import copy
 import json
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._progress import Progress, silent
 from .._seed import seeded
+from ..checkpoint import skeleton
 from ..variants import VARIANTS
 from . import export, int8
 from .fuse import fuse
@@ -81,27 +83,35 @@ def _cpu_instructions() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
 
 
-def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Work]]:
-    """The versions of a network that can be timed here, with random weights.
+def contenders(
+    name: str, batch: int, size: int, device: str = "cpu", trained: nn.Module | None = None
+) -> dict[str, Callable[[], Work]]:
+    """The versions of a network that can be timed here, with random weights by default.
 
     Args:
         name: A network of ours, or one of timm's with standardised convolutions.
         batch: Images in a forward pass.
         size: Height and width of the images.
         device: The device, as torch names it.
+        trained: The network with its weights, on the CPU. By default one with random weights is made by name.
 
     Returns:
         `{label: function that builds the version and returns its work}`. The versions are `stock` (timm's network),
         `timm_nf` (ours, if there is one) and `fused`. Some are also timed in channels_last, in bfloat16, compiled by
         inductor with frozen weights, and in onnxruntime, in float32 and with convolutions in int8.
+
+    Raises:
+        ValueError: before anything is built, if the network has no standardised convolutions.
     """
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    fuse(skeleton(name) if trained is None else trained)  # refuses what cannot be fused
+    channels: int = getattr(trained, "in_chans", 3)
+    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stock() -> nn.Module:
-        return timm.create_model(stock_name(name)).eval()
+        return timm.create_model(stock_name(name), in_chans=channels).eval()
 
     def ours() -> nn.Module:
-        return timm.create_model(name).eval()
+        return timm.create_model(name).eval() if trained is None else copy.deepcopy(trained)
 
     def fused() -> nn.Module:
         return fuse(ours())
