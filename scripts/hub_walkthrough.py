@@ -94,31 +94,31 @@ The folder is an ordinary one of timm's. Its network gives the logits that the a
 
 {reload}
 
-`timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly, and
-`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm` are the steps by themselves. `timm_to_haiku` is the
-way back, for state dicts in float32, float16 or float64: numpy has no bfloat16.
+`timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly. In Python, the steps are
+`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm`. `timm_to_haiku` is the way back. It takes state dicts in
+float32, float16 or float64, because numpy has no bfloat16.
 
 ## Push
 
-`timm-nf push` takes checkpoints of train.py, safetensors and torch files of plain state dicts; torch files are read
-with `weights_only=True`. `model_best.pth.tar` was written by timm's CheckpointSaver as at the end of a training of the
-tiny network with `--model-ema`; its metric of 50 is made up:
+`timm-nf push` takes checkpoints of train.py, safetensors, and torch files of plain state dicts. Torch files are read with
+`weights_only=True`. Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training of the
+tiny network with `--model-ema`. Its metric of 50 is made up:
 
 {dry_run}
 
-The card, which `--dry-run` prints last, is made of facts: license and data set as given, the metric that train.py
-measured of just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
+`--dry-run` prints the card last. It is made of facts: license and data set as given, the metric that train.py measured
+with just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
 
 {push}
 
-One commit has model.safetensors, config.json and README.md, no pickle. Before it, the weights were read back and
-compared, and the network was loaded by timm and gave equal features and logits. Up to that commit, the repository is
-as it was; a commit of somebody else that comes in between is not overwritten, the push is refused. A README that is
-there stays, unless `--overwrite-card` is given.
+model.safetensors, config.json and README.md go up in one commit, without a pickle. Before it, the weights are read back
+and compared, and timm loads the network, which has to give equal features and logits. If anything fails, the repository
+stays as it was. If somebody else commits meanwhile, the push is refused and nothing is overwritten. An existing README
+stays, unless `--overwrite-card` is given.
 
 config.json has the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it in
-`model_args`, and transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
-keyword argument 'num_classes'". timm loads both forms.
+`model_args`. transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for keyword
+argument 'num_classes'". timm loads both forms.
 
 | option | |
 | --- | --- |
@@ -136,14 +136,14 @@ files alone.
 
 {pull}
 
-The client compares only the size of what it downloads. Here the sha256 of the file is compared with the Hub's, and with
-`--sha256` where given; then names, shapes and dtypes with the architecture's, before any weight is assigned. A damaged
-file in the cache is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`) files are compared with the
-hashes that name them in the cache:
+The Hub's client compares only the size of what it downloads. `pull` compares the file's sha256 with the Hub's, and with
+`--sha256` if that is given. Then it compares names, shapes and dtypes with the architecture's, before it assigns any
+weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`) files
+are compared with the hashes that name them in the cache:
 
 {offline}
 
-A pulled network knows its commit, and a push of it states what it is derived from:
+A pulled network knows its commit. If you push it again, its card says what it is derived from:
 
 {again}
 
@@ -153,7 +153,7 @@ timm's own loader takes the same repositories, without these checks:
 
 ## When it does not work
 
-One line says what to do, and the exit code is 1. `--debug` adds the traceback.
+An error is one line that says what to do. The exit code is 1. `--debug` adds the traceback.
 
 {errors}
 """
