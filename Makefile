@@ -14,7 +14,7 @@ DOCS := .cache/docs
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench claims-quick docs docs-serve clean
+.PHONY: help demo test test-all test-fast test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -51,7 +51,16 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done
 
-claims-quick: $(READY)  ## re-run the first of the claims in docs/claims.md, compare; minutes, needs Fashion-MNIST
+# Together 8 minutes. The times are taken also where a test fails.
+gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=python3 needs torch, timm, Triton and pytest
+	@status=0; timeout 165 $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu -v || status=$$?; \
+	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
+	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
+
+claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+	$(PYTHON) -m scripts.claims
+
+claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
 
 docs: $(DOCS)/ready  ## the documentation site, strictly, into site/; needs neither torch nor .venv

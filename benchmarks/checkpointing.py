@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpointing [--model nfnet_f0] [--batch 8] [--repeats 5]
 
-The two take turns, so that noise meets both; times are medians. Peak memory is what a step allocates on top of
-parameters, gradients and momentum, on the CPU.
+The two take turns, so that noise affects both. Times are medians. Peak memory is what a step on the CPU allocates in
+addition to parameters, gradients and momentum.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def training_step(name: str, batch: int, bfloat16: bool, checkpointing: bool) ->
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # so that gradients are there from the second step on
+        optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, so the peak does not include them
 
     return step
 

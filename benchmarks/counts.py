@@ -1,11 +1,12 @@
-"""Count what a training step asks of an accelerator, ours beside timm's, without one: a count, not a time.
+"""Count the kernels and bytes of a training step on an accelerator, ours and timm's. It needs no accelerator.
 
     python -m benchmarks.counts [--bandwidth 2000] [--write]
 
-Networks run on the meta device. A kernel is an operation that is neither view, allocation, convolution nor matrix
-product; bytes are what such kernels read and write; saved is what autograd keeps for the backward pass. Autocast knows
-no meta tensors, so its casts are made here: convolutions and linear layers in bfloat16, the loss in float32, and what
-torch does without autocast in between. --write puts the tables into docs/performance.md.
+The networks run on the meta device. A kernel is an operation other than a view, an allocation, a convolution or a
+matrix product. Bytes are those that kernels read and write. "Saved" is what autograd keeps for the backward pass.
+
+Autocast has no meta tensors, so this script makes its casts: convolutions and linear layers run in bfloat16, the loss
+runs in float32. --write puts the tables into docs/performance.md.
 """
 
 import argparse
@@ -24,24 +25,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.stock import timm_clip, timm_route
+
+# timm_nf puts a function of its own in the place of timm's.
+# isort: split
 import timm_nf
-from benchmarks.weights import timm_route
 from timm_nf.layers import ScaledStdConv2d, std_conv
 
 PAGE = Path(__file__).parents[1] / "docs/performance.md"
 START, END = "<!-- counts -->\n", "<!-- end of counts -->\n"
-BANDWIDTH = 2000  # GB/s, that of an accelerator of 2020
-# Views, and allocations, which write nothing.
+BANDWIDTH = 2000  # GB/s, typical of accelerators in 2020
 VIEWS = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze",
     "slice", "select", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "lift_fresh",
 }  # fmt: skip
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm"}
-CAST = (F.conv2d, F.linear)  # autocast's, among what these networks call
+CAST = (F.conv2d, F.linear)  # the functions of these networks that autocast runs in bfloat16
 
 
 class Counts(NamedTuple):
-    """Of one step."""
+    """The counts of one step."""
 
     kernels: int
     moved: int  # bytes
@@ -95,7 +98,7 @@ def autocast() -> Iterator[None]:
 
 
 def count(function: Callable[[], Tensor]) -> Counts:
-    """Of `function`, which gives a loss or an output, and of its backward pass."""
+    """Count a function, which returns a loss or an output, and its backward pass."""
     saved = 0
 
     def pack(x: Tensor) -> Tensor:
@@ -110,13 +113,14 @@ def count(function: Callable[[], Tensor]) -> Counts:
 
 
 def _on_meta(x: Tensor) -> Tensor:
+    """An empty tensor of the same shape. With four axes it is in channels_last."""
     like = torch.empty(x.shape, device="meta")
     return like.to(memory_format=torch.channels_last) if x.ndim == 4 else like
 
 
 @cache
 def step(name: str, batch_size: int, half: bool = False, size: int = 192) -> Counts:
-    """Of a training step of timm's model `name`, weights and images in channels_last."""
+    """Count a training step of a timm model, with weights and images in channels_last."""
     model = timm.create_model(name).train()
     parameters = {k: nn.Parameter(_on_meta(v)) for k, v in model.named_parameters()}
     images = _on_meta(torch.empty(batch_size, 3, size, size, device="meta"))
@@ -131,7 +135,7 @@ def step(name: str, batch_size: int, half: bool = False, size: int = 192) -> Cou
 
 
 def standardisation(route: str, name: str = "nfnet_f0") -> tuple[Counts, int]:
-    """Of all weights of a network by themselves, by `timm_nf` or `timm`, and the weights' bytes."""
+    """Count the standardisation of all weights of a network by `timm_nf` or `timm`. Also returns the weights' bytes."""
     function = {"timm_nf": timm_nf.standardize_weight, "timm": timm_route}[route]
     convs = [m for m in timm.create_model(name).modules() if isinstance(m, ScaledStdConv2d)]
     total, weights = Counts(0, 0, 0), 0
@@ -141,6 +145,17 @@ def standardisation(route: str, name: str = "nfnet_f0") -> tuple[Counts, int]:
         total = Counts(*(a + b for a, b in zip(total, one, strict=True)))
         weights += weight.nbytes
     return total, weights
+
+
+def clipping(route: str, name: str = "nfnet_f0") -> Counts:
+    """Of clipping all gradients of a network, by `timm_nf` or `timm`."""
+    function = {"timm_nf": timm_nf.adaptive_clip_grad_, "timm": timm_clip}[route]
+    parameters = [nn.Parameter(_on_meta(p)) for p in timm.create_model(name).parameters()]
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    with Counter() as counter:
+        function(parameters)
+    return Counts(counter.kernels, counter.moved, 0)
 
 
 def tables(bandwidth: float, batch_sizes: tuple[int, ...] = (1, 32, 128)) -> str:
@@ -163,6 +178,10 @@ def tables(bandwidth: float, batch_sizes: tuple[int, ...] = (1, 32, 128)) -> str
     for route in ("timm", "timm_nf"):
         counts, weights = standardisation(route)
         lines.append(f"| {route} | {counts.kernels} | {counts.moved / weights:.1f} | {counts.saved / weights:.2f} |")
+    lines += ["", "| clipping alone | operations | GB moved |", "| --- | --: | --: |"]
+    for route in ("timm", "timm_nf"):
+        counts = clipping(route)
+        lines.append(f"| {route} | {counts.kernels} | {counts.moved / 1e9:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,14 +2,15 @@
 
     python -m benchmarks.differences
 
-Everything is computed in one run, on a CPU. The reference values in tests/golden come from the authors' JAX code; its
-README says how. Both networks get the same parameters.
+All numbers come from one run on a CPU. The reference values come from the authors' JAX code; tests/golden/README.md
+says how. Both networks get the same parameters.
 """
 
 import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from timm.models import model_parameters as train_py_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-# Taken before timm_nf puts its own in their place.
+# Imported before timm_nf, which replaces it.
 timm_clip = timm.utils.agc.adaptive_clip_grad
 
 import timm_nf  # noqa: E402
+from timm_nf._clip_defaults import CLIP_FACTOR  # noqa: E402
 from timm_nf._relative_error import relative_error  # noqa: E402
 from timm_nf.env import machine  # noqa: E402
 from timm_nf.verify.golden import golden_params, image  # noqa: E402
@@ -45,7 +47,7 @@ def logits_error(create: Callable[[], nn.Module]) -> float:
 
 
 def grey_stem_error(name: str) -> float:
-    """Of the logits for a grey image after converting a pretrained three-channel network to one channel."""
+    """Relative error of a grey image's logits, after a pretrained network was loaded with one input channel."""
     colour = timm.create_model(name).eval()
     nn.init.ones_(colour.stages[0][0].skipinit_gain)
     saved = {k: v.clone() for k, v in colour.state_dict().items()}
@@ -69,11 +71,11 @@ def decayed_gains(optimizer: str, name: str) -> str:
 
 
 def clip_units(clip: Callable[..., object]) -> int:
-    """How many values the clipping factor takes over the gain of one convolution with 256 output channels."""
+    """The number of units in the gain of a convolution with 256 output channels: gradients of a unit share a factor."""
     gain = nn.Parameter(torch.ones(256, 1, 1, 1))
     grad = torch.linspace(1, 2, 256).view_as(gain)
     gain.grad = grad.clone()
-    clip([gain], 0.01)
+    clip([gain], CLIP_FACTOR)
     return len((gain.grad / grad).flatten().mul(1e6).round().unique())
 
 
@@ -82,7 +84,7 @@ def bias_is_clipped(route: str) -> str:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     if route == "timm":
-        timm_clip(train_py_parameters(model, exclude_head=True), 0.01)
+        timm_clip(train_py_parameters(model, exclude_head=True), CLIP_FACTOR)
     else:
         create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.0, nesterov=False).step()
     weight, bias = ((p.grad != 1).any().item() for p in model.head.fc.parameters())
@@ -90,7 +92,7 @@ def bias_is_clipped(route: str) -> str:
 
 
 def survivors(name: str) -> str:
-    """What stochastic depth at rate 0.5 multiplies surviving branches with."""
+    """Whether stochastic depth rescales the branches that remain."""
     model = timm.create_model(name, drop_path_rate=0.5)
     return "rescaled" if getattr(model.stages[3][2].drop_path, "scale_by_keep", False) else "not rescaled"
 
@@ -108,19 +110,19 @@ def speed(ours: Callable[[], object], theirs: Callable[[], object], repeats: int
 
 
 class Clipping:
-    """F0's parameters with gradients, to be clipped again and again."""
+    """Clips F0's gradients. `reset` sets them again: gradients that were clipped do not change a second time."""
 
     def __init__(self, clip: Callable[..., object]) -> None:
         self.clip = clip
         self.parameters = list(timm.create_model("dm_nfnet_f0").parameters())
         self.grads = [torch.randn_like(p) for p in self.parameters]
 
-    def reset(self) -> None:  # clipping twice is clipping once: without this the second run has nothing to do
+    def reset(self) -> None:
         for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad.clone()
 
     def __call__(self) -> None:
-        self.clip(self.parameters, 0.01)
+        self.clip(self.parameters, CLIP_FACTOR)
 
 
 def forward_speed() -> str:
@@ -133,30 +135,45 @@ def forward_speed() -> str:
     return speed(*map(forward, models))
 
 
+def logits() -> str:
+    create = partial(timm.create_model, "nfnet_f0"), partial(timm.create_model, "dm_nfnet_f0"), stock.nfnet_f0
+    ours, dm, plain = map(logits_error, create)
+    return f"{ours:.1e} | `dm_nfnet_f0` {dm:.1e}, `nfnet_f0` {plain:.1e}"
+
+
+def grey_stem() -> str:
+    return f"{grey_stem_error('nfnet_f0'):.1e} | {grey_stem_error('dm_nfnet_f0'):.1e}"
+
+
+def decay() -> str:
+    return f"{decayed_gains('agcsgd', 'nfnet_f0')} | {decayed_gains('sgd', 'dm_nfnet_f0')}"
+
+
+def units() -> str:
+    return f"{clip_units(timm_nf.adaptive_clip_grad_)} | {clip_units(timm_clip)}"
+
+
+def classifier() -> str:
+    return f"`--opt agcsgd`: {bias_is_clipped('ours')} | `--clip-mode agc`: {bias_is_clipped('timm')}"
+
+
+def stochastic_depth() -> str:
+    return f"{survivors('nfnet_f0')} | {survivors('dm_nfnet_f0')}"
+
+
+def clipping_speed() -> str:
+    return speed(Clipping(timm_nf.adaptive_clip_grad_), Clipping(timm_clip))
+
+
+# what is compared -> function that gives the cells of ours and of timm's
 ROWS: dict[str, Callable[[], str]] = {
-    "`nfnet_f0` logits against the authors' code, same parameters, float64: relative L2 error": lambda: (
-        f"{logits_error(lambda: timm.create_model('nfnet_f0')):.1e} | "
-        f"`dm_nfnet_f0` {logits_error(lambda: timm.create_model('dm_nfnet_f0')):.1e}, "
-        f"`nfnet_f0` {logits_error(stock.nfnet_f0):.1e}"
-    ),
-    "Pretrained weights at `in_chans=1`, grey image: relative L2 error of the logits": lambda: (
-        f"{grey_stem_error('nfnet_f0'):.1e} | {grey_stem_error('dm_nfnet_f0'):.1e}"
-    ),
-    "Gains that `create_optimizer_v2(model, ...)` decays": lambda: (
-        f"{decayed_gains('agcsgd', 'nfnet_f0')} | {decayed_gains('sgd', 'dm_nfnet_f0')}"
-    ),
-    "Clipping units in a gain of 256 entries (the paper: 1)": lambda: (
-        f"{clip_units(timm_nf.adaptive_clip_grad_)} | {clip_units(timm_clip)}"
-    ),
-    "Classifier under clipping (the paper: weight no, bias yes)": lambda: (
-        f"`--opt agcsgd`: {bias_is_clipped('ours')} | `--clip-mode agc`: {bias_is_clipped('timm')}"
-    ),
-    "Survivors of stochastic depth (the authors: not rescaled)": lambda: (
-        f"{survivors('nfnet_f0')} | {survivors('dm_nfnet_f0')}"
-    ),
-    "Adaptive clipping of F0's gradients, every unit clipped": lambda: speed(
-        Clipping(timm_nf.adaptive_clip_grad_), Clipping(timm_clip)
-    ),
+    "`nfnet_f0` logits against the authors' code, same parameters, float64: relative L2 error": logits,
+    "Pretrained weights at `in_chans=1`, grey image: relative L2 error of the logits": grey_stem,
+    "Gains that `create_optimizer_v2(model, ...)` decays": decay,
+    "Clipping units in a gain of 256 entries (the paper: 1)": units,
+    "Classifier under clipping (the paper: weight no, bias yes)": classifier,
+    "Survivors of stochastic depth (the authors: not rescaled)": stochastic_depth,
+    "Adaptive clipping of F0's gradients, every unit clipped": clipping_speed,
     "F0 forward, not fused, batch 1, 192 px, float32": forward_speed,
 }
 
@@ -173,7 +190,7 @@ def table() -> str:
 
 
 def main() -> None:
-    logging.disable(logging.WARNING)  # timm warns of the checkpoints' missing source
+    logging.disable(logging.WARNING)  # timm warns that the checkpoints have no source
     print(table())
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.inference [--repeats 15] [--check] [--only training] [--plots docs] [--markdown]
 
-What is compared takes turns, so that noise meets all of it; numbers are medians. With --check the exit code is 1 where
-a target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes and draws four pictures. With
---markdown the tables are those of docs/performance.md.
+The networks take turns, so that noise affects all of them. Numbers are medians. With --check the exit code is 1 if a
+target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes, and draws four pictures. With
+--markdown it prints the tables of docs/performance.md.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Row:
 
 
 def best(medians: dict[str, float], prefix: str) -> tuple[str, float]:
-    """The faster one of the two layouts, and its time."""
+    """The label and the time of the faster layout."""
     layouts = {label: medians[label] for label in (prefix, f"{prefix}, channels_last")}
     label = min(layouts, key=lambda label: layouts[label])
     return label, layouts[label]
@@ -71,7 +71,8 @@ def timed(name: str, batch: int, size: int, labels: list[str], repeats: int) -> 
 def inference_rows(repeats: int) -> list[Row]:
     layouts = ["stock", "stock, channels_last", "fused", "fused, channels_last"]
     labels = [*layouts, "fused, compiled", "fused, onnxruntime"]
-    labels += ["fused, bfloat16"] if bfloat16_is_fast() else []
+    if bfloat16_is_fast():
+        labels.append("fused, bfloat16")
     medians = timed("nfnet_f0", 1, PIXELS, labels, repeats)
 
     def row(work: str, label: str, against: str, asked: float) -> Row:
@@ -106,9 +107,9 @@ def matmul_rate(side: int = 2048) -> float:
 
 def training_step(name: str, batch: int, channels_last: bool) -> Work:
     torch.manual_seed(0)
-    layout = {"memory_format": torch.channels_last} if channels_last else {}
-    model = timm.create_model(name).train().to(**layout)
-    images = torch.randn(batch, 3, PIXELS, PIXELS).to(**layout)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = timm.create_model(name).train().to(memory_format=layout)
+    images = torch.randn(batch, 3, PIXELS, PIXELS).to(memory_format=layout)
     labels = torch.arange(batch)
     optimizer = torch.optim.SGD(model.parameters(), **STEP)
 
@@ -227,8 +228,11 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
 
-    rows = [] if args.only == "training" else inference_rows(args.repeats)
-    rows += [] if args.only == "inference" else training_rows(max(5, args.repeats // 2))
+    rows: list[Row] = []
+    if args.only != "training":
+        rows += inference_rows(args.repeats)
+    if args.only != "inference":
+        rows += training_rows(max(5, args.repeats // 2))
     columns = ("work", "against", "ours", "theirs", "ratio", "at least")
     ratios = [f"{row.ratio:.2f}x{' missed' if row.missed else ''}" for row in rows]
     table = [(r.work, r.against, r.ours, r.theirs, ratio, f"{r.asked}x") for r, ratio in zip(rows, ratios, strict=True)]

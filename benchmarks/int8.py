@@ -1,12 +1,12 @@
-"""Networks in 8-bit integers beside float32, and what else than convolutions could be quantised.
+"""Compare int8 networks with float32, also with more types of nodes than convolutions in int8. It takes minutes.
 
     python -m benchmarks.int8 [--write] [--pictures 160]
 
-With --write the tables go into docs/performance.md, between the two comments that name this file. Minutes.
+With --write the tables go into docs/performance.md, between the two comments that name this file.
 
-There are no weights in this repository. NFNet-F0 and NF-ResNet-50 get the synthetic parameters of the golden files
-(gains and skip gains not 0), whose classes mean nothing, and crops of three photographs that come with matplotlib and
-scikit-learn. The third network is the demo's, trained on digits, with the digits it was not trained on.
+This repository has no weights. NFNet-F0 and NF-ResNet-50 get the synthetic parameters of the golden files. Their
+classes mean nothing, but gains and skip gains are not 0. Their pictures are crops of three photographs that come with
+matplotlib and scikit-learn. The third network is the demo's: it was trained on digits, and is compared on other digits.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def crops(folder: Path, count: int) -> list[Path]:
 
 
 def trained_on_digits(folder: Path) -> tuple[nn.Module, list[Path]]:
-    """The demo's network and the digits that it was not trained on."""
+    """The demo's network, and the digits that were held out of its training."""
     facts = demo.run(folder / "demo", track=track)
     model = timm.create_model(f"local-dir:{facts.model_dir}", pretrained=True).eval()
     pixels, labels = demo.load_digits()
@@ -108,10 +108,9 @@ def tables(count: int) -> str:
             kept = f"{label}: {', '.join(found.kept)} stay float32."
             if label.startswith("NFNet"):
                 first = kept
-                for what, kinds in ELSE.items():
-                    found = (
-                        found if kinds == QUANTIZED else int8.write(fused, pictures, file, kinds=kinds, progress=track)
-                    )
+                for what, op_types in ELSE.items():
+                    if op_types != QUANTIZED:
+                        found = int8.write(fused, pictures, file, op_types=op_types, progress=track)
                     others.append([what, *cells(found)[1:]])
     return TEXT.format(
         rows=table(["network", *columns], rows),

@@ -1,9 +1,9 @@
-"""Where the time of a fused NFNet-F0 goes on a CPU: torch's operations, and what oneDNN does inside of a convolution.
+"""Profile a fused NFNet-F0 on a CPU: the times of torch's operations, and of oneDNN's operations inside convolutions.
 
     python -m benchmarks.profile_inference [--batch 1] [--size 192] [--channels-last]
 
-oneDNN copies the weight of every convolution into a layout of its own at every call, and without channels_last the
-activations as well. Compilers with frozen weights and onnxruntime do that once.
+In every call of a convolution, oneDNN copies the weight into its own layout. Without channels_last it copies the
+activations too. Compilers with frozen weights and onnxruntime copy the weights once.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def network(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
 
 @torch.no_grad()
 def operations(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Of one forward pass: name, calls, milliseconds; those above 1 % of the whole."""
+    """torch's operations in a forward pass that take more than 1 % of its time: (name, calls, milliseconds)."""
     model, x = network(args)
     for _ in range(3):
         model(x)
@@ -56,7 +56,7 @@ def run_under_verbose(args: argparse.Namespace) -> None:
 
 
 def primitives(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Of one forward pass: oneDNN's convolutions and its copies, as oneDNN itself reports them on stdout."""
+    """oneDNN's convolutions and copies in a forward pass, from its own log on stdout: (name, calls, milliseconds)."""
     done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--inner"], capture_output=True, text=True)
     lines = [line.split(",") for line in done.stdout.splitlines() if line.startswith(LINE) and ",exec," in line]
     if done.returncode or not lines:
@@ -64,13 +64,14 @@ def primitives(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     shapes = {tuple(m.weight.shape) for m in network(args)[0].modules() if isinstance(m, nn.Conv2d)}
     seen: dict[str, list[float]] = defaultdict(list)
     for fields in lines:
-        kind, shape = fields[5], fields[-2]
-        if kind == "reorder":
+        primitive, shape = fields[5], fields[-2]
+        if primitive == "reorder":
             sizes = tuple(map(int, shape.split("x")))
-            folded = (sizes[0] * sizes[1], *sizes[2:]) if len(sizes) == 5 else sizes  # groups have an axis of their own
-            kind = f"copies of {'weights' if folded in shapes else 'activations'}"
-        seen[kind].append(float(fields[-1]))
-    return [(kind, f"{len(times)}", f"{sum(times):.1f}") for kind, times in seen.items()]
+            if len(sizes) == 5:  # the weight of a grouped convolution; groups are the first axis
+                sizes = (sizes[0] * sizes[1], *sizes[2:])
+            primitive = "copies of weights" if sizes in shapes else "copies of activations"
+        seen[primitive].append(float(fields[-1]))
+    return [(primitive, f"{len(times)}", f"{sum(times):.1f}") for primitive, times in seen.items()]
 
 
 def main() -> int:
@@ -90,7 +91,7 @@ def main() -> int:
         for cells in ((title, "calls", "ms"), ("---", "--:", "--:"), *rows):
             print(f"| {' | '.join(cells)} |")
         print()
-    time = next(float(ms) for kind, _, ms in inside if kind == "convolution")
+    time = next(float(ms) for primitive, _, ms in inside if primitive == "convolution")
     macs = VARIANTS["nfnet_f0"].cfg.count(args.size)[1] * args.batch
     print(f"Convolutions without the copies: {macs / time / 1e6:.0f} G multiply-adds per second.\n\n{machine()}.")
     return 0

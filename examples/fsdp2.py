@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from examples.plain_loop import SETTINGS, batches, network
+from examples.plain_loop import PARTS, SETTINGS, network, parts
 
 
 def main(steps: int = 20) -> dict[str, Tensor]:
@@ -21,10 +21,13 @@ def main(steps: int = 20) -> dict[str, Tensor]:
     fully_shard(model)
     optimizer = create_optimizer_v2(model, "agcsgd", **SETTINGS)
     rank, processes = dist.get_rank(), dist.get_world_size()
-    for images, labels in batches(steps):  # every process takes its share
-        optimizer.zero_grad()
-        F.cross_entropy(model(images.chunk(processes)[rank]), labels.chunk(processes)[rank]).backward()
-        optimizer.step()  # one all-reduce of a few numbers for the clipping
+    for i, (images, labels) in enumerate(parts(steps), 1):
+        images, labels = (x.chunk(processes)[rank] for x in (images, labels))  # every process takes its share
+        model.set_requires_gradient_sync(i % PARTS == 0)
+        (F.cross_entropy(model(images), labels) / PARTS).backward()
+        if i % PARTS == 0:
+            optimizer.step()  # one all-reduce of a few numbers for the clipping
+            optimizer.zero_grad()
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 

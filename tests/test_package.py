@@ -22,12 +22,12 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # fmt: off
 WINGS = {
     "ground": "version _progress _text _relative_error _clip_defaults _seed variants _variant_table _wrappers "
-    "_gain_names",
+    "_gain_names _triton",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
-    "residual std_conv pool2d_same squeeze_excite drop",
+    "residual same_conv std_conv pool2d_same squeeze_excite drop",
     "convert": "haiku_pickle haiku infer",
     "models": "blocks nfnets",
-    "optim": "units sharded gradients agc exempt groups fused_where_equal optimizer factory",
+    "optim": "units sharded _unit_kernels unit_triton gradients agc exempt groups fused_where_equal optimizer factory",
     "inference": "fuse images named classify export int8 bench",
     "hub": "card folder errors client from_haiku",
     "diagnostics": "signals clipping inputs plots",
@@ -36,8 +36,8 @@ WINGS = {
 }
 # Modules at the root that stand on a wing: right after it.
 AFTER = {
-    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint"], "inference": ["export"], "diagnostics": ["demo"],
-    "cli": ["__main__"],
+    "models": ["nfnets"], "optim": ["recipes", "env", "checkpoint", "augment"], "inference": ["export"],
+    "diagnostics": ["demo"], "cli": ["__main__"],
 }
 # fmt: on
 ORDER: list[str] = []
@@ -182,6 +182,7 @@ def test_clipping_stands_alone():
         "optim",
         "_clip_defaults",
         "_gain_names",
+        "_triton",
         "_wrappers",
     }
 

@@ -1,6 +1,7 @@
 """`timm_nf.recipes` and `timm-nf recipe`: settings that train.py knows, with the values of the sources."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -11,19 +12,23 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 import yaml
+from PIL import Image
+from timm.data import auto_augment
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms_factory import transforms_imagenet_eval
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import timm_nf
 from tests.support import GOLDEN
 from tests.support.small_nets import NETS, create, keywords
 from tests.support.train_py_arguments import arguments, load
-from timm_nf import recipes
+from timm_nf import augment, recipes
 from timm_nf.cli import main
 from timm_nf.variants import VARIANTS
 
@@ -227,9 +232,71 @@ def test_the_header_tests_as_the_authors_do(name, kind):
 
 def test_the_header_lists_what_train_py_cannot_express():
     f0, resnet = recipes.as_yaml("nfnet_f0"), recipes.as_yaml("dm_nf_resnet50", "small-batch")
-    for word in ("RandAugment", "MixUp on half", "The average's warmup", "Stochastic depth", "Sharpness", "Evaluation"):
+    for word in (
+        "RandAugment",
+        "MixUp and CutMix",
+        "Warmup of the weight",
+        "Stochastic depth",
+        "Sharpness",
+        "Evaluation",
+    ):
         assert f"# - {word}" in f0
         assert (f"# - {word}" in resnet) == (word in ("Stochastic depth", "Evaluation"))
+
+
+class Pictures(Dataset[Any]):
+    """As many as ImageNet has, and nothing in them."""
+
+    def __len__(self) -> int:
+        return recipes.IMAGES
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 256), (8, 4096), (32, 4096), (8, 1008)])
+def test_the_header_counts_updates_as_train_pys_loader_does(world_size, batch_size):
+    share = batch_size // world_size
+    sampler = DistributedSampler(Pictures(), world_size, rank=0)
+    epoch = len(DataLoader(Pictures(), share, sampler=sampler, drop_last=True))  # timm's create_loader for training
+    text = " ".join(recipes.as_yaml("nfnet_f0", "scratch", world_size, batch_size).replace("#", "").split())
+    assert f"Updates: {360 * recipes.IMAGES // batch_size:,} there, {360 * epoch:,} here" in text
+
+
+def test_the_header_has_the_largest_difference_of_rates():
+    there, here = (112_602, 5 * recipes.IMAGES / 4096), (112_320, 1560)
+
+    def rate(step: int, updates: float, warmup: float) -> float:
+        return (
+            min(step / warmup, 1.0)
+            if step <= warmup
+            else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (updates - warmup))
+        )
+
+    largest = max(abs(rate(step, *there) - rate(step, *here)) for step in range(112_320))
+    assert f"differ by up to {100 * largest:.2f} % of the peak" in " ".join(
+        recipes.as_yaml("nfnet_f0").replace("#", "").split()
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL)
+def test_the_header_says_how_crops_and_resizing_differ(name, kind):
+    text = recipes.as_yaml(name, kind)
+    assert "# - Crops: " in text
+    assert "# - Resizing: " in text
+    assert ("# - Updates: " in text) == (kind != "finetune")
+    assert ("AuthorsRandAugment" in text) == ("aa" in recipes.settings(name, kind))
+
+
+@pytest.mark.parametrize(("name", "magnitude"), [("nfnet_f0", 5), ("nfnet_f1", 10), ("nfnet_f6", 15)])
+def test_the_header_says_where_timms_operations_have_other_limits(name, magnitude):
+    timms = auto_augment.LEVEL_TO_ARG["SolarizeAdd"](magnitude, {})[0]
+    theirs = int(magnitude / 10 * 110)
+    stated = f"RandAugment's SolarizeAdd: {theirs} is added there at this magnitude, {timms} here"
+    assert (stated in recipes.as_yaml(name)) == (timms != theirs)
+    grey = Image.new("RGB", (256, 128), (0, 0, 0))
+    assert auto_augment.contrast(grey, 0.0).getpixel((0, 0)) == (0, 0, 0)  # the mean grey
+    black = torch.zeros(3, 128, 256, dtype=torch.uint8)
+    assert augment.contrast(black, 0.0).unique().tolist() == [128]  # 256 * 128 / 256
+    augmented: Any = rand_augment_transform(recipes.settings(name)["aa"], {"img_mean": (1, 2, 3)})
+    assert all(op.kwargs["fillcolor"] == (1, 2, 3) for op in augmented.ops)
 
 
 # -- sizes, and bad input ----------------------------------------------------------------------------------------------
@@ -240,12 +307,14 @@ def test_the_header_lists_what_train_py_cannot_express():
     [
         ("nfnet_f0", "scratch", 32, None, 128, 1.6),
         ("nfnet_f0", "scratch", 8, 1024, 128, 0.1 * 1024 / 256),
-        ("dm_nf_regnet_b2", "scratch", 2, 512, 256, 0.1 * 512 / 256),
+        ("dm_nf_regnet_b2", "scratch", 2, 512, 256, 0.4),  # the authors' lr_scale_by_bs is off
         ("dm_nf_resnet50", "small-batch", 1, 7, 7, 0.1 * 7 / 256),  # odd, but nothing is mixed
         ("nfnet_f1", "finetune", 4, 256, 64, 0.1 * 256 / 2048),
     ],
 )
-def test_processes_share_the_batch_and_the_learning_rate_follows_it(name, kind, world_size, batch_size, share, lr):
+def test_processes_share_the_batch_and_the_learning_rate_follows_it_where_the_authors_does(
+    name, kind, world_size, batch_size, share, lr
+):
     got = recipes.settings(name, kind, world_size, batch_size)
     assert (got["batch_size"], got["lr"]) == (share, pytest.approx(lr, rel=1e-9))
     same = recipes.settings(name, kind)
@@ -255,6 +324,14 @@ def test_processes_share_the_batch_and_the_learning_rate_follows_it(name, kind, 
     assert f"a batch of {batch_size or 4096} images in {world_size} process" in recipes.as_yaml(
         name, kind, world_size, batch_size
     )
+
+
+def test_the_smallest_rate_keeps_its_share_of_the_peak(monkeypatch):
+    for scales, times in ((True, 0.25), (False, 1.0)):
+        regnet = dataclasses.replace(recipes.RECIPES["scratch"]["dm_nf_regnet"], lr_follows_batch=scales)
+        monkeypatch.setitem(recipes.RECIPES["scratch"], "dm_nf_regnet", regnet)
+        got = recipes.settings("dm_nf_regnet_b0", batch_size=256)
+        assert (got["lr"], got["min_lr"]) == (pytest.approx(0.4 * times), pytest.approx(1e-3 * times))
 
 
 def test_the_command_prints_the_file_and_nothing_else(capsys):

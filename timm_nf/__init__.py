@@ -1,7 +1,7 @@
-"""Normalizer-free networks and adaptive gradient clipping, exactly as in the papers, for timm.
+"""Normalizer-free networks and adaptive gradient clipping for timm, exactly as in the papers.
 
-Importing registers the networks as timm models (`nfnet_f0`, ...), the clipping optimizers with timm's factory
-(`agcsgd`, ...), and the clipping function behind timm's `--clip-mode agc`.
+The import registers the networks as timm models (`nfnet_f0`, ...) and the clipping optimizers in timm's factory
+(`agcsgd`, ...). It also replaces the clipping function behind timm's `--clip-mode agc`.
 """
 
 from . import convert, diagnostics, hub, nfnets, optim, recipes

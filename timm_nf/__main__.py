@@ -1,4 +1,4 @@
-"""Run a script after importing timm_nf, for timm's scripts that have no --device-modules: validate.py, inference.py.
+"""Imports timm_nf, then runs a script. For timm's scripts without --device-modules: validate.py, inference.py.
 
 python -m timm_nf SCRIPT [ARGUMENTS...]
 torchrun --nproc-per-node 2 -m timm_nf train.py [ARGUMENTS...]
@@ -12,14 +12,14 @@ import timm_nf  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers 
 
 
 def main() -> None:
-    """Run `sys.argv[1]` as Python would run it by itself: as `__main__`, with its arguments and its folder on the path.
+    """Run `sys.argv[1]` like Python does: as `__main__`, with its arguments, and with its folder on the path.
 
     Raises:
-        SystemExit: with 2 if there is no such script, otherwise as the script does.
+        SystemExit: with code 2 if there is no such script, otherwise with the script's own code.
     """
     script = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     if script is None or not script.is_file():
-        got = "no argument" if script is None else f"{script}, which is no file"
+        got = "no argument" if script is None else f"{script}, which is not a file"
         print(f"usage: python -m timm_nf SCRIPT [ARGUMENTS...]; expected a Python script, got {got}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = sys.argv[1:]

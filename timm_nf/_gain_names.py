@@ -1,4 +1,4 @@
-"""Names of the parameters that scale: the gains of standardised convolutions and the skip gains of blocks."""
+"""The parameter names of gains: those of standardised convolutions, and the skip gains of blocks."""
 
 __all__ = ["is_gain"]
 

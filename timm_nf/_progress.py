@@ -1,4 +1,4 @@
-"""How a long function shows its progress, without knowing how it is shown."""
+"""The type of the progress callbacks, which long functions take as an argument, and a silent one."""
 
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Wraps the items of a loop: takes them and a description, yields them one after the other."""
+    """Wraps a loop: takes its items and a description, and yields the items one by one."""
 
     def __call__(self, items: Iterable[T], description: str, /) -> Iterable[T]: ...
 

@@ -1,20 +1,20 @@
-"""How far a tensor is from what was expected, as one number."""
+"""The relative L2 error of a tensor."""
 
-# torch types norm and item in part.
+# torch's types of norm and item are incomplete.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from torch import Tensor
 
 
 def relative_error(measured: Tensor, expected: Tensor) -> float:
-    """L2 norm of the difference over the L2 norm of `expected`, computed in float64 on the CPU.
+    """L2 norm of `measured - expected`, divided by the L2 norm of `expected`. Computed in float64 on the CPU.
 
     Args:
         measured: Any shape.
         expected: The same shape.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: if the shapes differ.
     """
     if measured.shape != expected.shape:
         raise ValueError(f"expected shape {tuple(expected.shape)}, got {tuple(measured.shape)}")

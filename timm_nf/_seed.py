@@ -1,4 +1,4 @@
-"""Random numbers that are the same in every run, without reseeding what the caller draws from."""
+"""Seeded random numbers that leave the caller's generators as they were."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["seeded"]
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
-    """Inside, torch's generators of all devices start at `seed`; afterwards they go on where they were."""
+    """Seed torch's generators of all devices inside the context, and restore their states afterwards."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = range(torch.accelerator.device_count() if accelerator else 0)
     device_type = accelerator.type if accelerator else "cuda"

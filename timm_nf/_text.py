@@ -1,11 +1,8 @@
-"""Errors of other libraries as part of a one-line message."""
+"""Shortens the errors of other libraries, whose texts can have many lines, for our one-line messages."""
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """The kind and the text of an error in one line, at most `limit` characters; the kind alone where it has no text.
-
-    Other libraries raise texts of many lines and thousands of characters.
-    """
+    """Type and text of an error in one line of at most `limit` characters. Without a text, the type alone."""
     text = " ".join(str(error).split())
-    kind = type(error).__name__
-    return f"{kind}: {text}"[:limit] if text else kind
+    name = type(error).__name__
+    return f"{name}: {text}"[:limit] if text else name

@@ -1,4 +1,4 @@
-"""The table of the networks, as the command line and the model card print it."""
+"""The table of the networks that the command line and the model card print."""
 
 from .variants import VARIANTS
 
@@ -6,7 +6,7 @@ COLUMNS = ("name", "parameters (M)", "GMACs", "train / test px", "weights")
 
 
 def table_row(name: str) -> tuple[str, str, str, str, str]:
-    """A network's cells under `COLUMNS`; multiply-adds are those at the training size."""
+    """The cells of one network, in the order of `COLUMNS`. GMACs are counted at the training size."""
     variant = VARIANTS[name]
     parameters, macs = variant.cfg.count(variant.train_size)
     sizes = f"{variant.train_size} / {variant.test_size}"

@@ -1,4 +1,4 @@
-"""The model inside the modules that training code wraps around it."""
+"""Finds the model inside the wrappers of training code."""
 
 from collections.abc import Iterator
 
@@ -6,19 +6,19 @@ from torch import nn
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model inside DDP, torch.compile, EMA, timm task and distillation wrappers, in any order."""
+    """The model inside wrappers: DDP, torch.compile, EMA, timm's task and distillation, in any order."""
     return list(wrappers(model))[-1]
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as given, then what it wraps, down to the network itself."""
+    """Yield the model as given, then the model that it wraps, and so on down to the network."""
     yield model
-    # A compiled module forwards every attribute to the one inside, so that one goes first.
+    # A compiled module has all attributes of the module inside, so it must be recognised first.
     compiled = getattr(model, "_orig_mod", None)
     if compiled is not None:
         yield from wrappers(compiled)
     elif not hasattr(model, "get_classifier"):
-        # timm's tasks, its distillation student, and what DDP, DataParallel, FSDP1 and ModelEmaV2/V3 call theirs.
+        # The names in timm's tasks, in its distillation, and in DDP, DataParallel, FSDP1 and ModelEmaV2/V3.
         for attribute in ("trainable_module", "student", "module"):
             inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module):

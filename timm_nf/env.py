@@ -1,4 +1,4 @@
-"""What a bug report or a measurement has to say about the machine and the versions it ran on."""
+"""Describes the machine and the versions, for bug reports and measurements."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "timm", "huggingface_hub", "safetensors", "numpy")
 
 
 def environment() -> dict[str, str]:
-    """Versions, processor, threads, devices and what autocast does on them, in words."""
+    """Versions, processor, threads, and the devices with their autocast dtypes, as text by name."""
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
     rows["timm_nf"] = __version__
     rows |= {name: _version(name) for name in _PACKAGES}

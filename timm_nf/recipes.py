@@ -1,10 +1,10 @@
 """The papers' training settings, as files for timm's `train.py --config`.
 
-train.py turns such a file into defaults of its arguments and says nothing about a key that it has no argument for, so
-tests/test_recipes.py holds every key and value against the arguments of the script.
+train.py uses such a file as the defaults of its arguments, and ignores keys that are not arguments. Therefore
+tests/test_recipes.py compares every key and value with the script's arguments.
 
 Sources: arXiv:2102.06171, sections 4 to 6 and appendix A; deepmind-research nfnets/{experiment,experiment_nfnets,
-experiment_nf_regnets,dataset,autoaugment,optim,utils}.py at f5de0ede. Where they differ the code is followed.
+experiment_nf_regnets,dataset,autoaugment,optim,utils}.py at f5de0ede. If they differ, the code counts.
 """
 
 import math
@@ -26,12 +26,13 @@ class Recipe:
     """Settings of one family and purpose.
 
     Attributes:
-        title: What it is for.
-        source: Where the settings are from.
-        batch_size: Of all processes together.
-        lr: Peak learning rate at that batch size; in proportion at another one.
-        settings: train.py's arguments by name, without those that follow from network and batch size.
-        chosen: What the sources leave open, as it was settled here.
+        title: The purpose, in words.
+        source: The source of the settings.
+        batch_size: The batch size of all processes together.
+        lr: The peak learning rate at that batch size. It scales linearly with the batch size.
+        settings: train.py's arguments by name, except those that depend on the network or the batch size.
+        chosen: The settings that the sources leave open.
+        lr_follows_batch: Whether rate and smallest rate are proportional to the batch size. If not, they stay the same.
     """
 
     title: str
@@ -40,36 +41,39 @@ class Recipe:
     lr: float
     settings: dict[str, Any]
     chosen: str = ""
+    lr_follows_batch: bool = True
 
+
+IMAGES = 1_281_167  # of ImageNet's training set
 
 _EVERYWHERE: dict[str, Any] = {
     "device_modules": ["timm_nf"],
-    # The authors warm up from 0 and let the cosine begin after it, both by the step. train.py's defaults are another
-    # schedule: constant in every epoch, the first one at warmup_lr, and the cosine already falling during warmup.
+    # The authors warm up from 0, start the cosine after the warmup, and update the rate at every step. By default,
+    # train.py updates it once per epoch, starts at warmup_lr, and starts the cosine with the warmup.
     "sched": "cosine", "sched_on_updates": True, "warmup_prefix": True, "warmup_lr": 0.0, "min_lr": 0.0,
     "momentum": 0.9,
     "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "hflip": 0.5, "train_interpolation": "bicubic",
     "color_jitter": 0.0, "reprob": 0.0, "smoothing": 0.1,
 }  # fmt: skip
 _AGC: dict[str, Any] = {"opt": "agcsgd", "opt_kwargs": {"clip_factor": CLIP_FACTOR, "clip_eps": CLIP_EPS}}
-_SGD: dict[str, Any] = {"opt": "sgd"}  # timm's is Nesterov's
+_SGD: dict[str, Any] = {"opt": "sgd"}  # timm's `sgd` has Nesterov momentum
 _BFLOAT16: dict[str, Any] = {"amp": True, "amp_dtype": "bfloat16"}
 _FLOAT32: dict[str, Any] = {"amp": False}
 _MIX: dict[str, Any] = {
     "mixup": 0.2, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "elem",
 }  # fmt: skip
-# Every layer is applied, as in the authors' code, not half of them; and without mmax timm stops at magnitude 10.
+# p1: the authors apply every layer, timm's default applies half of them. mmax15: timm's default maximum is 10.
 _RAND_AUGMENT = {"aa": "rand-m{}-n4-p1-mmax15"}
 _NO_EMA: dict[str, Any] = {"model_ema": False}
 
 
 def _ema(decay: float) -> dict[str, Any]:
-    # Without warmup, a third of the average would still be its start after 112 000 steps at 0.99999: 360 epochs.
+    # Without warmup, 112 000 steps (360 epochs) at 0.99999 would leave a third of the average at the initial weights.
     return {"model_ema": True, "model_ema_decay": decay, "model_ema_warmup": True}
 
 
 def _epochs(total: int, warmup: int) -> dict[str, Any]:
-    return {"epochs": total - warmup, "warmup_epochs": warmup}  # with warmup_prefix, epochs are those after it
+    return {"epochs": total - warmup, "warmup_epochs": warmup}  # with warmup_prefix, `epochs` excludes the warmup
 
 
 _NFNET = Recipe(
@@ -79,10 +83,11 @@ _NFNET = Recipe(
     | _MIX | _ema(0.99999) | _BFLOAT16,
 )  # fmt: skip
 _AFTER_PRETRAINING = "arXiv:2102.06171, section 6.2 and A.5: ImageNet after pre-training on 300 million images"
-# 15 000 steps of which 5000 warm up: at this batch size, an epoch of ImageNet has 625
+# 15 000 steps, of which 5000 are warmup. An epoch of ImageNet has 625 steps at this batch size.
 _FINETUNE: dict[str, Any] = _EVERYWHERE | _epochs(24, 8) | {"pretrained": True}
 
-# {purpose: {family: recipe}}; NFNet's dropout and RandAugment and NF-RegNet's dropout and decay come from the variant
+# {purpose: {prefix of the network's name: recipe}}. `_of_variant` adds NFNets' dropout and RandAugment, and NF-RegNets'
+# dropout and weight decay.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "scratch": {
         "nfnet": _NFNET,
@@ -90,7 +95,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             "from scratch on ImageNet", "deepmind-research nfnets/experiment_nf_regnets.py", 1024, 0.4,
             _EVERYWHERE | _epochs(360, 5) | {"min_lr": 1e-3} | _SGD | {"drop_path": 0.1} | _MIX | _ema(0.99999)
             | _FLOAT32,
-            "the weight decay of B6 to B8, by the rule of B0 to B5",
+            "the weight decay of B6 to B8, by the rule of B0 to B5", lr_follows_batch=False,
         ),
     },
     "finetune": {
@@ -126,7 +131,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 
 
 def purposes(name: str) -> list[str]:
-    """The purposes that a network has a recipe for.
+    """The purposes for which a network has recipes.
 
     Raises:
         ValueError: if there is no such network.
@@ -137,16 +142,17 @@ def purposes(name: str) -> list[str]:
 
 
 def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> dict[str, Any]:
-    """train.py's arguments by the names it keeps them under.
+    """The settings of a recipe, as train.py's arguments by name.
 
     Args:
-        name: Of the network, without a tag.
+        name: Name of the network, without a tag.
         purpose: `scratch`, `finetune` or `small-batch`.
-        world_size: Processes, each of which takes the same share of a batch.
-        batch_size: Of all processes together, by default the recipe's. The learning rate follows in proportion.
+        world_size: Number of processes. Each takes the same share of a batch.
+        batch_size: Batch size of all processes together, by default the recipe's. The learning rate and its minimum are
+            proportional to it. Those of NF-RegNets from scratch stay the same, as the authors' do.
 
     Raises:
-        ValueError: if there is no such recipe, or the processes cannot share the batch.
+        ValueError: if there is no such recipe, or the batch cannot be divided between the processes.
     """
     recipe = _recipe(name, purpose)
     batch_size = recipe.batch_size if batch_size is None else batch_size
@@ -157,36 +163,49 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
         )
     if "mixup" in recipe.settings and share % 2:
         raise ValueError(
-            f"expected an even number of images for every process, as MixUp pairs them, got {share}: "
+            f"expected an even number of images for every process, because MixUp pairs them, got {share}: "
             f"{batch_size} for {world_size}"
         )
-    row = VARIANTS[name]
-    network = {"model": name, "img_size": row.train_size}
-    pace = {"batch_size": share, "lr": round(recipe.lr * batch_size / recipe.batch_size, 12)}
-    return network | pace | recipe.settings | _of_variant(name, row, recipe.settings)
+    variant = VARIANTS[name]
+    network = {"model": name, "img_size": variant.train_size}
+    times = batch_size / recipe.batch_size if recipe.lr_follows_batch else 1.0
+    pace = {"batch_size": share, "lr": round(recipe.lr * times, 12)}
+    given = recipe.settings | {"min_lr": recipe.settings["min_lr"] * times}
+    return network | pace | given | _of_variant(name, variant, given)
 
 
 def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size: int | None = None) -> str:
-    """The settings as a file for `train.py --config`, headed by what train.py cannot express; arguments as `settings`.
+    """The settings as a file for `train.py --config`. Comments at its top list what train.py does differently.
+
+    Args:
+        name: As for `settings`, and so for the others.
+        purpose: The recipe's purpose.
+        world_size: Number of processes.
+        batch_size: Batch size of all processes together.
 
     Raises:
-        ValueError: if there is no such recipe, or the processes cannot share the batch.
+        ValueError: if there is no such recipe, or the batch cannot be divided between the processes.
     """
     values = settings(name, purpose, world_size, batch_size)
-    recipe, row = _recipe(name, purpose), VARIANTS[name]
+    recipe, variant = _recipe(name, purpose), VARIANTS[name]
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     start = "python" if world_size == 1 else "torchrun --nproc-per-node PROCESSES"
     head = [
         f"{name}, {recipe.title}: a batch of {values['batch_size'] * world_size} images in {processes}.",
         f"{start} train.py --config THIS_FILE --data-dir IMAGENET",
         *wrap(f"Source: {recipe.source}.", 116),
-        *(wrap(f"Not in the source, chosen here: {recipe.chosen}.", 116) if recipe.chosen else ()),
     ]
-    if values.get("pretrained") and not row.hf_hub_id:
-        head.append("No weights of this network are published: give yours by --pretrained-path FILE.")
+    if recipe.chosen:
+        head += wrap(f"Not in the source, chosen here: {recipe.chosen}.", 116)
+    if values.get("pretrained") and not variant.hf_hub_id:
+        head.append("This network has no published weights: give yours by --pretrained-path FILE.")
     head += ["", "What train.py cannot express, or does in its own way:"]
-    for text in _differences(row, values):
-        head += [text] if text.startswith("python") else wrap(f"- {text}", 116, subsequent_indent="  ")
+    texts = [*([] if purpose == "finetune" else [_pace(values, world_size)]), *_differences(variant, values)]
+    for text in texts:
+        if text.startswith("python"):  # a command stays on one line
+            head.append(text)
+        else:
+            head += wrap(f"- {text}", 116, subsequent_indent="  ")
     dumped: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + dumped
 
@@ -197,60 +216,110 @@ def _recipe(name: str, purpose: str) -> Recipe:
     return next(recipe for family, recipe in RECIPES[purpose].items() if name.startswith(family))
 
 
-def _of_variant(name: str, row: Variant, given: dict[str, Any]) -> dict[str, Any]:
-    """What depends on the variant and is not the recipe's own."""
-    values: dict[str, Any] = {} if "drop" in given else {"drop": row.drop_rate}
+def _of_variant(name: str, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that depend on the variant, without those that the recipe gives."""
+    values: dict[str, Any] = {}
+    if "drop" not in given:
+        values["drop"] = variant.drop_rate
     if "aa" in given:
-        values["aa"] = given["aa"].format(row.rand_augment)
-    if "weight_decay" not in given:  # of an NF-RegNet, whose name ends in its level
+        values["aa"] = given["aa"].format(variant.rand_augment)
+    if "weight_decay" not in given:  # an NF-RegNet: 5e-5 for B0 to 13e-5 for B8
         values["weight_decay"] = float(f"{5 + int(name[-1])}e-5")
     return values
 
 
-def _differences(row: Variant, values: dict[str, Any]) -> Iterator[str]:
+def _updates(values: dict[str, Any], world_size: int) -> dict[str, tuple[float, float]]:
+    """All updates and those of the warmup, with the authors' count and with train.py's.
+
+    The authors count epochs in images, so that one has a fraction of a batch. train.py leaves out what does not fill a
+    batch of every process.
+    """
+    batch_size, warmup = values["batch_size"] * world_size, values["warmup_epochs"]
+    epochs = values["epochs"] + warmup
+    each = -(-IMAGES // world_size) // values["batch_size"]
+    return {
+        "authors": (IMAGES * epochs // batch_size, warmup * IMAGES / batch_size),
+        "train.py": (each * epochs, each * warmup),
+    }
+
+
+def _peak_share(step: float, updates: float, warmup: float) -> float:
+    """The learning rate over its peak, with a minimum of 0."""
+    return step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (updates - warmup))) / 2
+
+
+def _pace(values: dict[str, Any], world_size: int) -> str:
+    """How the counts of updates differ, and the rates with them."""
+    there, here = _updates(values, world_size).values()
+    end = min(there[0], here[0])
+    steps = (there[1], here[1], *(end * i / 1000 for i in range(1001)))  # the warmups' ends are the cusps
+    gap = max(abs(_peak_share(step, *there) - _peak_share(step, *here)) for step in steps)
+    return (
+        f"Updates: {there[0]:,} there, {here[0]:,} here, where an epoch ends at its last whole batch. At the same "
+        f"update the rates differ by up to {100 * gap:.2f} % of the peak."
+    )
+
+
+def _differences(variant: Variant, values: dict[str, Any]) -> Iterator[str]:
     """What the authors do otherwise than train.py with these settings."""
-    nfnet = row.family == "NFNet"
-    if "aa" in values:
+    nfnet = variant.family == "NFNet"
+    yield (
+        "Crops: the authors' have at least 10 % of the picture's area and a side that is drawn uniformly. Here the "
+        "area is, from 8 %, and the logarithm of the aspect ratio."
+    )
+    yield "Resizing: theirs has no antialiasing, Pillow's bicubic here has."
+    if "aa" in values and variant.rand_augment is not None:
         yield (
             "RandAugment: the authors apply it after MixUp and CutMix, train.py before. Theirs has a sixteenth "
-            "operation, Cutout, and other distances of translation."
+            "operation, Cutout, and other distances of translation. Rotation, shear and translation take the nearest "
+            "pixel and fill with 128; here they are bicubic and fill with the mean colour."
+        )
+        yield (
+            "RandAugment's Contrast: the authors blend with the number of pixels / 256, at most 255, where timm takes "
+            f"the mean grey. It is among the four operations of {100 * (1 - (15 / 16) ** 4):.0f} % of their images."
+        )
+        if (added := int(variant.rand_augment * 11)) > 128:
+            yield f"RandAugment's SolarizeAdd: {added} is added there at this magnitude, 128 here, timm's limit."
+        yield (
+            "timm_nf.augment.AuthorsRandAugment has the authors' operations for a training loop of your own. train.py "
+            "cannot take it."
         )
     if "mixup" in values:
         yield (
-            "MixUp on half of every batch and CutMix on the other half: here every image takes one of the two by "
-            "chance, and its partner from the same batch, where the authors read one more image."
+            "MixUp and CutMix: the authors apply each to one half of every batch and read one more image as the "
+            "partner. train.py chooses one of the two for each image, and takes the partner from the same batch."
         )
     if values["model_ema"]:
         yield (
-            "The average's warmup: after t steps the authors' decay is min(decay, (1+t)/(10+t)), timm's "
-            "min(decay, 1-(1+t)^(-2/3)): an average over the last (1+t)^(2/3) steps instead of t/9."
+            "Warmup of the weight average: after t steps the authors' decay is min(decay, (1+t)/(10+t)), an average "
+            "over about t/9 steps. timm's is min(decay, 1-(1+t)^(-2/3)), an average over (1+t)^(2/3) steps."
         )
     if values["drop_path"]:
         yield (
-            "Stochastic depth: this network does not rescale the blocks that survive, like the authors'. A stock model "
-            "of timm in its place does."
+            "Stochastic depth: like the authors' code, this network does not rescale the branches that remain. timm's "
+            "own networks do."
         )
     if nfnet:
         yield (
-            "Sharpness-aware minimisation: train.py has none. The paper's F6, its better F5 (86.3 %) and its "
-            "fine-tuned networks (rho 0.05) have it."
+            "Sharpness-aware minimisation: train.py has none. The paper uses it for F6, for the better F5 (86.3 %) and "
+            "for fine-tuning (rho 0.05)."
         )
     if values["amp"]:
         yield (
-            "bfloat16: under autocast the classifier rounds its logits to bfloat16 as well; parameters and gradients "
-            "stay float32, where the authors cast the parameters for the forward and backward pass."
+            "bfloat16: under autocast the classifier's logits are bfloat16 too, and parameters and gradients stay "
+            "float32. The authors cast the parameters for the forward and backward pass."
         )
     else:
         yield "float32: train.py turns on TF32 for matrix products on CUDA."
-    whole = row.test_size + 32
-    mode, how = (
-        ("squash", f"resize to {whole} px in both directions and crop the center")
-        if nfnet
-        else ("center", f"crop {row.test_size} / {whole} of the shorter side")
-    )
-    yield f"Evaluation: train.py validates at the training size. The authors test at {row.test_size} px and {how}:"
-    pct = math.floor(1e4 * row.test_size / whole) / 1e4  # down, as timm rounds size / pct down
+    whole = variant.test_size + 32
+    if nfnet:
+        mode, how = "squash", f"resize to {whole} px in both directions and crop the center"
+    else:
+        mode, how = "center", f"crop {variant.test_size} / {whole} of the shorter side"
+    yield f"Evaluation: train.py validates at the training size. The authors test at {variant.test_size} px and {how}:"
+    pct = math.floor(1e4 * variant.test_size / whole) / 1e4  # rounded down: timm rounds size / pct down
+    use_ema = "--use-ema " if values["model_ema"] else ""
     yield (
         f"python -m timm_nf validate.py IMAGENET/val --model {values['model']} --checkpoint FILE "
-        f"{'--use-ema ' if values['model_ema'] else ''}--img-size {row.test_size} --crop-mode {mode} --crop-pct {pct}"
+        f"{use_ema}--img-size {variant.test_size} --crop-mode {mode} --crop-pct {pct}"
     )

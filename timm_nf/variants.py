@@ -1,6 +1,6 @@
-"""The zoo: what one network is, and one row for every variant.
+"""The configuration of a network, and the table of all variants.
 
-A row yields the entrypoint, timm's default config, the command line's listing and the tests' parameters.
+The entrypoints, timm's default configs, the command line's listing and the tests' parameters all come from this table.
 
 Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
@@ -20,29 +20,30 @@ DEEP_STEM = (16, 32, 64)  # channels of the first three convolutions of a `deep_
 
 @dataclasses.dataclass(frozen=True)
 class NfCfg:
-    """One network. Every field is also a keyword of `timm.create_model`, with timm's meaning.
+    """The configuration of one network. Every field is also a keyword of `timm.create_model`, with timm's meaning.
 
     Attributes:
-        depths: Blocks of each stage.
+        depths: Number of blocks in each stage.
         channels: Output channels of each stage, before `width_factor`.
-        alpha: Scale of the residual branch; the expected variance grows by its square with every block.
-        stem_type: `deep_quad` (four 3x3, stride 4), `3x3` (stride 2) or `7x7_pool` (stride 4).
-        stem_chs: Output channels of the stem, before `width_factor`. By default they follow `channels` as in the
-            authors' code: half of the first stage (`deep_quad`), all of it (`3x3`) or a quarter (`7x7_pool`).
-        num_features: Output channels of the final convolution, before `width_factor`; 0 for no such convolution. By
-            default twice the last stage, or 1280 / 440 of it if `reg`.
-        group_size: Channels per group of the 3x3 convolutions, to a multiple of which the bottleneck is rounded down;
-            None or 0 for no groups.
-        bottle_ratio: Width of a bottleneck over its block's output, or over its input if `reg`.
-        width_factor: Factor on all widths, which are truncated, not rounded.
-        attn_layer: `se` for squeeze-excite, at the end of the branch, or after the 3x3 if `reg`. None for none; through
-            `create_model`, which drops keywords that are None, an empty string.
-        attn_kwargs: Arguments of squeeze-excite, `rd_ratio`.
-        reg: Blocks as in NF-RegNet; the first one of all has a bottle ratio of 1.
-        extra_conv: A second 3x3 convolution in the branch.
-        avg_down: Shortcuts of strided blocks average-pool before their convolution, instead of striding in it.
-        zero_init_fc: The classifier starts at zero, not at N(0, 0.01).
-        act_layer: Name of an activation that the authors give gamma for.
+        alpha: Scale of the residual branch. Every block adds its square to the expected variance.
+        stem_type: `deep_quad` (four 3x3 convolutions, stride 4), `3x3` (stride 2) or `7x7_pool` (stride 4).
+        stem_chs: Output channels of the stem, before `width_factor`. By default they are a fraction of the first
+            stage's, as in the authors' code: half (`deep_quad`), all (`3x3`) or a quarter (`7x7_pool`).
+        num_features: Output channels of the final convolution, before `width_factor`. 0 for no final convolution. By
+            default twice the last stage's, or 1280 / 440 of them if `reg`. A width that `width_factor` does not scale
+            cannot be given beside it: give `channels` their final widths and leave the factor at 1.
+        group_size: Channels per group of the 3x3 convolutions. Bottlenecks are rounded down to a multiple of it. None
+            or 0 for no groups.
+        bottle_ratio: Width of a bottleneck over its block's output channels, or over its input channels if `reg`.
+        width_factor: Factor on all widths. Products are truncated, not rounded.
+        attn_layer: `se` for squeeze-excite at the end of the branch, or after the 3x3 convolution if `reg`. None or ''
+            for none. Give `create_model` the empty string: it drops keywords that are None.
+        attn_kwargs: Arguments of squeeze-excite: `rd_ratio`.
+        reg: Build blocks as in NF-RegNet. The network's first block has a bottle ratio of 1.
+        extra_conv: Whether the branch has a second 3x3 convolution.
+        avg_down: Whether shortcuts of strided blocks have an average pool. If not, their convolution has the stride.
+        zero_init_fc: Whether the classifier starts at 0. If not, it starts from N(0, 0.01).
+        act_layer: Name of an activation. The authors must give its gamma.
     """
 
     depths: tuple[int, ...]
@@ -92,20 +93,34 @@ class NfCfg:
         """Output channels of the stem."""
         if self.stem_chs is not None:
             return int(self.stem_chs * self.width_factor)
-        if self.stem_type == "deep_quad":  # nfnet.py scales the stages with its width, not the stem
+        if self.stem_type == "deep_quad":  # in nfnet.py the width scales only the stages, not the stem
             return self.channels[0] // 2
         return self.stage_chs()[0] // (4 if self.stem_type == "7x7_pool" else 1)
 
     def final_chs(self) -> int:
-        """Output channels of the final convolution, 0 if there is none."""
+        """Output channels of the final convolution, or 0 if there is none."""
         if self.num_features is not None:
             return int(self.num_features * self.width_factor)
         last = self.stage_chs()[-1]
         return 1280 * last // 440 if self.reg else 2 * last
 
     def bottleneck(self, in_chs: int, out_chs: int, first: bool) -> tuple[int, int]:
-        """Width and number of groups of a block's bottleneck; `first` is the first block of the network."""
-        chs = int(in_chs * (1 if first else self.bottle_ratio)) if self.reg else int(out_chs * self.bottle_ratio)
+        """Width and number of groups of a block's bottleneck.
+
+        Args:
+            in_chs: Input channels of the block.
+            out_chs: Output channels of the block.
+            first: Whether it is the network's first block.
+
+        Raises:
+            ValueError: if the bottleneck is narrower than one group.
+        """
+        if not self.reg:
+            chs = int(out_chs * self.bottle_ratio)
+        elif first:
+            chs = in_chs
+        else:
+            chs = int(in_chs * self.bottle_ratio)
         groups = chs // (self.group_size or 1)
         if groups < 1:
             raise ValueError(
@@ -115,15 +130,21 @@ class NfCfg:
         return (groups * self.group_size, groups) if self.group_size else (chs, 1)
 
     def count(self, size: int, in_chans: int = 3, num_classes: int = 1000) -> tuple[int, int]:
-        """Parameters, and multiply-adds of all convolutions and linear layers for one image of `size` x `size`.
+        """Number of parameters, and multiply-adds of all convolutions and linear layers for one image.
 
-        Arithmetic on the row, because a forward pass of all variants takes most of a minute even on the meta device.
-        tests/cli/test_commands.py::test_counts_are_those_of_the_network_that_is_built holds it against the networks.
+        The numbers come from arithmetic. A forward pass of all variants takes most of a minute even on the meta device.
+        tests/cli/test_commands.py::test_counts_are_those_of_the_network_that_is_built compares them with the networks.
+
+        Args:
+            size: Height and width of the image.
+            in_chans: Channels of the image.
+            num_classes: Number of classes, 0 for no classifier.
         """
         params = macs = 0
 
         def layer(in_chs: int, out_chs: int, kernel: int, side: int, groups: int = 1, vectors: int = 2) -> None:
-            nonlocal params, macs  # vectors: gain and bias of a standardised convolution, otherwise the bias alone
+            """`vectors` is 2 for a standardised convolution, which has gain and bias, and 1 for a layer with a bias."""
+            nonlocal params, macs
             weight = in_chs // groups * out_chs * kernel**2
             params += weight + vectors * out_chs
             macs += weight * side**2
@@ -168,23 +189,23 @@ class NfCfg:
 
 
 def squeeze_chs(chs: int, rd_ratio: float = 0.5) -> int:
-    """Hidden width of squeeze-excite: this fraction of its channels, rounded down, at least 1."""
+    """Hidden width of squeeze-excite: `chs * rd_ratio`, rounded down, at least 1."""
     return max(1, int(chs * rd_ratio))
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of the zoo.
+    """A named network of the papers, with its settings for training and evaluation.
 
     Attributes:
-        cfg: The network.
-        family: Of the authors' three, which differ in recipe and evaluation too.
+        cfg: The network's configuration.
+        family: The authors' class. Recipe and evaluation depend on it.
         train_size: Height and width of training images in the paper.
-        test_size: Height and width of test images.
-        drop_rate: The paper's dropout for it; a recipe's business, models are built with 0.
-        rand_augment: Magnitude of RandAugment (4 layers), None where the authors give none.
-        crop_pct: Of timm's evaluation; the authors resize to size + 32, in both directions.
-        hf_hub_id: Where the authors' weights are.
+        test_size: Height and width of test images in the paper.
+        drop_rate: The paper's dropout rate. Only recipes use it; models are built with 0.
+        rand_augment: The paper's magnitude of RandAugment (4 layers), None if it gives none.
+        crop_pct: timm's crop_pct for evaluation. None stands for the authors' size / (size + 32).
+        hf_hub_id: The Hub repository with the authors' weights, None if there are none.
     """
 
     cfg: NfCfg

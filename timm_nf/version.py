@@ -1,4 +1,4 @@
-"""The package's version, read by the build and by everything that prints it."""
+"""The package's version. The build reads it from here, and so does all code that prints it."""
 
 __all__ = ["__version__"]
 

@@ -2,8 +2,8 @@
 
     python -m scripts.check_tools [NAME ...] [--keep]
 
-Tools are installed into environments under .cache/check_tools, about 3 GB, which are removed afterwards unless --keep.
-With names, only those probes are run, and only their rows of the page are written.
+The tools are installed into environments under .cache/check_tools, about 3 GB. They are removed afterwards, unless
+--keep is given. With names, only these probes run, and only their rows of the page change.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from .environments import FOLDER, Answer, ToolError, ask, install
+from .environments import FOLDER, Answer, Row, ToolError, ask, install
 from .page import PAGE, row, write
 from .probes import PROBES
 
 
 def answer(name: str) -> Answer | str:
-    """What the probe of this name found, or why it found nothing."""
+    """The answer of a probe, or the reason why there is none."""
     probe = PROBES[name]
     try:
         python = install(name, probe.requirements)
@@ -32,7 +32,7 @@ def answer(name: str) -> Answer | str:
 
 
 def main() -> int:
-    """Exit code 2 for an unknown name, else 0: what a tool cannot do is no failure of this script."""
+    """The exit code is 2 for an unknown name, else 0. If a tool fails, that is a result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROBES))
     parser.add_argument("--keep", action="store_true", help="keep the environments for the next run")
@@ -43,7 +43,7 @@ def main() -> int:
     answers: dict[str, Answer | str] = {}
     for name in track(arguments.names or list(PROBES), "trying tools", console=console):
         answers[name] = found = answer(name)
-        rows = [("-", "-", found)] if isinstance(found, str) else found.rows
+        rows = [Row("-", "-", found)] if isinstance(found, str) else found.rows
         for one in rows:
             console.print(row(PROBES[name].title, *one), markup=False, highlight=False, soft_wrap=True)
     write(answers)

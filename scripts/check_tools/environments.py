@@ -1,4 +1,4 @@
-"""One throw-away environment a tool, which sees the packages of this interpreter, and one process a probe in it."""
+"""Makes an environment for each tool, which also sees this interpreter's packages, and runs the tool's probe in it."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".cache" / "check_tools"
-# No tool may bring another torch: it would be another one than what the numbers of this project belong to.
+# All tools use the same versions of these, so that their numbers can be compared.
 PINNED = ("torch", "torchvision", "timm", "numpy")
 SECONDS = 900  # for one installation or one probe
-MARK = "check_tools: "  # what stands before the answer on a probe's output; tools print as well
+MARK = "check_tools: "  # begins the line with the answer, as tools print lines too
 
 
 class ToolError(Exception):
-    """A tool does not install, or its probe ended without an answer; the message is one line."""
+    """A tool does not install, or its probe ended without an answer. The message is one line."""
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a probe found out about its tool."""
+    """The answer of a probe: the tool's versions, and its rows of the page."""
 
     versions: str
     rows: list[Row]
@@ -48,12 +48,12 @@ def python_of(environment: Path) -> Path:
 
 
 def install(name: str, requirements: tuple[str, ...], folder: Path = FOLDER) -> Path:
-    """Make an environment with these requirements and return its Python; without any, this interpreter.
+    """Make an environment and return its interpreter. Without requirements, return this interpreter.
 
     Args:
-        name: Of the environment's folder.
-        requirements: As pip takes them.
-        folder: Where environments live. A complete one of the same requirements is used again.
+        name: Name of the environment's folder.
+        requirements: Requirements for pip.
+        folder: The folder of all environments. An environment with the same requirements is used again.
 
     Raises:
         ToolError: if pip fails, with its last line.
@@ -77,15 +77,15 @@ def install(name: str, requirements: tuple[str, ...], folder: Path = FOLDER) -> 
 
 
 def ask(name: str, python: Path, module: str = "scripts.check_tools.probes") -> Answer:
-    """Run one probe as a process of its own.
+    """Run a probe in its own process.
 
     Args:
-        name: Of the probe.
-        python: Of the tool's environment.
-        module: What is run as `python -m MODULE NAME`.
+        name: Name of the probe.
+        python: Interpreter of the tool's environment.
+        module: The module that runs as `python -m MODULE NAME`.
 
     Raises:
-        ToolError: if the process ends without an answer, with the last line that it printed.
+        ToolError: if the process ends without an answer, with its last line of output.
     """
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     printed = _run([str(python), "-W", "ignore", "-m", module, name], os.environ | variables)

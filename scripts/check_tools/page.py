@@ -1,4 +1,4 @@
-"""docs/tools.md from what the probes answered."""
+"""Writes docs/tools.md from the probes' answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +13,18 @@ PAGE = ROOT / "docs" / "tools.md"
 TEXT = """\
 # In other people's tools
 
-Written by `python -m scripts.check_tools`, which runs the tools; edit the scripts, not this page. Each tool is installed
-into an environment of its own. It gets a small NFNet: four blocks with squeeze-excite and standardised convolutions,
-whose skip gains and classifier are not 0. Errors are relative L2 errors against the same network in float64, in eager
-mode. The verdicts:
+Written by `python -m scripts.check_tools`, which runs the tools; edit the scripts, not this page. Each tool is
+installed into an environment of its own. It gets a small NFNet: four blocks with squeeze-excite and standardised
+convolutions, whose skip gains and classifier are not 0. Errors are relative L2 errors against the same network in
+float64, in eager mode. The verdicts:
 
 - *as it is*: the network of `timm.create_model(...)` works.
 - *fuse first*: that of `timm_nf.fuse(model)` works, the other does not.
 - *not*: neither works.
 
-**A tool that only looks at the weights of `nn.Conv2d` is silently wrong about standardised weights.** It quantises, prunes
-or counts the parameter, which is not the weight that convolves. In a fused network it is. So fuse first for every tool
-that changes weights, counts multiply-adds or converts layers.
+**A tool that only looks at the weights of `nn.Conv2d` is silently wrong about standardised weights.** It quantises,
+prunes or counts the parameter, which is not the weight that convolves. In a fused network it is. So fuse first for
+every tool that changes weights, counts multiply-adds or converts layers.
 
 | tool | tried | verdict | measured | version |
 | --- | --- | --- | --- | --- |
@@ -35,20 +35,21 @@ that changes weights, counts multiply-adds or converts layers.
 {machine}.
 """
 NOTES = """\
-- **Counting**: thop and ptflops look up layers by their exact type. They leave out layers that they do not know, without
-  a word. Tell thop the types by `custom_ops`, and take ptflops' backend `aten`. 100 % in these rows is the number of
-  multiply-adds of the fused network by torch's own `FlopCounterMode`.
+- **Counting**: thop and ptflops look up layers by their exact type. They leave out layers that they do not know,
+  without a word. Tell thop the types by `custom_ops`, and take ptflops' backend `aten`. 100 % in these rows is the
+  number of multiply-adds of the fused network by torch's own `FlopCounterMode`.
 - **Strided SAME convolutions** pad by the size of the input, as timm's own do. optimum-quanto replaces them by its own
   convolution, which does not pad. Exclude those whose `same_pad` is true.
-- **Adapters**: fuse, adapt, train, save the adapter, load it, merge, as in [Adapters with PEFT](guides/adapters.md). LoHa,
-  LoKr, OFT and IA3 change the weight before it is standardised, so the scale and the mean of what they learned are lost.
+- **Adapters**: fuse, adapt, train, save the adapter, load it, merge, as in [Adapters with PEFT](guides/adapters.md).
+  LoHa, LoKr, OFT and IA3 change the weight before it is standardised, so the scale and the mean of what they learned
+  are lost.
 - **Pruning**: zeros in a weight that is standardised become the negative mean. Fuse, then prune.
 - **int8**: `timm-nf export NAME -o f0.int8.onnx --int8 PICTURES` quantises for onnxruntime and compares; see
   [export and deployment](guides/export.md#int8)."""
 
 
 def cell(text: str) -> str:
-    """One line that does not end a Markdown cell."""
+    """Text for a cell of a Markdown table: one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -61,8 +62,8 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
     """The whole page.
 
     Args:
-        answers: Of probes by their names; a string is the reason why there is none.
-        before: The page as it was, where probes that were not run have their rows.
+        answers: Answers by the probes' names. A string is the reason why there is no answer.
+        before: The old page. Probes without an answer keep their rows of it.
     """
     lines: list[str] = []
     for name, probe in PROBES.items():
@@ -78,5 +79,5 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
 
 
 def write(answers: Mapping[str, Answer | str], file: Path = PAGE) -> None:
-    """Write the page, or what changed in it."""
+    """Write the page. Probes without an answer keep their rows."""
     file.write_text(page(answers, file.read_text() if file.exists() else ""))

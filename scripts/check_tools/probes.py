@@ -1,9 +1,10 @@
-"""What is tried with each tool: one function a tool, run in that tool's environment.
+"""The probes: one function for each tool, which runs in the tool's environment.
 
     python -m scripts.check_tools.probes NAME
 
-prints the versions and the rows of the page as one line of JSON. The network with standardised weights and the fused
-one get the same call; the verdict follows from what was measured of the two. Tools are imported in their function.
+prints the tool's versions and its rows of the page, as one line of JSON. A probe makes the same calls with a network
+with standardised weights and with the fused network. The verdict follows from both results. Every function imports its
+tool.
 """
 
 import contextlib
@@ -26,16 +27,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_nf
+from timm_nf._relative_error import relative_error
 
 from .environments import MARK, Row
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "num_classes": 10}
-EXACT = 1e-4  # relative error that is rounding in float32
-QUANTISED = 0.15  # of a network of random weights in 8 bits, with activations
+EXACT = 1e-4  # relative error of float32 rounding, at most
+QUANTISED = 0.15  # relative error of 8 bit weights and activations in a random network, at most
 
 
 class Probe(NamedTuple):
-    """One tool: how the page names it, what pip installs, the function that tries it."""
+    """A tool: its name on the page, its requirements for pip, and the function that tries it."""
 
     title: str
     requirements: tuple[str, ...]
@@ -43,7 +45,7 @@ class Probe(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What came out of one call, in words, and whether that is right."""
+    """The result of a call in words, and whether it is right."""
 
     ok: bool
     text: str
@@ -53,7 +55,7 @@ PROBES: dict[str, Probe] = {}
 
 
 def probe(title: str, *requirements: str) -> Callable[[Callable[[], list[Row]]], Callable[[], list[Row]]]:
-    """Put a function into `PROBES` under its name."""
+    """Register a function in `PROBES` under its name."""
 
     def register(function: Callable[[], list[Row]]) -> Callable[[], list[Row]]:
         PROBES[function.__name__] = Probe(title, requirements, function)
@@ -66,7 +68,7 @@ def probe(title: str, *requirements: str) -> Callable[[Callable[[], list[Row]]],
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Skip gains and classifier as after training, not 0 as at first, in evaluation mode."""
+    """Set skip gains and classifier to values other than 0, as after training. Switch to evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -80,8 +82,10 @@ def wake(model: nn.Module) -> nn.Module:
 def network(name: str = "nfnet_f0", **kwargs: Any) -> Any:
     """A small network."""
     torch.manual_seed(0)
-    groups = {"group_size": 16} if name.startswith("nfnet") else {}
-    return wake(timm.create_model(name, **(SMALL | groups | kwargs)))
+    fields = SMALL | kwargs
+    if name.startswith("nfnet"):
+        fields.setdefault("group_size", 16)
+    return wake(timm.create_model(name, **fields))
 
 
 def images(n: int = 2, size: int = 64) -> Tensor:
@@ -93,22 +97,25 @@ def double(model: Any) -> Any:
 
 
 def truth(model: Any, x: Tensor | None = None) -> Tensor:
-    """Logits of eager evaluation in float64."""
+    """The logits in float64, computed in eager mode."""
     x = images() if x is None else x
     with torch.no_grad():
         return double(model)(x.double())
 
 
 def error(got: Any, expected: Tensor) -> float:
-    """Relative L2 error."""
-    got = torch.as_tensor(got).detach().double()
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    return float((got - expected).norm() / expected.norm())
+    """Relative L2 error of a tensor, an array or a list."""
+    return relative_error(torch.as_tensor(got), expected)
 
 
 def off(value: float, bound: float = EXACT) -> Measured:
     """The error, and whether it is within the bound."""
-    text = "equal" if value == 0 else f"{value:.0e}" if value < 0.01 else f"{100 * value:.0f} % off"
+    if value == 0:
+        text = "equal"
+    elif value < 0.01:
+        text = f"{value:.0e}"
+    else:
+        text = f"{100 * value:.0f} % off"
     return Measured(value <= bound, text)
 
 
@@ -118,25 +125,30 @@ def share(value: float, of: float, what: str) -> Measured:
 
 
 def attempt(measure: Callable[[Any], Measured], model: Any) -> Measured:
-    """What `measure` finds, or its exception in one line."""
+    """The result of `measure`, or its exception in one line."""
     try:
         return measure(model)
-    except Exception as raised:  # tools raise all kinds
+    except Exception as raised:  # the tools have no common type of error
         line = " ".join(str(raised).split())
         short = line if len(line) <= 150 else f"{line[:147]}..."
         return Measured(False, f"{type(raised).__name__}: {short}")
 
 
 def both(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
-    """The same on the network and on the fused one."""
+    """Measure the network and the fused network."""
     unfused, fused = attempt(measure, create()), attempt(measure, timm_nf.fuse(create()))
-    verdict = "as it is" if unfused.ok else "fuse first" if fused.ok else "not"
-    text = f"{unfused.text}; fused: {fused.text}"
-    return Row(what, verdict, f"{unfused.text}; fused: the same" if fused.text == unfused.text else text)
+    if unfused.ok:
+        verdict = "as it is"
+    elif fused.ok:
+        verdict = "fuse first"
+    else:
+        verdict = "not"
+    second = "the same" if fused.text == unfused.text else fused.text
+    return Row(what, verdict, f"{unfused.text}; fused: {second}")
 
 
 def alone(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
-    """Where a tool builds the network itself by its name, so that there is no fused one to be had."""
+    """Measure the network alone. The tool builds it by name, so it cannot be fused."""
     found = attempt(measure, create())
     return Row(what, "as it is" if found.ok else "not", found.text)
 

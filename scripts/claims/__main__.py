@@ -1,8 +1,8 @@
-"""The paper's claims, re-run on Fashion-MNIST with small networks: runs to a CSV, figures and docs/claims.md from it.
+"""The paper's claims, re-run on Fashion-MNIST with small networks by docs/claims/plan.md: runs, page, figures.
 
 python -m scripts.claims            # the runs that are missing in docs/claims/runs.csv; may be stopped and restarted
-python -m scripts.claims --report   # docs/claims.md and its figures from the rows
-python -m scripts.claims --quick    # one seed of the first rows, compared with the committed ones: `make claims-quick`
+python -m scripts.claims --quick    # three parts, decided in minutes: `make claims-quick`
+python -m scripts.claims --plan     # phases, runs and expected time; what the rule can tell apart
 """
 
 import argparse
@@ -14,20 +14,29 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scripts.claims.figures import ABOUT, draw
-from scripts.claims.grid import Rows, plan
-from scripts.claims.grid import quick as quick_runs
-from scripts.claims.page import page
-from scripts.claims.report import FLOOR, SPREADS, Cell, cell
+from scripts.claims.grid import (
+    BATCHES,
+    PHASES,
+    QUICK_PHASES,
+    Phase,
+    Rows,
+    cost,
+    next_runs,
+    paired_spread,
+    planned,
+)
+from scripts.claims.markdown import table
+from scripts.claims.parts import quick as quick_parts
+from scripts.claims.rule import power_table
 from scripts.claims.training import Result, Run, load, train
 
 FOLDER = Path(__file__).parents[2] / "docs" / "claims"
@@ -47,106 +56,120 @@ def read(file: Path) -> Rows:
 
 
 def write(file: Path, rows: Rows) -> None:
-    """All rows, in the order of the table; a reader sees the old file or the new one, never half of it."""
+    """All rows, in the order in which they were made; a reader sees the old file or the new one, never half of it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for kind in (Run, Result) for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(run) | asdict(result) for run, result in rows.items())
+    writer.writerows(vars(run) | vars(result) for run, result in rows.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text.getvalue())
     os.replace(temporary, file)
 
 
-def run_missing(runs: Sequence[Run], file: Path, pool: Any, title: str) -> Rows:
-    """Run what has no row, two at a time, and write a row as soon as there is one.
+def run_missing(phases: Sequence[Phase], file: Path, pool: Any, processes: int) -> Rows:
+    """Run what has no row, phase by phase, and write a row as soon as there is one.
+
+    Progress is in expected processor seconds; settings that are still to be chosen count as if they were.
 
     Args:
-        runs: In their order.
+        phases: In their order.
         file: CSV that holds the rows.
         pool: Executor of the runs.
-        title: Of the progress bar.
+        processes: Runs at a time.
     """
     rows = read(file)
     running: dict[Future[Result], Run] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task(title)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[runs]}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as progress:
+        bar = progress.add_task("runs", runs="", start=True)
         while True:
-            progress.update(bar, total=len(runs), completed=sum(run in rows for run in runs))
-            waiting = [run for run in runs if run not in rows and run not in running.values()]
-            running |= {pool.submit(train, run): run for run in waiting[: 2 - len(running)]}
+            phase, missing = next_runs(rows, phases)
+            everything = planned(rows, phases)
+            done = [run for run in everything if run in rows]
+            count = f"{len(done)} of about {len(everything)} runs"
+            progress.update(
+                bar, description=phase or "done", runs=count, total=sum(map(cost, everything)),
+                completed=sum(map(cost, done)),
+            )  # fmt: skip
+            waiting = [run for run in missing if run not in running.values()]
+            running |= {pool.submit(train, run): run for run in waiting[: processes - len(running)]}
             if not running:
                 return rows
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                rows[running.pop(future)] = future.result()
+                run = running.pop(future)
+                rows[run] = future.result()
                 write(file, rows)
+                name = " ".join(str(v) for v in (run.net, run.depths, run.clip, run.factor) if v != "none")
+                left = sum(cost(run) for run in everything if run not in rows) / 3600
+                console.print(
+                    f"{phase} | {count} | {name}, batch {run.batch}, rate {run.lr:g}, seed {run.seed}: "
+                    f"{rows[run].accuracy:.1f} % in {rows[run].seconds:.0f} s | about {left:.1f} processor hours left",
+                    highlight=False, soft_wrap=True,
+                )  # fmt: skip
 
 
-def train_with(runs: Sequence[Run], file: Path, title: str) -> Rows:
-    """`run_missing` in two processes of one thread each.
+def train_with(phases: Sequence[Phase], file: Path, processes: int) -> Rows:
+    """`run_missing` in processes of one thread each.
 
     Raises:
         FileNotFoundError: there is no data.
     """
     torch.set_num_threads(1)  # before the processes are forked, which cannot use a thread pool of their parent
     load(train=True), load(train=False)  # the processes inherit them
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        return run_missing(runs, file, pool, title)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        return run_missing(phases, file, pool, processes)
 
 
-def compare(committed: Rows, now: Rows) -> list[tuple[Run, Cell | None, float, bool]]:
-    """Each run of `now` with the committed mean over seeds, what it gave, and whether it is within three spreads."""
-    found = []
-    for run, result in now.items():
-        before = cell(committed, run)
-        allowed = SPREADS * max(before.spread, FLOOR) if before else 0.0
-        found.append(
-            (run, before, result.accuracy, before is not None and abs(result.accuracy - before.mean) <= allowed)
-        )
-    return found
-
-
-def quick(committed: Rows) -> int:
-    """One seed of the first rows of claims 1 and 2 against the committed ones: 0, or 1 where one is too far off."""
+def quick(processes: int) -> int:
+    """Three parts from runs of their own: 0, or 1 where one does not hold."""
     with tempfile.TemporaryDirectory() as folder:
-        now = train_with(quick_runs(), Path(folder) / "runs.csv", "claims 1 and 2, one seed")
-    table = Table(
-        "network", "clip factor", "batch", "committed", "now", f"within {SPREADS} spreads", title="test accuracy, %"
-    )
-    compared = compare(committed, now)
-    for run, before, accuracy, within in compared:
-        factor = f"{run.factor}" if run.clip == "unit" else "not clipped"
-        table.add_row(run.net, factor, str(run.batch), str(before), f"{accuracy:.1f}", "yes" if within else "NO")
-    Console().print(table)
-    return int(not all(within for *_, within in compared))
+        rows = train_with(QUICK_PHASES, Path(folder) / "runs.csv", processes)
+    shown = Table("part", "difference, points", "verdict", title="test accuracy, three seeds each")
+    verdicts = [(part.statement, *part.verdict(rows)) for part in quick_parts(rows)]
+    for verdict in verdicts:
+        shown.add_row(*verdict)
+    Console().print(shown)
+    return int(not all(verdict == "**holds**" for *_, verdict in verdicts))
 
 
-def report(rows: Rows) -> None:
-    """Write docs/claims.md and its figures."""
-    (FOLDER.parent / "claims.md").write_text(page(rows))
-    for index, (name, (plot, title, text)) in enumerate(ABOUT.items(), 1):
-        draw(rows, plot, title, text, FOLDER / f"{index}_{name}.png")
+def expected(rows: Rows) -> str:
+    """Phases with their runs and expected processor time, as Markdown."""
+    seen: set[Run] = set()
+    lines = []
+    for phase in PHASES:
+        new = [run for run in dict.fromkeys(phase.runs(rows)) if run not in seen]
+        seen |= set(new)
+        lines.append([phase.name, len(new), f"{sum(map(cost, new)) / 60:.0f}"])
+    total = ["all", len(seen), f"{sum(map(cost, seen)) / 60:.0f}"]
+    return table(["phase", "runs", "expected minutes of processor time"], [*lines, total])
+
+
+def powers(rows: Rows) -> str:
+    """What the rule finds at known differences, in % of simulated experiments: holds / does not hold."""
+    return power_table({f"batch {b}": paired_spread(rows, b) for b in (BATCHES[0], BATCHES[2], BATCHES[-1])}, table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="compare a few runs with the rows; exit 1 if one is off")
-    what.add_argument("--report", action="store_true", help="write docs/claims.md and the figures from the rows")
+    what.add_argument("--quick", action="store_true", help="decide three parts; exit 1 if one does not hold")
+    what.add_argument("--plan", action="store_true", help="print phases, expected time and the rule's power")
     parser.add_argument("--csv", type=Path, default=CSV, help="the rows, by default docs/claims/runs.csv")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = read(args.csv)
-    if not rows and (args.quick or args.report):
+    if not rows and args.plan:
         print(f"expected rows in {args.csv}; python -m scripts.claims makes them", file=sys.stderr)
         return 1
     try:
-        if args.quick:
-            return quick(rows)
-        if args.report:
-            report(rows)
+        if args.plan:
+            print(expected({}), powers(rows), sep="\n\n")
+        elif args.quick:
+            return quick(args.processes)
         else:
-            train_with(plan(), args.csv, "runs")
+            train_with(PHASES, args.csv, args.processes)
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1

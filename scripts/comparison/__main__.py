@@ -1,10 +1,12 @@
-"""Write docs/comparison.md: timm_nf beside other implementations of NFNets and of adaptive gradient clipping.
+"""Write docs/comparison.md: timm_nf and other implementations of NFNets and of adaptive gradient clipping.
 
     python -m scripts.comparison
 
-Other packages are installed into environments under a temporary folder and run as processes over the same arrays;
-nothing of them stays. What does not install or run says so on the page.
-Six processes hold F0's parameters and gradients at once, for times measured in turn: minutes, and much memory.
+The other packages are installed into environments under a temporary folder, which is removed. Each runs in its own
+process, on the same arrays. If a package does not install or run, the page says so.
+
+It takes minutes and much memory: six processes hold F0's parameters and gradients at once, as their times are measured
+in turn.
 """
 
 import functools
@@ -40,7 +42,7 @@ def table(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """A process for every package; what did not install answers with the reason."""
+    """A process for every package. If a package did not install, all its answers are the reason."""
     peers: dict[str, Any] = {}
     for title, peer in track(PEERS.items(), "installing"):
         try:
@@ -51,7 +53,7 @@ def start(folder: Path) -> dict[str, Any]:
 
 
 def known() -> dict[str, dict[str, str]]:
-    """Cells of the first table that benchmarks/differences.py measures."""
+    """The cells of the first table that benchmarks/differences.py measures."""
     return {
         "classifier": {"timm_nf": differences.bias_is_clipped("ours"), "timm": differences.bias_is_clipped("timm")},
         "decayed_gains": {
@@ -77,7 +79,7 @@ def page(peers: dict[str, Any], folder: Path) -> str:
         try:
             steps.append([title, *measure.three_steps(peer, folder)])
         except PeerError as error:
-            steps.append([title, *[str(error)] * len(measure.KINDS)])
+            steps.append([title, *[str(error)] * len(measure.TYPES)])
     forward = measure.forward_rows(peers, folder)
     standardised = measure.standardisation_rows(peers, folder)
     times = measure.clip_times(peers, folder)
@@ -85,7 +87,7 @@ def page(peers: dict[str, Any], folder: Path) -> str:
         installed=table(["package", "installed", "how"], installed),
         features=table(["", *COLUMNS, "how obtained"], features),
         clipped=table(["", *clipped], zip(measure.clip_cases(), *clipped.values(), strict=True)),
-        steps=table(["", *measure.KINDS], steps),
+        steps=table(["", *measure.TYPES], steps),
         times=table(["", "every unit clipped", "no unit clipped", "called"], times),
         forward=table(["network", "golden", "relative L2 error", "how obtained"], forward),
         standardised=table(["layer", "relative L2 error"], standardised),

@@ -1,4 +1,4 @@
-"""The rows of the comparison's first table: what was asked of a running package, and what was read in its source."""
+"""The rows of the comparison's first table. Cells are answers of the running package, or were read in its source."""
 
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +66,7 @@ READ: dict[str, tuple[Cells, str]] = {
     ),
 }
 
-# Features that one package answers and the others were read for: title, question, cells read, where.
+# Features for which some packages answer, and others were read: (title, question, cells that were read, where).
 ASKED: list[tuple[str, str, tuple[str, ...], Cells, str]] = [
     (
         "Normalizer-free networks",
@@ -127,7 +127,7 @@ ASKED: list[tuple[str, str, tuple[str, ...], Cells, str]] = [
 
 
 def cell(peer: Any, question: str, **arguments: Any) -> str:
-    """The answer, or in its place why there is none."""
+    """The answer, or the reason why there is none."""
     try:
         return str(peer.ask(question, **arguments))
     except PeerError as error:
@@ -140,9 +140,9 @@ def rows(
     """All rows of the table: title, a cell for each of `COLUMNS`, how it was obtained.
 
     Args:
-        peers: What answers, by title.
-        known: Cells that were obtained elsewhere, by question.
-        arguments: Of the questions that need some.
+        peers: The packages' processes, by title.
+        known: Cells from elsewhere, by question.
+        arguments: Arguments of questions, by question.
         track: Shows progress.
     """
     facts: dict[str, Any] = {}

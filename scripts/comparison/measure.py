@@ -20,16 +20,16 @@ from benchmarks import differences  # first: it takes functions of stock timm, b
 # isort: split
 import timm_nf
 from scripts.comparison.peers import PEERS, PeerError
-from timm_nf._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from scripts.comparison.probes import EPS, FACTOR
 from timm_nf._relative_error import relative_error
 from timm_nf.convert import timm_to_haiku
 from timm_nf.verify.golden import golden_model, image
 
 GOLDEN = Path(__file__).parents[2] / "timm_nf" / "verify" / "golden"
-FACTOR, EPS = CLIP_FACTOR, CLIP_EPS
-REPEATS, PAUSE = 11, 0.2  # seconds; without a pause waiting threads of one process slow the next
+REPEATS = 11
+PAUSE = 0.2  # seconds; without it the waiting threads of one process slow down the next
 HARD = [("float16", 300.0), ("bfloat16", 1.0), ("float32", 1e25)]  # dtype and size of every entry of a gradient
-KINDS = ["convolutions", "squeeze-excite", "gains", "biases", "skip gains", "classifier"]
+TYPES = ["convolutions", "squeeze-excite", "gains", "biases", "skip gains", "classifier"]
 
 Arrays = dict[str, np.ndarray]
 track = functools.partial(track, console=Console(stderr=True))
@@ -52,7 +52,7 @@ def clip_reference(weight: np.ndarray, grad: np.ndarray) -> np.ndarray:
 
 
 def samples() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One parameter and gradient of every kind, float64; about half of the units, or of their entries, exceed."""
+    """One parameter and gradient of every type, in float64. About half of their units are clipped."""
     rng = np.random.default_rng(0)
     shapes = {
         "convolution (64, 32, 3, 3)": (64, 32, 3, 3),
@@ -67,7 +67,7 @@ def samples() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, shape in shapes.items():
         weight = rng.standard_normal(shape)
         spread = np.exp(rng.uniform(-2, 2, (*shape[:1], *[1] * (len(shape) - 1))))
-        # a scalar is one unit and has to exceed by itself
+        # a scalar has one unit, which is clipped
         grad = rng.standard_normal(shape) * spread if shape else 3 * weight
         found[name] = (np.asarray(weight), np.asarray(FACTOR * grad))
     weight, grad = found["convolution (64, 32, 3, 3)"]
@@ -76,7 +76,7 @@ def samples() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def clip(peer: Any, arrays: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path, dtype: str | None = None) -> Arrays:
-    """The gradients after the package has clipped them."""
+    """The gradients that the package has clipped."""
     source, target = folder / "source.npz", folder / "target.npz"
     parameters = {f"p|{name}": weight for name, (weight, _) in arrays.items()}
     np.savez(source, **parameters, **{f"g|{name}": grad for name, (_, grad) in arrays.items()})
@@ -97,7 +97,7 @@ def attempt(answer: Callable[[], str]) -> str:
 
 
 def clip_errors(peer: Any, folder: Path) -> list[str]:
-    """Relative L2 error against `clip_reference` for every row of `samples`, then the hard cases."""
+    """Relative L2 errors against `clip_reference`, for every row of `samples` and then for the hard cases."""
     arrays = samples()
     try:
         clipped = clip(peer, arrays, folder)
@@ -113,7 +113,7 @@ def clip_errors(peer: Any, folder: Path) -> list[str]:
 
 
 def clip_cases() -> list[str]:
-    """Titles of what `clip_errors` returns; those in low precision with the error of rounding the right answer."""
+    """Titles of the errors of `clip_errors`. In low precision they state the error of rounding the right answer."""
     arrays = samples()
     titles = [f"float64, {name}" for name in arrays]
     weight, grad = (a.astype(np.float32) for a in arrays["convolution (64, 32, 3, 3)"])
@@ -141,7 +141,7 @@ def difference(value: np.ndarray, reference: np.ndarray) -> float:
 
 
 def what_became(before: np.ndarray, after: np.ndarray) -> str:
-    """Of a unit with one infinite entry, in words: a loss scaler must see that it is not finite."""
+    """What becomes of a unit with an infinite entry, in words. A loss scaler must see that it is not finite."""
     if np.array_equal(before, after):
         return "stays as it is"
     if np.isfinite(after).all():
@@ -154,9 +154,9 @@ def what_became(before: np.ndarray, after: np.ndarray) -> str:
 
 
 def three_steps(peer: Any, folder: Path) -> list[str]:
-    """The golden training run of F0 with the package's clipping: relative L2 error of what the steps changed, by kind.
+    """Repeat the golden training of F0 with the package's clipping. The errors are those of the parameters' changes.
 
-    The package is given every gradient but that of the classifier's weight.
+    The package gets all gradients except the classifier's weight's.
     """
     golden = np.load(GOLDEN / "sgd_agc_nfnet_F0_2x32x32.npz")
     model = golden_model("nfnet_f0", num_classes=10).train()
@@ -178,18 +178,18 @@ def three_steps(peer: Any, folder: Path) -> list[str]:
 
 
 def change_errors(before: dict[str, Arrays], after: dict[str, Arrays], golden: Any) -> list[float]:
-    """One error for each of `KINDS`, over the three entries of every tensor that the golden file holds."""
-    squares = {kind: np.zeros(2) for kind in KINDS}
+    """Relative L2 error for each of `TYPES`, over the three entries of every tensor in the golden file."""
+    squares = {name: np.zeros(2) for name in TYPES}
     for key in golden.files:
         if key.startswith("param3|"):
             _, module, name = key.split("|")
             start, end = (tree[module][name].ravel()[:3] for tree in (before, after))
             expected = golden[key][1:]
-            squares[kind_of(module, name)] += ((end - expected) ** 2).sum(), ((expected - start) ** 2).sum()
+            squares[type_of(module, name)] += ((end - expected) ** 2).sum(), ((expected - start) ** 2).sum()
     return [float(np.sqrt(off / size)) for off, size in squares.values()]
 
 
-def kind_of(module: str, name: str) -> str:
+def type_of(module: str, name: str) -> str:
     if "squeeze_excite" in module:
         return "squeeze-excite"
     if module.endswith("/linear"):
@@ -201,7 +201,7 @@ def kind_of(module: str, name: str) -> str:
 
 
 def clip_times(peers: dict[str, Any], folder: Path) -> list[list[str]]:
-    """Milliseconds for F0's gradients, float32, one run of every package after the other, `REPEATS` times."""
+    """Milliseconds to clip F0's gradients in float32. The packages take turns, `REPEATS` times."""
     source = folder / "f0.npz"
     generator = torch.Generator().manual_seed(0)
     arrays = {}
@@ -231,10 +231,11 @@ def clip_times(peers: dict[str, Any], folder: Path) -> list[list[str]]:
     medians = {key: 1e3 * statistics.median(values) for key, values in times.items()}
     table = []
     for title in peers:
-        cells = [failed[title]] * 2 if title in failed else []
-        for label in scales if not cells else ():
-            ours, own = medians["timm_nf", label], medians[title, label]
-            cells.append(f"{own:.0f} ms ({own / ours:.1f}x)")
+        if title in failed:
+            cells = [failed[title]] * len(scales)
+        else:
+            ratios = {label: medians[title, label] / medians["timm_nf", label] for label in scales}
+            cells = [f"{medians[title, label]:.0f} ms ({ratio:.1f}x)" for label, ratio in ratios.items()]
         table.append([title, *cells, PEERS[title].clipping])
     return table
 
@@ -257,7 +258,7 @@ def forward_rows(peers: dict[str, Any], folder: Path) -> list[list[str]]:
 
 
 def nfnets_pytorch_rows(peer: Any, folder: Path) -> list[list[str]]:
-    """Its NF-ResNet50, the only network it shares with the goldens, in two ways."""
+    """Two ways to load its NF-ResNet50, the only network of it that has a golden file."""
     golden = np.load(GOLDEN / "nf_resnet_ResNet50_1x64x64.npz")
     model = golden_model("dm_nf_resnet50")
     x = image(1, 64, 64)

@@ -20,12 +20,12 @@ class Peer:
     """One package of the comparison.
 
     Attributes:
-        key: What worker.py calls it.
-        requirements: For pip; none where this interpreter has it.
-        without: Requirements the package declares that are not installed: the page says so.
-        alone: Its environment does not see this interpreter's packages, and so brings all of its own.
-        clipping: What is called to clip, for the page.
-        remark: What had to be done to run it, for the page.
+        key: The package's name in worker.py.
+        requirements: Requirements for pip, none if this interpreter has the package.
+        without: Declared requirements that are not installed. The page says so.
+        alone: Whether its environment does not see this interpreter's packages, and has all of its own.
+        clipping: The clipping function, for the page.
+        remark: What it took to run the package, for the page.
     """
 
     key: str
@@ -67,11 +67,11 @@ PEERS = {
 
 
 class PeerError(Exception):
-    """A package could not be installed, or has no answer; the message is one line."""
+    """A package could not be installed, or has no answer. The message is one line."""
 
 
 def install(peer: Peer, folder: Path) -> str:
-    """Make a virtual environment for the package and return its Python, this interpreter where nothing is needed.
+    """Make a virtual environment for the package, and return its interpreter. Without requirements, return this one.
 
     Unless the package stands alone, its environment sees the packages of this interpreter, so that all packages on
     torch run on the same one.
@@ -89,8 +89,10 @@ def install(peer: Peer, folder: Path) -> str:
         seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (packages / "host.pth").write_text("\n".join(seen))
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, *(["--no-deps"] if peer.without else []), *peer.requirements])
-    if peer.without:
+    if not peer.without:
+        _run([*pip, *peer.requirements])
+    else:
+        _run([*pip, "--no-deps", *peer.requirements])
         name = peer.requirements[0].partition("==")[0]
         listing = _run([python, "-c", f"from importlib.metadata import requires; print(requires({name!r}))"])
         _run([*pip, *remaining(ast.literal_eval(listing), peer.without)])
@@ -98,7 +100,7 @@ def install(peer: Peer, folder: Path) -> str:
 
 
 def remaining(declared: Sequence[str], without: Sequence[str]) -> list[str]:
-    """Declared requirements but for extras and those that are left out."""
+    """The declared requirements, without those of extras and those in `without`."""
 
     def name(requirement: str) -> str:
         for index, character in enumerate(requirement):
@@ -110,7 +112,7 @@ def remaining(declared: Sequence[str], without: Sequence[str]) -> list[str]:
 
 
 def how_installed(peer: Peer) -> str:
-    """In words, for the page."""
+    """How the package was installed, in words for the page."""
     if not peer.requirements:
         words = "this interpreter"
     else:
@@ -152,7 +154,7 @@ class Worker:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; the next line says so
+            pass  # the process has ended, and readline returns nothing
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
@@ -164,12 +166,12 @@ class Worker:
         return reply["answer"]
 
     def close(self) -> None:
-        self.process.communicate()  # it ends where its input does
+        self.process.communicate()  # closes the input, which ends the process
         self.log.close()
 
 
 class Absent:
-    """Stands for a package that did not install: every answer is the reason."""
+    """Stands for a package that did not install. Every answer is the reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

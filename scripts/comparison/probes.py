@@ -1,15 +1,19 @@
-"""Questions to one package that need no array of gradients; scripts/comparison/worker.py asks them where it lives."""
+"""Questions to one package that need no arrays. scripts/comparison/worker.py asks them in the package's environment."""
 
 import collections
 import collections.abc
 import platform
+import runpy
 from importlib.metadata import distribution, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FACTOR, EPS = 0.01, 1e-3  # the paper's
-PACKAGES = {"composer": "mosaicml", "nfnets": "nfnets-pytorch"}  # where the distribution has another name
+# Importing timm_nf needs torch and timm, which optax's environment does not have. This file needs nothing.
+_DEFAULTS = runpy.run_path(str(Path(__file__).parents[2] / "timm_nf" / "_clip_defaults.py"))
+FACTOR, EPS = _DEFAULTS["CLIP_FACTOR"], _DEFAULTS["CLIP_EPS"]
+PACKAGES = {"composer": "mosaicml", "nfnets": "nfnets-pytorch"}  # distributions with another name
 
 
 def versions(peer: str) -> dict[str, str]:

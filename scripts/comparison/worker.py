@@ -1,9 +1,10 @@
-"""Answers questions about one package in that package's own environment; scripts/comparison starts it.
+"""Answers questions about a package in the package's own environment. scripts/comparison starts it.
 
     python -m scripts.comparison.worker PEER
 
-One JSON object a line in, {"do": ..., other arguments}; one out, {"answer": ...} or {"error": the last line}. Arrays
-travel as npz files, in PyTorch's layout, with keys `p|NAME` for parameters and `g|NAME` for gradients.
+Input and output are lines, each a JSON object. A question is {"do": ..., its arguments}. A reply is {"answer": ...} or
+{"error": the last line}. Arrays are npz files in PyTorch's layout, with keys `p|NAME` for parameters and `g|NAME` for
+gradients.
 """
 
 import json
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.comparison import probes as comparison_probes
+from scripts.comparison import probes
 from scripts.comparison.probes import EPS, FACTOR, last_line, prepare
 
-QUESTIONS = ("load", "clip", "time", "sharded")  # the others are functions of comparison_probes
+QUESTIONS = ("load", "clip", "time", "sharded")  # the others are functions of the module probes
 SHARDED = {"convolution": (8, 4, 3, 3), "linear layer": (7, 5), "bias": (7,)}  # 7 does not divide by 2
 
 Arrays = dict[str, np.ndarray]
@@ -60,7 +61,7 @@ class TorchPeer:
         self.parameters, self.grads = [], []
 
     def time(self, scale: float) -> float:
-        for p, grad in zip(self.parameters, self.grads, strict=True):  # clipping twice is clipping once
+        for p, grad in zip(self.parameters, self.grads, strict=True):  # clipped gradients would not change again
             p.grad = grad * scale
         start = time.perf_counter()
         self.clip_(self.parameters)
@@ -94,8 +95,8 @@ class OptaxPeer:
         with np.load(source) as arrays:
             trees: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
             for key in arrays.files:
-                kind, _, name = key.partition("|")
-                trees["pg".index(kind)][name] = jnp.asarray(to_haiku(name, arrays[key]), dtype)
+                tree, _, name = key.partition("|")
+                trees["pg".index(tree)][name] = jnp.asarray(to_haiku(name, arrays[key]), dtype)
         self.params, self.grads = trees[0], {1.0: trees[1]}
 
     def clip(self, source: str, target: str, dtype: str | None = None) -> None:
@@ -243,7 +244,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # XLA has no setting for its number of threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what packages print must not come between the answers
+    os.dup2(2, 1)  # packages that print would mix their lines with the answers
     prepare(peer)
     clipper: Any = None
     for line in sys.stdin:
@@ -254,7 +255,7 @@ def main() -> None:
                 clipper = clipper or (OptaxPeer if peer == "optax" else TorchPeer)(peer)
                 answer = getattr(clipper, do)(**arguments)
             else:
-                answer = getattr(comparison_probes, do)(peer, **arguments)
+                answer = getattr(probes, do)(peer, **arguments)
             reply = {"answer": answer}
         except Exception as error:
             reply = {"error": last_line(error)}

@@ -58,7 +58,7 @@ def test_standardisation_by_itself_is_two_kernels_a_convolution() -> None:
 
 
 def test_standardisation_without_triton_is_sixteen_kernels_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standardize_triton, "_has_triton", lambda device_type: False)
+    monkeypatch.setattr(standardize_triton, "has_triton", lambda device_type: False)
     ours, weights = counts.standardisation("timm_nf")
     assert ours.kernels <= 16 * 57
     assert ours.moved <= 18 * weights

@@ -17,7 +17,7 @@ from tests.support import GOLDEN
 from timm_nf import checkpoint
 from timm_nf.cli import app, main
 from timm_nf.variants import VARIANTS
-from timm_nf.verify.checks import Check
+from timm_nf.verify.checks import Verdict
 
 COMMANDS = [
     *("list", "info", "recipe", "classify", "demo", "env", "verify"),
@@ -215,12 +215,12 @@ def test_checkpoint_loads_a_file_of_weights(local_model, tmp_path):
 
 
 def test_verify_exits_with_1_only_if_a_check_fails(monkeypatch, capsys):
-    rows = [Check("good", "0", "1", True), Check("elsewhere", "no device", "", None)]
+    rows = [Verdict("good", "0", "1", True), Verdict("elsewhere", "no device", "", None)]
     monkeypatch.setattr(timm_nf.verify.checks, "run", lambda *args, **kwargs: iter(rows))
     main(["verify"])
     out = capsys.readouterr().out
     assert "1 passed, 0 failed, 1 not checked here" in out
-    rows.append(Check("bad", "2", "1", False))
+    rows.append(Verdict("bad", "2", "1", False))
     with pytest.raises(SystemExit) as stop:
         main(["verify"])
     assert stop.value.code == 1

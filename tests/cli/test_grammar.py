@@ -16,11 +16,13 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from tests.support import haiku_files, small_nets
 from tests.support.published import create, logits
+from tests.support.reference_nfnet import Net
 from timm_nf import convert
 from timm_nf.cli import main, options
 from timm_nf.inference import images
 
-NET = small_nets.keywords(small_nets.NETS["NFNet"])
+# Two blocks: a dozen of these tests export the network, which takes seconds for five.
+NET = Net("NFNet", (1, 1), (32, 48), num_classes=10, group_size=8)
 
 
 class Files(NamedTuple):
@@ -35,10 +37,11 @@ class Files(NamedTuple):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Files:
     root = tmp_path_factory.mktemp("grammar")
-    model = create()
+    model = create(NET)
     save_for_hf(model, root / "net", safe_serialization=True)
+    fields = small_nets.keywords(NET)
     arguments = argparse.Namespace(
-        model="nfnet_f0", num_classes=10, model_kwargs={k: v for k, v in NET.items() if k != "num_classes"}, img_size=64
+        model="nfnet_f0", num_classes=fields.pop("num_classes"), model_kwargs=fields, img_size=64
     )
     averaged = ModelEmaV3(model)
     torch.nn.init.zeros_(averaged.module.head.fc.weight)

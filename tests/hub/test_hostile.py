@@ -16,11 +16,17 @@ from timm_nf.cli import main
 from timm_nf.hub import HubError
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """A small network in Hub layout."""
+    folder = tmp_path_factory.mktemp("hostile") / "folder"
+    timm_nf.hub.write_folder(create(), folder, card=CARD)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 @pytest.fixture
-def repo(hub, tmp_path):
-    """Publishes a small network with other files; returns the files as they were."""
-    timm_nf.hub.write_folder(create(), tmp_path / "folder", card=CARD)
-    files = {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()}
+def repo(hub, files):
+    """Publishes the network with other files. Returns the files as they were."""
 
     def publish(**changed: bytes) -> dict[str, bytes]:
         hub.publish("alice/net", files | {name.replace("_", "."): data for name, data in changed.items()})

@@ -156,7 +156,7 @@ def test_a_network_without_standardised_convolutions_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # torchvision: the head's dropout
 def test_traced_graphs_hooks_and_unknown_layers_are_refused() -> None:
     for traced in (create("NFNet", features_only=True, feature_cls="fx"), torch.fx.symbolic_trace(create("NFNet"))):
-        with pytest.raises(ValueError, match="fuse, then trace"):
+        with pytest.raises(ValueError, match="fuse the model first, then trace it"):
             timm_nf.fuse(traced)
     model = create("NFNet")
     handle = model.stem.conv2.register_forward_hook(print)

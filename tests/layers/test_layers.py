@@ -141,22 +141,30 @@ def test_average_pool_pads_as_tensorflow_does_and_counts_no_padding(stride: int)
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"kernel_size": 2}, "kernel_size=2"),
-        ({"kernel_size": 3, "stride": 2, "dilation": 2}, "kernel_size=3, stride=2, dilation=2"),
-        ({"kernel_size": 3, "stride": 4}, "no larger stride.*stride=4"),
-        ({"kernel_size": (3, 1)}, r"the same kernel_size along both axes, got kernel_size=\(3, 1\)"),
-        ({"kernel_size": 3, "stride": (1, 2)}, r"the same stride along both axes, got stride=\(1, 2\)"),
-        ({"kernel_size": 3, "padding_mode": "reflect"}, "padding_mode must be 'zeros', got 'reflect'"),
-        ({"kernel_size": 3, "padding": 0}, "pads SAME.*1 here, got padding=0"),
-        ({"kernel_size": 3, "padding": "same"}, "pads SAME.*1 here, got padding='same'"),
-        ({"kernel_size": 3, "stride": 2, "padding": (1, 1)}, r"pads SAME.*0 here, got padding=\(1, 1\)"),
-        ({"kernel_size": 3, "dilation": 2, "padding": 1}, "pads SAME.*2 here, got padding=1"),
+        ({"kernel_size": 3, "stride": 4}, r"no larger stride.*kernel_size=\(3, 3\), stride=\(4, 4\)"),
+        ({"kernel_size": (3, 3, 3)}, r"one kernel_size for each of the 2 axes.*\(3, 3, 3\)"),
+        ({"kernel_size": 3, "stride": (2,)}, r"one stride for each of the 2 axes.*\(2,\)"),
+        ({"kernel_size": 3, "padding_mode": "mirror"}, "padding_mode.*'mirror'"),
     ],
 )
 @pytest.mark.parametrize("cls", [SameConv2d, ScaledStdConv2d])
 def test_a_convolution_that_same_padding_does_not_cover_is_refused(cls: Any, kwargs: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         cls(4, 4, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "own"),
+    [
+        ({"kernel_size": 3, "padding": 0}, r"\(1, 1\) here, got padding=0"),
+        ({"kernel_size": 3, "padding": "same"}, r"\(1, 1\) here, got padding='same'"),
+        ({"kernel_size": 3, "stride": 2, "padding": (1, 1)}, r"\(0, 0\) here, got padding=\(1, 1\)"),
+        ({"kernel_size": 3, "dilation": 2, "padding": 1}, r"\(2, 2\) here, got padding=1"),
+    ],
+)
+def test_a_same_convolution_takes_no_other_padding(kwargs: Any, own: str) -> None:
+    with pytest.raises(ValueError, match=f"pads SAME.*{own}"):
+        SameConv2d(4, 4, **kwargs)
 
 
 @pytest.mark.parametrize(

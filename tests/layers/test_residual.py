@@ -110,7 +110,7 @@ def test_the_convolution_without_a_padded_copy_equals_the_padded_one(kernel_size
             left, right = same_padding(width, kernel_size, stride)
             padded = torch.nn.functional.pad(x, (left, right, top, bottom))
             expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, stride)
-            got = conv._unpadded(x, (top, left), (bottom, right))
+            got = conv._unpadded(x, [top, left], [bottom, right])
             assert got.shape == expected.shape
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

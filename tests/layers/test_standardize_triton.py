@@ -16,59 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.support.standardisation import SCALE, assert_equals_the_formula, formula, gain_like, mixed_rows
 from timm_nf.layers.standardize_triton import standardize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SCALE = 1.7015043497085571
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-
-
-def formula(weight: Tensor, gain: Tensor, eps: float = 1e-4, scale: float = 1.0) -> Tensor:
-    """Plain differentiable operations, for weights of any rank."""
-    axes = tuple(range(1, weight.ndim))
-    centred = weight - weight.mean(axes, keepdim=True)
-    centred = centred - centred.mean(axes, keepdim=True)
-    norm = centred.square().sum(axes, keepdim=True).clamp(min=eps).sqrt()
-    return centred * gain.view(norm.shape) * scale / norm
-
-
-def gain_like(weight: Tensor, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 1 + 0.3 * torch.randn(weight.shape[0], *[1] * (weight.ndim - 1), generator=generator, dtype=weight.dtype)
-
-
-def mixed_rows(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Ordinary, floored, constant, zero and mean-heavy rows, (5, 3, 2, 2)."""
-    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight[1] *= 1e-3
-    weight[2] = 0.5
-    weight[3] = 0
-    weight[4] += 100
-    return weight.to(dtype)
-
-
-def norm(x: Tensor) -> float:
-    return float(x.detach().double().norm())
-
-
-def assert_equals_the_formula(
-    weight: Tensor, gain: Tensor, tolerance: float, eps: float = 1e-4, out_dtype: torch.dtype | None = None
-) -> None:
-    """Values and gradients, relative to their size, against float64."""
-    weight, gain = weight.detach().requires_grad_(), gain.detach().requires_grad_()
-    exact = weight.detach().double().requires_grad_(), gain.detach().double().requires_grad_()
-    out, expected = standardize(weight, gain, eps, out_dtype, SCALE), formula(*exact, eps, SCALE)
-    # A seed that no weight is drawn with: of a gradient along the weight rounding is all that would be left.
-    generator = torch.Generator().manual_seed(2**32 - 1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    gradients = torch.autograd.grad(out, (weight, gain), cotangent)
-    expected_gradients = torch.autograd.grad(expected, exact, cotangent.double())
-    assert [x.dtype for x in (out, *gradients)] == [out_dtype or weight.dtype, weight.dtype, gain.dtype]
-    # That of the gain is a sum of N products, which may cancel.
-    sizes = norm(expected), norm(expected_gradients[0]), norm(cotangent)
-    for got, true, size in zip((out, *gradients), (expected, *expected_gradients), sizes, strict=True):
-        assert got.shape == true.shape
-        assert norm(got.double() - true) <= tolerance * size + 1e-30
 
 
 @settings(deadline=None, max_examples=40)
@@ -249,6 +201,75 @@ def test_a_gain_of_another_length_is_refused_with_both_shapes(gain: Tensor) -> N
     with pytest.raises(ValueError, match=r"\(4, 2, 3, 3\)") as error:
         standardize(torch.ones(4, 2, 3, 3), gain)
     assert str(tuple(gain.shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3, 3), (4, 0, 3, 3), (4, 3, 0, 3), (0,), (0, 0)], ids=str)
+def test_weights_without_elements_have_gradients_of_zero(shape: tuple[int, ...]) -> None:
+    weight, gain = torch.empty(shape, requires_grad=True), torch.ones(shape[0], requires_grad=True)
+    out = standardize(weight, gain, out_dtype=torch.bfloat16)
+    grad_weight, grad_gain = torch.autograd.grad(out.sum(), (weight, gain))
+    assert out.shape == grad_weight.shape == shape
+    assert out.dtype is torch.bfloat16
+    assert torch.equal(grad_gain, torch.zeros_like(gain))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (4, 1), (4,), (1, 1, 1, 1)], ids=str)
+def test_rows_of_one_element_become_zero(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, requires_grad=True)
+    out = standardize(weight, torch.ones(shape[0]))
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert not out.any()
+    assert not grad.any()
+
+
+def test_half_precision_neither_overflows_in_the_sums_nor_hides_that_a_gain_does() -> None:
+    weight = torch.full((2, 4, 3, 3), 6e4).half()
+    weight[:, ::2] *= -1
+    out = standardize(weight, torch.ones(2).half())
+    torch.testing.assert_close(out, formula(weight.double(), torch.ones(2).double()).half())
+    assert standardize(weight, torch.full((2,), 6e4).half(), scale=40.0).isinf().all()
+
+
+def test_without_a_floor_only_constant_rows_are_not_numbers() -> None:
+    weight = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    weight[1] = 0.5
+    out = standardize(weight, torch.ones(2, dtype=torch.float64), eps=0.0)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[0].norm(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_what_comes_out_can_be_changed_in_place() -> None:
+    weight = torch.randn(3, 4, requires_grad=True)
+    standardize(weight, torch.ones(3)).mul_(2).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_weight_that_changed_before_the_backward_pass_is_noticed() -> None:
+    weight = torch.randn(3, 4, requires_grad=True)
+    out = standardize(weight, torch.ones(3))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("weight", "gain", "options", "message"),
+    [
+        (torch.ones(2, 3), None, {}, r"got None; pass torch\.ones"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(2), {}, "floating point numbers, got torch.int64"),
+        (torch.ones(2, 3, dtype=torch.complex64), torch.ones(2), {}, "floating point numbers, got torch.complex64"),
+        (torch.ones(2, 3), torch.ones(2), {"out_dtype": torch.int32}, "out_dtype of floating point numbers, got"),
+        (torch.ones(2, 3), torch.ones(2, device="meta"), {}, "on one device, got cpu and meta"),
+        (torch.ones(()), torch.ones(()), {}, r"a weight of shape \(\)"),
+    ],
+    ids=["no gain", "integers", "complex", "integers out", "two devices", "no axes"],
+)
+def test_what_cannot_be_standardised_is_refused(
+    weight: Tensor, gain: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        standardize(weight, gain, **options)
 
 
 # --- derivatives and transforms ---

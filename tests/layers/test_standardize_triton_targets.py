@@ -1,10 +1,7 @@
 """The kernels of weight standardisation without a GPU: interpreted, compiled, counted on meta tensors."""
 
 import logging
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,34 +13,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support import ROOT, fake_cuda
+from tests.support import fake_cuda
 from tests.support.small_nets import create
+from tests.support.triton_targets import (
+    NEEDS_TRITON,
+    Compiled,
+    Driver,
+    assert_no_spilled_registers_on_amd,
+    assert_no_spilled_registers_on_nvidia,
+    assert_passes_interpreted,
+    python,
+)
+from timm_nf import _triton
 from timm_nf.layers import ScaledStdConv2d, standardize_triton, standardize_weight
 from timm_nf.layers.standardize_triton import standardize, takes_kernel
 
 HERE = Path(__file__).parent
-NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux")
-
-
-def python(*arguments: str, **environment: str) -> str:
-    """What Python prints in a process of its own, which has to succeed."""
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    run = subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
 
 # --- the kernels ---
 
 
 @NEEDS_TRITON
-@pytest.mark.timeout(600)
 def test_the_interpreted_kernels_keep_every_promise() -> None:
-    output = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "test_standardize_triton.py"),
-        TRITON_INTERPRET="1",
-    )  # fmt: skip
-    assert re.search(r"^\d+ passed", output, re.MULTILINE), output
+    assert_passes_interpreted(HERE / "test_standardize_triton.py")
 
 
 # fan-in, dtypes of weight and gain, of the output: each class of tile, the most registers, every conversion
@@ -91,21 +83,12 @@ def targets(fan_in: int) -> list[Any]:
 @pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_nvidia_without_spilled_registers(capability: int, tmp_path: Path) -> None:
-    import triton
     from triton.backends.compiler import GPUTarget
 
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for fan_in, weight, out in KERNELS:
         for kernel in targets(fan_in):
             binary = compiled(kernel, fan_in, weight, out, GPUTarget("cuda", capability, 32))
-            (file := tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
-            command = [cuobjdump, "--dump-resource-usage", file]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-            assert found is not None, usage
-            registers, *spilled = map(int, found.groups())
-            assert spilled == [0, 0], (kernel, fan_in, weight, usage)
-            assert registers * 32 * binary.metadata.num_warps <= 65536  # what a multiprocessor has
+            assert_no_spilled_registers_on_nvidia(binary, tmp_path / "kernel.cubin")
             written = out if kernel.__name__.startswith("forward") else weight
             rounding = set(re.findall(r"cvt\.(\S+?)\.bf16(?:x2)?\.f32", binary.asm["ptx"]))
             assert rounding == ({"rn"} if written == "bf16" else set())  # to nearest
@@ -118,24 +101,8 @@ def test_the_kernels_compile_for_amd_without_spilled_registers() -> None:
 
     for fan_in, weight, out in KERNELS:
         for kernel in targets(fan_in):
-            code = compiled(kernel, fan_in, weight, out, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
-            spilled = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
-            assert spilled == ["0"] * 3, (kernel, fan_in, weight, spilled)
-
-
-class Driver:
-    """As much of Triton's driver as compiling needs."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
+            binary = compiled(kernel, fan_in, weight, out, GPUTarget("hip", "gfx942", 64))
+            assert_no_spilled_registers_on_amd(binary)
 
 
 @NEEDS_TRITON
@@ -157,22 +124,11 @@ def test_a_launch_gives_triton_the_arguments_that_the_kernel_has(
     from timm_nf.layers._standardize_kernels import BACKWARD, FORWARD, launch
 
     started = []
-
-    class Compiled:
-        """A kernel that is bound and compiled, but not started."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            started.append((self.kernel.__name__, grid))
-            return lambda *args, **kwargs: self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
-
     weight, gain = torch.empty(shape), torch.empty(shape[0])
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     for pair, tensors in ((FORWARD, (weight, gain, weight)), (BACKWARD, (weight, weight, gain, weight, gain))):
-        launch(tuple(map(Compiled, pair)), tensors, weight, 1e-4, 1.7, torch.float32)
-    assert started == [(name, (programs,)) for name in names]
+        launch(tuple(Compiled(k, started) for k in pair), tensors, weight, 1e-4, 1.7, torch.float32)
+    assert [x[:2] for x in started] == [(name, (programs,)) for name in names]
 
 
 # --- what is asked of an accelerator ---
@@ -251,7 +207,7 @@ def test_under_autocast_no_copy_of_the_weight_is_made() -> None:
 def test_without_triton_sixteen_kernels_move_twelve_times_the_weight(
     kernel: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standardize_triton, "_has_triton", lambda device_type: False)
+    monkeypatch.setattr(standardize_triton, "has_triton", lambda device_type: False)
     names, moved, saved = step(lambda w, g: standardize(w, g, scale=1.7), kernel, memory_format)
     assert len(names) == 16
     assert moved < 12.5  # 11, and once more as addcmul writes over its input
@@ -272,7 +228,7 @@ def test_meta_tensors_and_accelerators_go_the_same_way_and_the_cpu_another() -> 
         assert standardize(fake, torch.empty(4, 1, 1, 1, device="cuda"), out_dtype=torch.float16).device.type == "cuda"
     for weight in (meta, nn.Parameter(meta), fake):
         assert takes_kernel(weight)
-        assert standardize_triton._has_triton(weight.device.type)
+        assert standardize_triton.has_triton(weight.device.type)
     for weight in (
         torch.empty(4, 3, 3, 3),
         nn.Parameter(torch.empty(4, 3, 3, 3)),
@@ -354,18 +310,22 @@ def test_without_triton_the_operations_exist_and_the_plain_way_is_taken() -> Non
 import sys
 sys.modules["triton"] = None
 import torch
-from timm_nf.layers.standardize_triton import _has_triton, standardize
+from timm_nf._triton import has_triton
+import timm_nf
+from timm_nf.layers.standardize_triton import standardize
 weight = torch.empty(4, 3, 3, 3, device="meta", requires_grad=True)
 out = standardize(weight, torch.empty(4, 1, 1, 1, device="meta"))
 out.backward(torch.empty_like(out))
 print(weight.grad.shape, torch.ops.timm_nf.standardize.default, torch.ops.timm_nf.standardize_backward.default)
-print([_has_triton(x) for x in ("meta", "cuda", "mps", "cpu")])
+print(torch.ops.timm_nf.unit_norms.default, torch.ops.timm_nf.scale_units_.default)
+print([has_triton(x) for x in ("meta", "cuda", "mps", "cpu")])
 print(standardize(torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]), scale=0.5))
 """,
         TRITON_INTERPRET="1",
     )
     assert output.splitlines() == [
         "torch.Size([4, 3, 3, 3]) timm_nf.standardize.default timm_nf.standardize_backward.default",
+        "timm_nf.unit_norms.default timm_nf.scale_units_.default",
         "[True, False, False, False]",
         "tensor([[ 0.7071, -0.7071]])",
     ]
@@ -375,7 +335,7 @@ print(standardize(torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]), scale=0.5))
 def test_a_triton_that_does_not_start_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     import triton
 
-    standardize_triton._has_triton.cache_clear()
+    _triton.has_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     class NoDriver:
@@ -385,7 +345,7 @@ def test_a_triton_that_does_not_start_is_said_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(triton.runtime, "driver", NoDriver())
     with caplog.at_level(logging.WARNING):
-        assert [standardize_triton._has_triton("cuda") for _ in range(2)] == [False, False]
-    standardize_triton._has_triton.cache_clear()
+        assert [_triton.has_triton("cuda") for _ in range(2)] == [False, False]
+    _triton.has_triton.cache_clear()
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.message

@@ -320,7 +320,7 @@ def test_parts_of_a_network_load_as_torch_loads_them(family: str, fused: bool, p
 def test_one_missing_gain_of_a_whole_network_is_enough_to_be_refused(family: str) -> None:
     state = create(family).state_dict()
     del state["stages.1.1.conv2.gain"]
-    with pytest.raises(RuntimeError, match="of fused convolutions, the network is unfused"):
+    with pytest.raises(RuntimeError, match="from a fused network, but this network is unfused"):
         create(family).load_state_dict(state, strict=False)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pickle
 import warnings
 
@@ -163,6 +164,37 @@ def test_what_is_behind_a_normed_classifiers_weight_is_exempt_and_its_bias_is_no
     assert exempt_by_both(model) == expected
 
 
+class Prototypes(nn.Module):
+    """A classifier whose weight has another name than torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.prototypes, self.gain, self.bias = (nn.Parameter(torch.ones(shape)) for shape in [(5, 4), (5, 1), (5,)])
+
+
+class Pooled(nn.Module):
+    """A network whose head has weights of several names."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+        self.head = nn.ModuleDict({"pool": nn.MultiheadAttention(4, 2), "last": Prototypes()})
+
+    def get_classifier(self):
+        return self.head
+
+
+WEIGHTS = {"pool.in_proj_weight", "pool.out_proj.weight", "last.prototypes"}
+
+
+def test_weights_of_a_classifier_are_exempt_whatever_their_names():
+    assert exempt_by_both(Pooled()) == {f"head.{name}" for name in WEIGHTS}
+    assert exempt_by_both(Holder(a=nn.Linear(2, 2), b=Pooled().head), clip_exempt="b") == {f"b.{n}" for n in WEIGHTS}
+    model = Pooled()
+    optimizer = optim.AgcSGD(model.named_parameters(), lr=0.1, clip_exempt="head")
+    assert exempt_names(model, optimizer.param_groups) == {f"head.{name}" for name in WEIGHTS}
+
+
 # What the caller names
 
 
@@ -257,6 +289,15 @@ def test_parameters_without_a_word_on_clipping_are_a_warning_at_the_callers_line
     with pytest.warns(UserWarning, match="these parameters come without their model.*clip_exempt") as seen:
         builds[build](form(network()))
     assert [w.filename for w in seen if "come without" in str(w.message)] == [__file__]
+
+
+@pytest.mark.parametrize("clip_factor", [None, math.inf, "inf"])
+def test_nothing_is_said_where_nothing_is_clipped(clip_factor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optim.AgcSGD(network().parameters(), lr=0.1, clip_factor=clip_factor)
+        for given in (network().parameters(), nn.Linear(2, 2)):
+            create_optimizer_v2(given, "agcsgd", lr=0.1, clip_factor=clip_factor)
 
 
 def test_a_word_on_clipping_is_enough():

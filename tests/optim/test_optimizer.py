@@ -4,7 +4,9 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -290,3 +292,79 @@ def test_sgd_with_a_closure_steps_as_without(fused):
         results.append([losses, values(params)])
     assert results[0][0] == results[1][0]
     assert_identical(results[0][1], results[1][1])
+
+
+class ImitatesItsClass:
+    """A wrapper as Lightning's: of the wrapped optimizer's class, it forwards the attributes that it does not have."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (type(self), type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("name", ["agcsgd", "lookahead_agcsgd"])
+def test_a_wrapper_of_the_same_class_has_the_statistics(name):
+    params, loss = target_problem()
+    optimizer = create(name, params)
+    wrapper = ImitatesItsClass(optimizer)
+    train(optimizer, loss, 1)
+    assert wrapper.clip_stats() == optimizer.clip_stats()
+    assert wrapper.clip_stats()[0]["units"] == 9
+
+
+def test_a_group_added_through_a_wrapper_of_the_same_class_has_its_word_on_clipping():
+    model = timm.create_model("test_resnet", num_classes=5)
+    optimizer = timm.optim.create_optimizer_v2(model, "agcsgd", lr=0.1)
+    model.reset_classifier(7)
+    group = {"params": model.fc.parameters(), "clip_factor": 0.5}
+    ImitatesItsClass(optimizer).add_param_group(group)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.clip_stats()[-1]["units"] == 7 + 1
+
+
+# Settings as they arrive
+
+
+@pytest.mark.parametrize("value", ["0.5", "5e-1", 0.5, np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+def test_every_form_of_a_number_is_that_number(value):
+    params, loss = target_problem()
+    results = []
+    for given in (value, 0.5):
+        params, loss = target_problem()
+        optimizer = optim.AgcSGD(params, lr=0.1, clip_factor=given, clip_eps=given, clip_exempt=())
+        assert [type(optimizer.param_groups[0][name]) for name in ("clip_factor", "clip_eps")] == [float] * 2
+        optimizer.param_groups[0]["clip_factor"] = given  # as people change it later
+        train(optimizer, loss, 1)
+        results.append(values(params))
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("text", ["inf", "Infinity"])
+def test_infinity_as_text_clips_nothing(text):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 100.0)
+    assert adaptive_clip_grad_(p, text) == 0
+    optim.AgcSGD([{"params": [p], "clip_factor": text}], lr=0.1).step()
+    assert torch.equal(p.grad, torch.full((2,), 100.0))
+
+
+NO_NUMBERS = [True, False, np.bool_(True), "nan", "-1", "", "True", "a lot", b"1", 1j, [1.0], math.nan, 10**400]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda v: repr(v)[:8])
+def test_what_is_no_number_is_refused(value):
+    for name in ("clip_factor", "clip_eps"):
+        with pytest.raises(ValueError, match=f"^{name} must be zero or positive, got "):
+            optim.AgcSGD([nn.Parameter(torch.ones(2))], lr=0.1, **{name: value})
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_is_refused_in_its_own_words(shape):
+    for name in ("clip_factor", "clip_eps"):
+        with pytest.raises(ValueError, match=rf"^{name} must be a number, got a tensor: .*; use \.item\(\)$"):
+            optim.AgcSGD([nn.Parameter(torch.ones(2))], lr=0.1, **{name: torch.full(shape, 0.1)})

@@ -3,8 +3,10 @@
 Two and three gloo processes each run all of `CHECKS` once, four run `CHECKS_OF_A_GRID`; the tests read what came.
 """
 
+import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import traceback
 from contextlib import contextmanager
@@ -218,7 +220,7 @@ def what_cannot_be_clipped_is_refused_by_name_before_anything_is_written(rank, w
     with torch.inference_mode():
         made = torch.ones(2, 2)
     inference.grad = DTensor.from_local(made, mesh, [Shard(0)])
-    rows = 3 if rank == 0 else 1 if rank == 1 else 2
+    rows = {0: 3, 1: 1}.get(rank, 2)
     uneven.grad = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], shape=shape, stride=(2, 1))
     for p in (expanded, inference):
         assert adaptive_clip_grad_(p) == 1  # of a clone
@@ -377,10 +379,19 @@ def directory():
 
 
 @cache
+def start_method():
+    """A server that has imported this module, from which all nine processes are forked: an import takes seconds."""
+    if sys.platform != "linux":
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
+
+
+@cache
 def outcomes(world_size):
     if world_size == 3:
         outcomes(2)  # writes the checkpoint
-    mp.spawn(worker, (world_size, directory()), world_size)
+    mp.start_processes(worker, (world_size, directory()), world_size, start_method=start_method())
     return [torch.load(directory() / f"{world_size}.{rank}") for rank in range(world_size)]
 
 

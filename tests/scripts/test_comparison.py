@@ -140,8 +140,8 @@ def test_changes_equal_to_the_golden_ones_have_no_error():
             _, module, name = key.split("|")
             after.setdefault(module, {})[name] = golden[key][1:]
     before = {module: {name: entry + 1 for name, entry in entries.items()} for module, entries in after.items()}
-    assert measure.change_errors(before, after, golden) == [0.0] * len(measure.KINDS)
-    assert measure.change_errors(before, before, golden) == pytest.approx([1.0] * len(measure.KINDS))
+    assert measure.change_errors(before, after, golden) == [0.0] * len(measure.TYPES)
+    assert measure.change_errors(before, before, golden) == pytest.approx([1.0] * len(measure.TYPES))
 
 
 def test_the_page_is_of_this_script():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import timm_nf
 from tests.support.reference_nfnet import Net
+from timm_nf import _relative_error
 from timm_nf.verify.golden import fill, image
 
 NAMES = {"NFNet": "nfnet_f0", "NF_ResNet": "dm_nf_resnet50", "NF_RegNet": "dm_nf_regnet_b0"}
@@ -54,9 +55,10 @@ def state_dict(net: Net, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
     return {k: v.to(dtype, copy=True) for k, v in _state_dict(net).items()}
 
 
-def create(family: str, **kwargs: Any) -> Any:
-    """The small network of `family` as timm initialises it."""
-    return timm.create_model(NAMES[family], **(keywords(NETS[family]) | kwargs))
+def create(net: Net | str, **kwargs: Any) -> Any:
+    """A small network, or that of a family, as timm initialises it."""
+    net = NETS[net] if isinstance(net, str) else net
+    return timm.create_model(NAMES[net.family], **(keywords(net) | kwargs))
 
 
 def build(net: Net | str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
@@ -77,7 +79,5 @@ def nchw(x: np.ndarray) -> Tensor:
 
 
 def relative_error(got: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float:
-    """L2 norm of the difference over that of `expected`."""
-    got, expected = (np.asarray(x.detach() if isinstance(x, Tensor) else x, dtype=np.float64) for x in (got, expected))
-    assert got.shape == expected.shape
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    """The package's relative error, also of arrays."""
+    return _relative_error.relative_error(torch.as_tensor(got), torch.as_tensor(expected))

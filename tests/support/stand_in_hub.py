@@ -250,15 +250,12 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo: str, rev: str) -> None:
         pr = "create_pr" in self.query
         _, files = self.tree(self.repo(repo, write=not pr), rev)
-        modes = [
-            {
-                "path": path,
-                "uploadMode": "lfs" if self.hub.is_large(path) else "regular",
-                "shouldIgnore": False,
-                **({"oid": files[path].sha256 if files[path].lfs else files[path].oid} if path in files else {}),
-            }
-            for path in (file["path"] for file in json.loads(self.content)["files"])
-        ]
+        modes = []
+        for path in (file["path"] for file in json.loads(self.content)["files"]):
+            mode = {"path": path, "uploadMode": "lfs" if self.hub.is_large(path) else "regular", "shouldIgnore": False}
+            if path in files:
+                mode["oid"] = files[path].sha256 if files[path].lfs else files[path].oid
+            modes.append(mode)
         raise Answer(200, {"files": modes})
 
     def lfs_batch(self, repo: str) -> None:

@@ -64,34 +64,34 @@ def test_small_golden_network_is_the_authors():
 def test_forward_checks_pass_here():
     results = list(checks._forward_checks("dm_nf_regnet_b0", CPU))
     assert len(results) == 4
-    assert all(check.ok for check in results), results
+    assert all(verdict.ok for verdict in results), results
 
 
 def test_forward_check_fails_on_a_perturbed_golden(monkeypatch):
     golden = load_golden(checks.FORWARD["dm_nf_regnet_b0"])
     golden["logits"] = golden["logits"] * (1 + 1e-3)
     monkeypatch.setattr(checks, "load_golden", lambda file: golden)
-    assert [check.ok for check in checks._forward_checks("dm_nf_regnet_b0", CPU)] == [False, False, True, True]
+    assert [verdict.ok for verdict in checks._forward_checks("dm_nf_regnet_b0", CPU)] == [False, False, True, True]
 
 
 def test_device_without_float64_is_not_counted_as_passed(monkeypatch):
     monkeypatch.setattr(checks, "_has_float64", lambda device: False)
-    assert [check.ok for check in checks._forward_checks("dm_nf_regnet_b0", CPU)] == [None, True, True, True]
+    assert [verdict.ok for verdict in checks._forward_checks("dm_nf_regnet_b0", CPU)] == [None, True, True, True]
 
 
 def test_not_a_number_fails():
     assert checks._at_most("x", math.nan, 1.0).ok is False
 
 
-def test_part_that_stops_is_a_failed_row_and_the_others_go_on(monkeypatch):
+def test_part_that_stops_is_a_failure_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(checks, "FORWARD", {"dm_nf_regnet_b0": "missing"})
-    monkeypatch.setattr(checks, "_step_checks", lambda device: iter([checks.Check("steps", "0", "1", True)]))
+    monkeypatch.setattr(checks, "_step_checks", lambda device: iter([checks.Verdict("steps", "0", "1", True)]))
     results = list(checks.run())
-    assert [check.ok for check in results] == [False, True, True, None]
+    assert [verdict.ok for verdict in results] == [False, True, True, None]
     assert "FileNotFoundError" in results[0].measured
 
 
-def test_unknown_device_stops_before_any_row():
+def test_unknown_device_stops_before_any_check():
     with pytest.raises(RuntimeError, match="nowhere"):
         next(checks.run("nowhere"))
 
@@ -110,14 +110,14 @@ def test_reads_are_counted_where_a_step_waits(monkeypatch):
 
 @pytest.mark.gpu
 def test_everything_passes_on_cuda():
-    assert all(check.ok for check in checks.run("cuda"))
+    assert all(verdict.ok for verdict in checks.run("cuda"))
 
 
 @pytest.mark.slow
 def test_everything_passes_here():
     results = list(checks.run())
     assert len(results) == 17
-    assert [check.name for check in results if not check.ok] == ["agcsgd step, waits for the device"]
+    assert [verdict.name for verdict in results if not verdict.ok] == ["agcsgd step, waits for the device"]
 
 
 @pytest.fixture

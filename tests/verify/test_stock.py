@@ -146,7 +146,7 @@ def only_checkpoint(monkeypatch):
     monkeypatch.setattr(checks, "FORWARD", {})
     monkeypatch.setattr(checks, "_step_checks", lambda device: iter(()))
     monkeypatch.setattr(checks, "_waiting_checks", lambda device: iter(()))
-    monkeypatch.setattr(checks, "_pretrained_checks", lambda *args: iter([checks.Check("hub", "0", "1", True)]))
+    monkeypatch.setattr(checks, "_pretrained_checks", lambda *args: iter([checks.Verdict("hub", "0", "1", True)]))
 
 
 def lines(capsys) -> list[str]:

@@ -71,7 +71,7 @@ def recipe(
     world_size: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Of all processes together; the learning rate follows, from scratch 0.1 * B / 256."),
+        typer.Option(min=1, help="Of all processes together; the learning rate follows, but an NF-RegNet's."),
     ] = None,
 ) -> None:
     """Print a paper's training settings as a file for timm's train.py --config.

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: read without running code, converted to timm's names and back, recognised."""
+"""Reads the authors' checkpoints safely, converts them to timm's names and back, and recognises their networks."""
 
 from .haiku import haiku_to_timm, timm_to_haiku
 from .haiku_pickle import load_haiku

@@ -1,9 +1,11 @@
-"""The authors' parameter trees to timm state dicts and back, bit for bit.
+"""Converts the authors' parameter trees to timm state dicts and back, bit for bit.
 
-timm publishes converted weights, not the conversion. Here the names are one table, read in both directions.
+timm publishes converted weights but not the code that converted them. Here one table of names serves both directions.
 
-A tree is `{module: {name: array}}` as haiku makes it: convolutions HWIO, linear layers IO, gains and biases (O,), skip
-gains (). Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+A tree is `{module: {name: array}}`, as haiku makes it. Shapes: convolutions HWIO, linear layers IO, gains and biases
+(O,), skip gains ().
+
+Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
 # torch types from_numpy in part.
@@ -19,11 +21,11 @@ from torch import Tensor
 
 __all__ = ["FAMILIES", "haiku_to_timm", "layout", "timm_to_haiku"]
 
-# haiku name -> timm name, axes in haiku, axes in timm, where those beyond haiku's have length 1
+# haiku name -> (timm name, number of axes in haiku, number of axes in timm); timm's additional axes have length 1
 _CONV = {"w": ("weight", 4, 4), "gain": ("gain", 1, 4), "bias": ("bias", 1, 1)}
 _LINEAR = {"w": ("weight", 2, 2), "b": ("bias", 1, 1)}
 _LINEAR_1X1 = {"w": ("weight", 2, 4), "b": ("bias", 1, 1)}
-# haiku module of a block -> timm module, parameters; {se} is attn in NF-RegNet, attn_last elsewhere
+# haiku module of a block -> (timm module, parameters); {se} stands for `attn` in NF-RegNets, else for `attn_last`
 _BLOCK = {
     "conv0": ("conv1", _CONV),
     "conv1": ("conv2", _CONV),
@@ -36,21 +38,21 @@ _BLOCK = {
 _OUTSIDE = {"final_conv": ("final_conv", _CONV), "linear": ("head.fc", _LINEAR)}
 _STEM4 = {f"stem_conv{i}": (f"stem.conv{i + 1}", _CONV) for i in range(4)}
 _STEM1 = {"initial_conv": ("stem.conv", _CONV)}
-# root module -> (block module, timm's name of squeeze-excite, modules outside of the blocks, stem_type)
+# root module -> (block module, timm's name of squeeze-excite, modules outside the blocks, stem_type)
 FAMILIES = {
     "NFNet": ("nf_block", "attn_last", _STEM4 | _OUTSIDE, "deep_quad"),
     "NF_ResNet": ("nf_res_block", "attn_last", _STEM1 | _OUTSIDE, "7x7_pool"),
     "NF_RegNet": ("nf_block", "attn", _STEM1 | _OUTSIDE, "3x3"),
 }
 """For each of the authors' classes: block module, timm's name of squeeze-excite, other modules, stem type."""
-# What a network may lack; in the blocks it is in all of them or in none.
+# A network may lack these. Of those in blocks, either all blocks have one or none has.
 _OPTIONAL = {"final_conv", "linear", "conv1b", "squeeze_excite"}
 
 _Names = dict[tuple[str, str], tuple[str, int, int]]
 
 
 def _names(family: str, depths: list[int]) -> _Names:
-    """(haiku module, name) -> timm name, axes in haiku and in timm, of all that a network of these depths can have."""
+    """All parameters of a network of these depths: (haiku module, name) -> (timm name, axes in haiku, axes in timm)."""
     block, attn, outside, _ = FAMILIES[family]
     modules = {f"{family}/~/{module}": target for module, target in outside.items()}
     names: _Names = {}
@@ -67,19 +69,24 @@ def _names(family: str, depths: list[int]) -> _Names:
 
 
 def _missing(family: str, names: _Names, present: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What a network that has the parameters `present` must have besides."""
-    start = f"{family}/~/{FAMILIES[family][0]}"
+    """The parameters that are not in `present` and that its network must have."""
+    first_block = f"{family}/~/{FAMILIES[family][0]}"
     modules = {module for module, _ in present}
 
-    def kind(module: str) -> str:  # without its root and the number of its block
+    def without_block(module: str) -> str:
+        """NFNet/~/nf_block_3/~/conv1 -> conv1, NFNet/~/linear -> linear."""
         return module.split("/~/")[1:3][-1]
 
-    kinds = {kind(module) for module in modules}
-    # Only the first block of all may do without a shortcut convolution where `names` has one.
-    spare = {key for key in names if key[0] == f"{start}/~/conv_shortcut"}
-    required = {key for key in names if kind(key[0]) not in _OPTIONAL or kind(key[0]) in kinds} - spare
-    required |= {key for key in names if key[0] in modules}
-    return [key for key in names if key in required and key not in present]
+    found = {without_block(module) for module in modules}
+
+    def is_required(module: str) -> bool:
+        if module in modules:  # all parameters of a module, or none
+            return True
+        if module == f"{first_block}/~/conv_shortcut":  # the network's first block may have no shortcut convolution
+            return False
+        return without_block(module) not in _OPTIONAL or without_block(module) in found
+
+    return [key for key in names if key not in present and is_required(key[0])]
 
 
 def _refuse(family: str, unknown: list[str], missing: list[str], misshapen: list[str]) -> None:
@@ -97,10 +104,10 @@ def _refuse(family: str, unknown: list[str], missing: list[str], misshapen: list
 
 
 def layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Names]:
-    """Family, depths and names of a tree that has the parameters of a network, all of them and no others.
+    """Family, depths and names of a tree.
 
     Raises:
-        ValueError: if it is no tree of the authors' networks; the message lists what is missing and what is too much.
+        ValueError: if the tree does not have exactly the parameters of one network.
     """
     families = {module.partition("/")[0] for module in params}
     if len(families) != 1 or not families <= FAMILIES.keys():
@@ -112,7 +119,7 @@ def layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Na
     block = f"{family}/~/{FAMILIES[family][0]}"
     blocks = {"/~/".join(module.split("/~/")[:2]) for module in params if module.startswith(block)}
     depths: list[int] = []
-    for number in range(len(blocks)):  # every stage but the first begins with a shortcut convolution
+    for number in range(len(blocks)):  # a shortcut convolution begins every stage after the first
         if not depths or f"{block}_{number}/~/conv_shortcut" in params:
             depths.append(0)
         depths[-1] += 1
@@ -133,18 +140,18 @@ def layout(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[int], _Na
 
 
 def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """State dict of a timm_nf network from the authors' parameter tree, of any depths and widths.
+    """Convert the authors' parameter tree to the state dict of a timm_nf network. All depths and widths work.
 
     Args:
-        params: `{module: {name: array}}`; the arrays' dtype is kept.
+        params: `{module: {name: array}}`.
 
     Returns:
-        `{name: tensor}`: convolutions (O, I, K, K), the classifier (O, I), gains (O, 1, 1, 1), biases (O,), skip
-        gains (1,). No memory is shared with the arrays.
+        `{name: tensor}` in the arrays' dtype: convolutions (O, I, K, K), the classifier (O, I), gains (O, 1, 1, 1),
+        biases (O,), skip gains (1,). The tensors share no memory with the arrays.
 
     Raises:
-        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or an
-            array of a dtype that torch cannot take from numpy.
+        ValueError: if parameters are missing, unknown or have another number of axes, with all their names; or if torch
+            does not have an array's dtype.
     """
     _, _, names = layout(params)
     state_dict = {}
@@ -154,7 +161,7 @@ def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
             copy = np.array(array)
             try:
                 value = torch.from_numpy(copy)
-            except (TypeError, ValueError):  # another byte order is the second
+            except (TypeError, ValueError):  # a ValueError for another byte order
                 raise ValueError(
                     f"expected arrays of a dtype that torch has, got {copy.dtype} for {module}/{name}; convert them "
                     "first, array.astype(np.float32)"
@@ -168,17 +175,17 @@ def haiku_to_timm(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def timm_to_haiku(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.ndarray]]:
-    """The authors' parameter tree from a state dict of a timm_nf network, the inverse of `haiku_to_timm`.
+    """Convert the state dict of a timm_nf network to the authors' parameter tree, the inverse of `haiku_to_timm`.
 
     Args:
-        state_dict: Of any variant and any depths and widths, also of timm's `dm_nfnet_f*`.
+        state_dict: All variants, depths and widths work, and so do timm's `dm_nfnet_f*`.
 
     Returns:
-        `{module: {name: array}}` in the tensors' dtype; no memory is shared with them.
+        `{module: {name: array}}` in the tensors' dtype. The arrays share no memory with the tensors.
 
     Raises:
-        ValueError: naming every parameter that no network of the authors has, and every one that is missing; or a
-            tensor of a dtype that numpy does not have.
+        ValueError: if parameters are missing, unknown or have another number of axes, with all their names; or if numpy
+            does not have a tensor's dtype.
     """
     if "stem.conv1.weight" in state_dict:
         family = "NFNet"

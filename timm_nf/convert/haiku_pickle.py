@@ -1,13 +1,14 @@
-"""Reads the authors' checkpoints without running anything that a file asks for.
+"""Reads the authors' checkpoints, and runs no code that a file names.
 
-The published files are pickles, and a pickle is a program: `pickle.load` imports and calls whatever it names, and
-numpy's own unpickling helpers can be abused too. The machine below knows the few opcodes that a tree of arrays needs,
-and lets the standard library's disassembler decode binary arguments. A name in the file becomes a member of an
-enumeration: nothing is imported or called, and neither jax nor haiku nor dill is needed. An array is a view of bytes
-that were read from the file, so that no object is larger than what stands in the file for it.
+The published files are pickles, and a pickle is a program. `pickle.load` imports and calls what it names. numpy's own
+unpickling helpers can be abused too.
+
+The machine below knows only the opcodes that a tree of arrays needs. `pickletools` decodes their binary arguments. A
+name in the file becomes a member of an enumeration, so nothing is imported or called, and jax, haiku and dill are not
+needed. An array is a view of bytes of the file, so no object takes more memory than its part of the file.
 """
 
-# What is read from a file can be anything.
+# A value from a file can have any type.
 # pyright: standard
 
 import enum
@@ -32,7 +33,7 @@ class _Name(enum.Enum):
     JAX_ARRAY = enum.auto()
 
 
-# Everything a file may name. numpy.core became numpy._core in numpy 2.
+# All names that a file may use. numpy 2 renamed numpy.core to numpy._core.
 _NAMES = {
     "numpy ndarray": _Name.NDARRAY,
     "numpy dtype": _Name.DTYPE,
@@ -67,10 +68,12 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KNOWN = _ARGUMENTS | _CONSTANTS.keys() | _TUPLES.keys()
 _KNOWN |= {"PROTO", "FRAME", "MARK", "TUPLE", "EMPTY_DICT", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT", "LONG_BINPUT"}
 _KNOWN |= {"BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "STOP"}
-_NAMING = {"INST", "PERSID", "EXT1", "EXT2", "EXT4"}  # refused, after reading what they name
-_LINES = {"GLOBAL": 2, "INST": 2, "PERSID": 1}  # pickletools undoes escapes in these, pickle does not
+_NAMING = {"INST", "PERSID", "EXT1", "EXT2", "EXT4"}  # refused; the message says which name they give
+# Opcodes whose arguments are lines of text, and the number of lines. pickletools undoes escapes there, pickle does not.
+_LINES = {"GLOBAL": 2, "INST": 2, "PERSID": 1}
 _HINTS = {"ml_dtypes": "; store the parameters as float32", "_codecs": "; pickle it with protocol 3 or later"}
-_MAX_OPCODES = 300_000  # bounds memory, as one byte can make an object of 64; the largest tree has 50,000 as jax arrays
+# A limit on memory: an opcode of 1 byte can make an object of 64. The largest tree has 50,000 opcodes, with jax arrays.
+_MAX_OPCODES = 300_000
 
 
 class _DType:
@@ -81,14 +84,14 @@ class _DType:
 
 
 class _Array:
-    """An array, empty until the file gives its state."""
+    """An array. `value` is None until the file gives its state."""
 
     def __init__(self, value: np.ndarray | None = None) -> None:
         self.value = value
 
 
 class _Stream:
-    """A file that never reads, and so never allocates, more than is left of it."""
+    """A file that never reads more bytes than are left, so that a false length allocates nothing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -126,7 +129,7 @@ def _view(dtype: _DType, shape: Any, data: bytes | bytearray, order: Any = "C", 
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    # Names end up in messages.
+    # Messages print the keys, so they have to be short and printable.
     named = all(type(key) is str and len(key) <= 200 and key.isprintable() for key in items[::2])
     if type(target) is not dict or len(items) % 2 or not named:
         raise ValueError("expected a dict of names, got keys that are not strings or not printable, or no dict")
@@ -144,7 +147,7 @@ def _set_state(target: Any, state: Any) -> None:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What REDUCE stands for: the calls that arrays, their scalars and the three wrappers are pickled as."""
+    """The result of REDUCE. Only the calls that pickle an array, a scalar or one of the three wrappers are known."""
     match function, arguments:
         case _Name.DTYPE, (str(code), 0, 1):
             return _DType(code)
@@ -183,7 +186,11 @@ def _lookup(module: Any, name: Any) -> _Name:
 
 
 def _next(stream: _Stream) -> tuple[str, Any]:
-    """The next opcode that is not refused, and its argument."""
+    """Read the next opcode and its argument.
+
+    Raises:
+        ValueError: if no tree of arrays needs this opcode.
+    """
     position = stream.tell()
     code = stream.read(1)
     opcode = _OPCODES.get(code)
@@ -255,7 +262,7 @@ def _run(stream: _Stream) -> Any:
 
 
 def _tree(value: Any, size: int) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of a tree of two levels, which a cycle is not."""
+    """The arrays of a tree with exactly two levels. Cycles have more, and are refused."""
     if type(value) is not dict or not all(type(entries) is dict for entries in value.values()):
         raise ValueError("expected a tree {module: {name: array}}, got something else")
     arrays: dict[str, dict[str, np.ndarray]] = {}
@@ -275,7 +282,7 @@ def _tree(value: Any, size: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _other_file_type(head: bytes) -> str | None:
-    """What a file is that begins so, if it is known and no pickle."""
+    """The type of a file with these first bytes, None for a pickle or an unknown type."""
     if not head:
         return "empty"
     if head[8:10] == b'{"':
@@ -284,18 +291,20 @@ def _other_file_type(head: bytes) -> str | None:
 
 
 def load_haiku(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
-    """The parameter tree in one of the authors' checkpoints; no code from the file runs, whatever is in it.
+    """Read the parameter tree in one of the authors' checkpoints. No code in the file runs.
 
     Args:
-        path: A pickle, for all its name's .npz, of protocol 3 or later: dicts or haiku FlatMaps of numpy or jax arrays.
+        path: A pickle of protocol 3 or later that holds dicts or haiku FlatMaps of numpy or jax arrays. The authors'
+            files are pickles although their names end in .npz.
 
     Returns:
-        `{module: {name: array}}`; arrays of float16, float32 or float64 in native byte order, read-only as a rule. They
-        take the memory of the file once.
+        `{module: {name: array}}`, with float16, float32 or float64 arrays in native byte order. Most arrays are
+        read-only views. Together they take no more memory than the file.
 
     Raises:
-        ValueError: in one line, if the file is anything else, is damaged, or has NaN or infinite weights.
-        OSError: if it cannot be read.
+        ValueError: if the file is not such a pickle, is damaged, or holds NaN or infinite weights. The message is one
+            line.
+        OSError: if the file cannot be read.
     """
     with open(path, "rb") as file:
         head = file.read(32)
@@ -306,7 +315,8 @@ def load_haiku(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]
         try:
             return _tree(_run(stream), stream.size)
         except (ValueError, IndexError, KeyError) as error:
-            # pickletools' messages, and those of a stack or memo that has run empty
-            reason = str(error) if isinstance(error, ValueError) else f"the pickle is broken at byte {stream.tell()}"
-            reason = " ".join(reason.split())[:400]
+            if isinstance(error, ValueError):  # ours or pickletools'
+                reason = " ".join(str(error).split())[:400]
+            else:  # an empty stack, or a place of the memo that has no value
+                reason = f"the pickle is broken at byte {stream.tell()}"
             raise ValueError(f"{path}: expected the authors' checkpoint, a pickled parameter tree; {reason}") from None

@@ -1,4 +1,4 @@
-"""Which network a parameter tree of the authors is of, and loading one into that network."""
+"""Recognises the network of the authors' parameter tree, and loads such a tree into it."""
 
 import dataclasses
 import itertools
@@ -17,17 +17,18 @@ __all__ = ["infer_variant", "load_haiku_into"]
 
 
 def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Name and overrides with which `timm.create_model(name, **overrides)` has the shapes of an authors' tree.
+    """Recognise the network of the authors' parameter tree: `timm.create_model(name, **overrides)` has its shapes.
 
     Args:
-        params: `{module: {name: array}}`, of which only names and shapes count.
+        params: `{module: {name: array}}`. Only names and shapes are used.
 
     Returns:
-        The variant that needs the fewest overrides, and these: `depths`, `channels`, `stem_chs`, `num_features`,
-        `group_size`, `in_chans` and `num_classes`, where they differ. Activation and alpha leave no trace in shapes.
+        The name of the variant that needs the fewest overrides, and these overrides: those of `depths`, `channels`,
+        `stem_chs`, `num_features`, `group_size`, `in_chans` and `num_classes` that differ from the variant's. Shapes do
+        not show the activation and alpha.
 
     Raises:
-        ValueError: if the names are not those of one network, or no such overrides give these shapes.
+        ValueError: if the names are not those of one network, or if no overrides give these shapes.
     """
     family, depths, _ = layout(params)
     shapes = {(module, name): np.shape(array) for module, entries in params.items() for name, array in entries.items()}
@@ -42,7 +43,8 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
     num_classes = shapes.get((f"{family}/~/linear", "w"), (0,))[-1]
 
     def overrides(cfg: NfCfg) -> dict[str, Any]:
-        def unscaled(chs: int) -> int:  # the smallest width that is truncated to this one
+        def unscaled(chs: int) -> int:
+            """The smallest width that `width_factor` and truncation turn into `chs`."""
             return math.ceil(chs / cfg.width_factor)
 
         found: dict[str, Any] = {}
@@ -50,41 +52,46 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
             found["depths"] = tuple(depths)
         if cfg.stage_chs() != stage_chs:
             found["channels"] = tuple(map(unscaled, stage_chs))
-        resized = dataclasses.replace(cfg, **found)  # stem and final convolution follow the stages
+        resized = dataclasses.replace(cfg, **found)  # the widths of stem and final convolution depend on the stages
         if resized.stem_out_chs() != stem_chs:
             found["stem_chs"] = unscaled(stem_chs)
         if resized.final_chs() != final_chs:
             found["num_features"] = unscaled(final_chs)
-        # Bottlenecks of one width can be one group of that size, which is how a row with groups describes them.
+        # If all bottlenecks have one width, no groups and one group of that width give the same shapes. Variants with
+        # groups then get the group, variants without get none.
         plain = per_group == mid_chs and {*mid_chs} == {int(chs * cfg.bottle_ratio) for chs in stage_chs}
         grouped = len({*per_group}) == 1 and (cfg.group_size or not plain)
-        if (group_size := per_group[0] if grouped else 0) != (cfg.group_size or 0):
+        group_size = per_group[0] if grouped else 0
+        if group_size != (cfg.group_size or 0):
             found["group_size"] = group_size
-        found |= {"in_chans": in_chans} if in_chans != 3 else {}
-        return found | ({"num_classes": num_classes} if num_classes != 1000 else {})
+        if in_chans != 3:
+            found["in_chans"] = in_chans
+        if num_classes != 1000:
+            found["num_classes"] = num_classes
+        return found
 
-    rows = {name: row.cfg for name, row in VARIANTS.items() if row.cfg.stem_type == stem_type}
-    candidates = {name: overrides(cfg) for name, cfg in rows.items()}
+    cfgs = {name: variant.cfg for name, variant in VARIANTS.items() if variant.cfg.stem_type == stem_type}
+    candidates = {name: overrides(cfg) for name, cfg in cfgs.items()}
     name = min(candidates, key=lambda name: len(candidates[name]))
     fields = {k: v for k, v in candidates[name].items() if k not in ("in_chans", "num_classes")}
-    expected, _ = dataclasses.replace(rows[name], **fields).count(1, in_chans, num_classes)
+    expected, _ = dataclasses.replace(cfgs[name], **fields).count(1, in_chans, num_classes)
     if expected != (got := sum(map(math.prod, shapes.values()))):
         raise ValueError(
             f"expected {expected} parameters in a {name} with {candidates[name] or 'nothing changed'}, got {got}: the "
-            "bottlenecks, squeeze-excite or the first convolutions are of other widths than the authors'"
+            "bottlenecks, squeeze-excite or the first convolutions have other widths than the authors'"
         )
     return name, candidates[name]
 
 
 def load_haiku_into(model: nn.Module, path: str) -> None:
-    """Load one of the authors' checkpoints into a network, all of it or nothing.
+    """Load one of the authors' checkpoints into a network. If it does not fit, the network stays as it is.
 
     Args:
-        model: A timm_nf network, to whose dtype the parameters are cast.
+        model: A timm_nf network. The parameters are cast to its dtype.
         path: A file for `load_haiku`.
 
     Raises:
-        ValueError: if the file is not such a checkpoint, or is one of another network, which is named.
+        ValueError: if the file is not such a checkpoint, or belongs to another network. The message names that network.
     """
     params = load_haiku(path)
     state_dict = haiku_to_timm(params)

@@ -1,4 +1,4 @@
-"""Times of one network on this machine: timm's, ours, and what fusing, bfloat16 and compilers make of it."""
+"""Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported."""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -38,11 +38,11 @@ __all__ = [
     "time_inference",
 ]
 
-Work = Callable[[], object]  # what is timed; what it returns does not count
-"""What is timed: a call without arguments, whose result is dropped."""
+Work = Callable[[], object]
+"""What is timed: a call without arguments, whose result is ignored."""
 
-# Seconds between two contenders. The threads of onnxruntime and of OpenMP wait in a loop for more work: without the
-# pause the fused bfloat16 NFNet-F0 took 114 ms when its turn came after onnxruntime's, with it 68 ms (2 cores).
+# Seconds between two contenders. The threads of onnxruntime and OpenMP wait in a loop for more work, and slow down the
+# next contender. The fused bfloat16 NFNet-F0 after onnxruntime: 114 ms without the pause, 68 ms with it (2 cores).
 _PAUSE = 0.2
 
 
@@ -55,14 +55,16 @@ class Timing(NamedTuple):
 
 
 def stock_name(name: str) -> str:
-    """Timm's own network that a network of ours stands for; the name itself where it is timm's already."""
+    """The name of timm's version of our network. Other names are returned as they are."""
     if name not in VARIANTS:
         return name
-    return f"dm_{name}" if name.startswith("nfnet") else name.removeprefix("dm_")
+    if name.startswith("nfnet"):
+        return f"dm_{name}"
+    return name.removeprefix("dm_")
 
 
 def bfloat16_is_fast(device: str = "cpu") -> bool:
-    """Whether the device has instructions of its own for bfloat16."""
+    """Whether the device has instructions for bfloat16."""
     if torch.device(device).type != "cpu":
         return True
     has = torch.cpu.get_capabilities()
@@ -70,18 +72,18 @@ def bfloat16_is_fast(device: str = "cpu") -> bool:
 
 
 def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Work]]:
-    """What can be timed of one network: {label: function that builds it and returns its work}. Weights are random.
+    """The versions of a network that can be timed here, with random weights.
 
     Args:
-        name: Of a network of ours, or of one of timm's with standardised convolutions.
+        name: A network of ours, or one of timm's with standardised convolutions.
         batch: Images in a forward pass.
-        size: Their height and width.
-        device: As torch names it.
+        size: Height and width of the images.
+        device: The device, as torch names it.
 
     Returns:
-        `stock`, timm's network; `timm_nf`, ours, if there is one; `fused`; those that are worth it also in
-        channels_last, in bfloat16, compiled by inductor with frozen weights, and exported to onnxruntime, in float32
-        and with convolutions in int8.
+        `{label: function that builds the version and returns its work}`. The versions are `stock` (timm's network),
+        `timm_nf` (ours, if there is one) and `fused`. Some are also timed in channels_last, in bfloat16, compiled by
+        inductor with frozen weights, and in onnxruntime, in float32 and with convolutions in int8.
     """
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -94,7 +96,7 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
     def fused() -> nn.Module:
         return fuse(ours())
 
-    # to() takes a layout as a keyword only; its type says otherwise
+    # The types of `to` do not know this keyword for modules.
     last: dict[str, Any] = {"memory_format": torch.channels_last}
     table: dict[str, Callable[[], Work]] = {}
     if is_model(stock_name(name)):
@@ -115,24 +117,24 @@ def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[st
 
 
 def _eager(create: Callable[[], nn.Module], images: Tensor, **options: Any) -> Work:
-    """The network as it is; `options` of `to`, for it and the images."""
+    """The network in eager mode. `options` are arguments of `to`, for the network and the images."""
     model, x = create().to(images.device, **options), images.to(**options)
     return lambda: model(x)
 
 
 def _compiled(create: Callable[[], nn.Module], images: Tensor) -> Work:
-    """Compiled by inductor with constant weights, in channels_last."""
+    """The network compiled by inductor, with frozen weights and in channels_last."""
     last: Any = torch.channels_last
     x = images.to(memory_format=last)
     model = torch.compile(create().to(images.device).to(memory_format=last))
-    # As one of torch.compile's options it freezes nothing: dynamo reads the setting before inductor sees its options.
-    with torch.no_grad(), inductor.patch(freezing=True):
-        model(x)  # compiles, and freezes only without gradients
+    # `freezing` has no effect in torch.compile's options: dynamo reads the setting before inductor sees the options.
+    with torch.no_grad(), inductor.patch(freezing=True):  # weights are frozen only without gradients
+        model(x)  # compiles
     return lambda: model(x)
 
 
 def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
-    """Exported to ONNX, with as many threads as torch has."""
+    """The network in onnxruntime, with as many threads as torch has."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         export.write(create(), file, size=images.shape[-1], dynamic_batch=len(images) > 1)
@@ -141,7 +143,7 @@ def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
 
 
 def _int8(create: Callable[[], nn.Module], images: Tensor) -> Work:
-    """The same with convolutions in int8, calibrated on the images, on which times do not depend."""
+    """The network in onnxruntime with convolutions in int8. The images calibrate it; times do not depend on them."""
     with tempfile.TemporaryDirectory() as folder:
         wide, narrow = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         export.write(create(), wide, size=images.shape[-1], dynamic_batch=len(images) > 1)
@@ -157,13 +159,16 @@ def time_inference(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Build all contenders and time them in turn, so that noise meets all of them.
+    """Build all contenders and time them in turn, so that noise affects all of them.
 
     Args:
-        builders: As `contenders` gives them.
-        repeats: Timed forward passes of each, after two that are not.
-        device: Where they run.
-        progress: Shows it.
+        builders: The result of `contenders`.
+        repeats: Timed forward passes of each contender, after two for warming up.
+        device: The device of the contenders.
+        progress: Shows progress.
+
+    Returns:
+        The timing of every contender, by label.
     """
     work: dict[str, Work] = {}
     with seeded(0):
@@ -176,20 +181,22 @@ def time_inference(
 def time_in_turn(
     work: Mapping[str, Work], repeats: int, device: str = "cpu", progress: Progress = silent
 ) -> dict[str, list[float]]:
-    """Milliseconds of everything, `repeats` times each, one after the other with a short pause before each.
+    """Time calls in turn, with a short pause before each on a CPU.
 
     Args:
-        work: What to time, by label.
-        repeats: Timed rounds, after two that are not.
-        device: Where it is done.
-        progress: Shows it.
+        work: The calls, by label.
+        repeats: Timed rounds, after two for warming up.
+        device: The device of the calls.
+        progress: Shows progress.
+
+    Returns:
+        `repeats` times of every call in milliseconds, by label.
     """
     on_cpu = torch.device(device).type == "cpu"
     milliseconds = _time_on_cpu if on_cpu else partial(_time_on_accelerator, device=device)
     times: dict[str, list[float]] = {label: [] for label in work}
     for repeat in progress(range(repeats + 2), "timing"):
         for label, once in work.items():
-            time.sleep(_PAUSE)
             taken = milliseconds(once)
             if repeat >= 2:
                 times[label].append(taken)
@@ -197,13 +204,14 @@ def time_in_turn(
 
 
 def _time_on_cpu(work: Work) -> float:
+    time.sleep(_PAUSE)
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)
 
 
 def _time_on_accelerator(work: Work, device: str) -> float:
-    """By events in the queue of the device, which works on after `work` has returned."""
+    """Time by events in the device's queue: the device is still working when `work` returns."""
     start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     torch.accelerator.synchronize(device)
     start.record()
@@ -214,7 +222,7 @@ def _time_on_accelerator(work: Work, device: str) -> float:
 
 
 def peak_memory(work: Work) -> int:
-    """Bytes that work on the CPU has allocated at its highest point, on top of what was there before."""
+    """The largest number of bytes that a call holds at once on the CPU, in addition to those before the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Networks for inference: standardised weights are computed once and baked into plain convolutions.
+"""Fuses networks for inference: computes the standardised weights once, and stores them in plain convolutions.
 
-timm's `reparameterize_model` does the same to our layers. This exists because it leaves timm's own standardised
-layers as they are, and because a model should say that it was fused.
+timm's `reparameterize_model` does the same to our layers, but it does not fuse timm's own standardised layers, and it
+does not mark the model as fused.
 """
 
 # The layers of timm that are taken apart here have no types.
@@ -17,17 +17,26 @@ from timm.layers import ScaledStdConv2d as StockScaledStdConv2d
 from timm.layers import ScaledStdConv2dSame, StdConv2d, StdConv2dSame, create_conv2d
 from torch import nn
 
-from ..layers.std_conv import ScaledStdConv2d, bake
+from ..layers.std_conv import (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    ScaledStdLinear,
+    bake,
+)
 
 __all__ = ["fuse"]
 
 
 def _fuse_stock(conv: Any) -> nn.Conv2d:
-    """One of timm's layers, which standardise by batch_norm over the fan-in: eps is added to the variance."""
+    """Fuse one of timm's layers. They standardise by batch_norm over the fan-in, which adds eps to the variance."""
     scale = (conv.gain * conv.scale).view(-1) if hasattr(conv, "gain") else None
     rows = conv.weight.reshape(1, conv.out_channels, -1)
     weight = F.batch_norm(rows, None, None, scale, training=True, eps=conv.eps).view_as(conv.weight)
-    # A 1x1 kernel needs no padding at any stride, where timm's SAME layers go through a copy of the input.
+    # A 1x1 kernel needs no padding at any stride. timm's SAME layers would copy the input.
     same = getattr(conv, "same_pad", False) and max(conv.kernel_size) > 1
     plain: Any = create_conv2d(
         conv.in_channels,
@@ -43,8 +52,17 @@ def _fuse_stock(conv: Any) -> nn.Conv2d:
     return bake(plain, conv, weight)
 
 
-_FUSE: dict[type, Callable[[Any], nn.Conv2d]] = {
-    ScaledStdConv2d: ScaledStdConv2d.fuse,
+_OURS = (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    ScaledStdLinear,
+)
+_FUSE: dict[type, Callable[[Any], nn.Module]] = {
+    **{layer: layer.fuse for layer in _OURS},
     StockScaledStdConv2d: _fuse_stock,
     ScaledStdConv2dSame: _fuse_stock,
     StdConv2d: _fuse_stock,
@@ -53,32 +71,36 @@ _FUSE: dict[type, Callable[[Any], nn.Conv2d]] = {
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy with plain convolutions and the same outputs, for inference.
+    """Copy a model and replace its standardised convolutions by plain ones with the same outputs. For inference.
 
-    Works on our networks, on timm's with `ScaledStdConv2d`, `StdConv2d` and their SAME forms (NFNets, BiT, hybrid
-    vision transformers), and on modules that contain them. Names stay, gains are gone. Where the padding depends on
-    the size of the input (SAME, a stride, a kernel larger than 1), a subclass of nn.Conv2d pads before it convolves.
+    It works on our networks, on timm's networks with `ScaledStdConv2d`, `StdConv2d` or their SAME forms (NFNets, BiT,
+    hybrid vision transformers), and on modules that contain such networks.
 
-    A fused network of ours saves and reloads as `create_model(name, fused=True)`. timm's architectures have no such
-    argument: `hub.write_folder` and `push` refuse them, and as `model_args` says fused all the same, a folder that timm
-    itself saved stops timm instead of loading wrong weights. `timm-nf export` writes both for other run times.
+    Parameter names stay. Gains disappear. If the padding depends on the size of the input (SAME, with a stride and a
+    kernel larger than 1), the plain convolution is a subclass of nn.Conv2d that pads first.
 
-    Modes are kept, module by module: in training mode dropout and stochastic depth act as before. A fused model can be
-    trained, but nothing keeps its weights standardised, so that it is another, worse behaved network than the original;
-    fine-tune that one and fuse the result.
+    Saving: a fused network of ours is saved and created again with `create_model(name, fused=True)`. timm's
+    architectures have no such argument, so `hub.write_folder` and `push` refuse them once fused. If timm itself saves
+    them, its loader raises on `fused` in the saved arguments, and loads no wrong weights. `timm-nf export` writes both
+    for other run times.
+
+    Training: every module keeps its mode, so dropout and stochastic depth act as before. A fused model can be trained,
+    but nothing keeps its weights standardised, and it trains worse. Fine-tune the original and fuse the result.
 
     Args:
-        model: Any module with standardised convolutions; not changed. No tensors are shared with it.
+        model: A module with standardised convolutions. It is not changed.
 
     Returns:
-        The copy, whose attribute `fused` is true.
+        The copy. It shares no tensor with `model`. Its attribute `fused` is true.
 
     Raises:
-        ValueError: if there is nothing to fuse, as after fusing, or something that cannot be fused: a traced graph, a
-            subclass or parametrisation of a known layer, a layer with hooks.
+        ValueError: if there is nothing to fuse, or if something cannot be fused: a traced graph, a subclass or
+            parametrisation of a known layer, or a layer with hooks.
     """
     if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} holds a traced graph with the old formula in it: fuse, then trace")
+        raise ValueError(
+            f"{type(model).__name__} holds a traced graph, which cannot be fused: fuse the model first, then trace it"
+        )
     convs = {name: module for name, module in model.named_modules() if isinstance(module, tuple(_FUSE))}
     if not convs:
         hint = "it is fused already" if getattr(model, "fused", False) else "expected an NFNet, a BiT or a hybrid"
@@ -86,14 +108,15 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, conv in convs.items():
         if type(conv) not in _FUSE:
             raise ValueError(
-                f"{name} is a {type(conv).__name__}, a formula of its own: fuse works on the layer it extends"
+                f"{name} is a {type(conv).__name__}, which may have another formula: fuse only knows the layer that "
+                "it extends"
             )
         if conv._forward_hooks or conv._forward_pre_hooks:
-            raise ValueError(f"{name} has hooks, which would be lost: remove them, fuse, and put them on the copy")
+            raise ValueError(f"{name} has hooks, which would be lost: remove them, fuse, and add them to the copy")
     with torch.no_grad():
-        # What is in the memo counts as copied already.
+        # deepcopy does not copy what its memo contains: it uses the fused convolutions instead.
         fused: Any = copy.deepcopy(model, {id(conv): _FUSE[type(conv)](conv) for conv in convs.values()})
-    if not getattr(fused, "fused", False):  # ours, compiled or not, look it up
+    if not getattr(fused, "fused", False):  # for our networks it is a property, also if they are compiled
         fused.fused = True
         fused._model_args = getattr(model, "_model_args", {}) | {"fused": True}
     return fused

@@ -1,7 +1,7 @@
-"""ONNX files in 8-bit integers, by onnxruntime's own static quantiser, compared with float32 on pictures.
+"""Writes ONNX files with int8 convolutions, by onnxruntime's static quantiser, and compares them with float32.
 
-Only convolutions are quantised: weights per channel and signed, activations per tensor and unsigned, in QDQ form.
-`python -m benchmarks.int8` measures what else could be, and why it stays float.
+Only convolutions are quantised, in QDQ form. Weights are signed, with a scale per channel. Activations are unsigned,
+with a scale per tensor. `python -m benchmarks.int8` measures other types of nodes, and shows why they stay float32.
 """
 
 # onnx and onnxruntime have no types or partial ones.
@@ -30,28 +30,28 @@ from .images import open_picture
 
 __all__ = ["FEWEST", "QUANTIZED", "Comparison", "quantize", "session", "split", "write"]
 
-FEWEST = 10  # pictures: fewer say nothing about the range of activations, and leave too few to compare
-"""The smallest number of pictures that int8 export accepts."""
+FEWEST = 10
+"""The smallest number of pictures that int8 export accepts: fewer do not show the range of activations."""
 _MOST_CALIBRATION = 256
-_WORST = 0.5  # relative error of logits; noise as large as half of them is no network to use
-# The share of time that is not in convolutions is small; see benchmarks/int8.py for the other types of nodes.
+_WORST = 0.5  # relative error of the logits; a network with a larger one is of no use
+# Other nodes take little time. benchmarks/int8.py measures them.
 QUANTIZED = ("Conv",)
 """The ONNX node types whose weights become int8."""
 
 
 class Comparison(NamedTuple):
-    """The int8 file beside the float32 one, on pictures that it was not calibrated on.
+    """The int8 file compared with the float32 file, on pictures that were not used for calibration.
 
     Attributes:
-        calibrated: How many pictures gave the ranges of activations.
-        compared: How many others were compared.
-        same_class: Share of them that has the same best class.
-        error: Relative L2 error of their logits.
-        size: Of the file, in bytes.
-        float_size: Of the float32 file, in bytes.
-        milliseconds: Median of one picture in onnxruntime on this machine, with torch's number of threads.
-        float_milliseconds: The same of float32, in turn.
-        kept: Types of nodes that stay float.
+        calibrated: Number of pictures for calibration.
+        compared: Number of pictures for the comparison.
+        same_class: Share of the compared pictures with the same best class.
+        error: Relative L2 error of the logits.
+        size: Size of the int8 file in bytes.
+        float_size: Size of the float32 file in bytes.
+        milliseconds: Median time of one picture in the int8 file, in onnxruntime, with torch's number of threads.
+        float_milliseconds: Median time of one picture in the float32 file. The two files take turns.
+        kept: Types of nodes that stay float32.
     """
 
     calibrated: int
@@ -66,15 +66,17 @@ class Comparison(NamedTuple):
 
 
 def split(pictures: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Pictures to calibrate on, at most 256 and at most four fifths, and the rest to compare on; always the same.
+    """Divide pictures into those for calibration and those for the comparison.
+
+    The division is random, but the same in every call. Calibration gets four fifths, and at most 256.
 
     Raises:
-        ValueError: if there are fewer than 10.
+        ValueError: if there are fewer than 10 pictures.
     """
     shuffled = sorted(set(pictures))
     if len(shuffled) < FEWEST:
         raise ValueError(f"expected at least {FEWEST} pictures to calibrate and compare on, got {len(shuffled)}")
-    random.Random(0).shuffle(shuffled)  # folders are sorted by class
+    random.Random(0).shuffle(shuffled)  # paths in a folder per class are sorted by class
     calibration = min(_MOST_CALIBRATION, len(shuffled) * 4 // 5)
     return shuffled[:calibration], shuffled[calibration:]
 
@@ -87,24 +89,24 @@ def write(
     size: int | None = None,
     dynamic_batch: bool = False,
     metadata: Mapping[str, str] | None = None,
-    kinds: Sequence[str] = QUANTIZED,
+    op_types: Sequence[str] = QUANTIZED,
     progress: Progress = silent,
 ) -> Comparison:
-    """Write a model as an ONNX file with convolutions in int8, and compare it with float32.
+    """Write a model as an ONNX file with int8 convolutions, and compare it with float32.
 
     Args:
-        model: A timm model, fused; not changed.
-        pictures: Files like those that the network will see.
-        file: Ends in `.onnx`. An existing one is replaced, but only by one that is no worse than noise.
-        size: Height and width in pixels, by default those the model is trained at.
-        dynamic_batch: Take any number of images instead of one at a time.
-        metadata: Written into the file beside preprocessing and labels.
-        kinds: Types of nodes to quantise, as ONNX names them.
-        progress: Shows it.
+        model: A fused timm model. It is not changed.
+        pictures: Picture files like those that the network will see.
+        file: The file to write, ending in `.onnx`. An existing file is replaced after the comparison.
+        size: Height and width in pixels, by default the model's training size.
+        dynamic_batch: Whether the file takes any number of images. By default it takes one.
+        metadata: Entries for the file's metadata, in addition to preprocessing and labels.
+        op_types: ONNX's types of nodes to quantise.
+        progress: Shows progress.
 
     Raises:
-        ValueError: Fewer than 10 pictures, one that cannot be read, another suffix.
-        RuntimeError: The logits are not finite or more than half of their norm off. Nothing is left behind.
+        ValueError: if there are fewer than 10 pictures, a picture cannot be read, or the suffix is another one.
+        RuntimeError: if the logits are not finite, or their relative error is above 0.5. No file is written.
     """
     if file.suffix != ".onnx":
         raise ValueError(f"int8 is for files that end in .onnx, got {file}")
@@ -113,9 +115,9 @@ def write(
     with tempfile.TemporaryDirectory() as folder, export.replacing(file) as temporary:
         wide = Path(folder, "float32.onnx")
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
-        quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), kinds)
-        _describe(temporary, kinds, metadata or {})
-        found = _compare(temporary, wide, read, rest, len(calibration), kinds, progress)
+        quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), op_types)
+        _describe(temporary, op_types, metadata or {})
+        found = _compare(temporary, wide, read, rest, len(calibration), op_types, progress)
         if not (math.isfinite(found.error) and found.error <= _WORST):
             raise RuntimeError(
                 f"int8 was not written: its logits are {100 * found.error:.0f} % off those of float32 "
@@ -124,14 +126,14 @@ def write(
     return found
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor], kinds: Sequence[str] = QUANTIZED) -> None:
-    """Write a float32 ONNX file again with its convolutions in int8.
+def quantize(source: Path, target: Path, batches: Iterable[Tensor], op_types: Sequence[str] = QUANTIZED) -> None:
+    """Write a float32 ONNX file again with int8 convolutions. The result is not compared.
 
     Args:
-        source: As `export.write` writes it.
-        target: Written, not compared.
-        batches: Of images, (N, C, H, W) or (C, H, W); they give the ranges of activations.
-        kinds: Types of nodes to quantise, as ONNX names them.
+        source: A file that `export.write` wrote.
+        target: The file to write.
+        batches: Images for calibration, (N, C, H, W) or (C, H, W).
+        op_types: ONNX's types of nodes to quantise.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -151,16 +153,16 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], kinds: Seque
             target,
             Images(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(kinds),
+            op_types_to_quantize=list(op_types),
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # Processors with VNNI multiply unsigned by signed bytes.
+            # VNNI, x86's int8 instructions, multiply unsigned activations by signed weights.
             activation_type=QuantType.QUInt8,
         )
 
 
 def session(file: Path) -> Callable[[Tensor], Tensor]:
-    """The network in an ONNX file as a function of (N, C, H, W) or (C, H, W), on the CPU."""
+    """The network in an ONNX file, as a function from (N, C, H, W) or (C, H, W) to logits. It runs on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -174,7 +176,7 @@ def _batch(images: Tensor) -> np.ndarray:
 
 
 def _reader(model: Any, size: int | None) -> Callable[[Path], Tensor]:
-    """What reads a picture with the model's preprocessing, at the size of the exported file."""
+    """A function that reads a picture with the model's preprocessing, at the size of the exported file."""
     data: dict[str, Any] = resolve_model_data_config(model)
     channels, height, width = data["input_size"]
     data["input_size"] = (channels, size or height, size or width)
@@ -195,10 +197,10 @@ def _compare(
     read: Callable[[Path], Tensor],
     pictures: Sequence[Path],
     calibrated: int,
-    quantized: Sequence[str],
+    op_types: Sequence[str],
     progress: Progress,
 ) -> Comparison:
-    """Run both files on every picture, in turn."""
+    """Run both files in turn on every picture."""
     import onnx
 
     files = {"int8": narrow, "float32": wide}
@@ -212,7 +214,7 @@ def _compare(
             logits[name].append(run(image))
             times[name].append(1e3 * (time.perf_counter() - start))
     ours, expected = (torch.cat(logits[name]) for name in files)
-    kinds = {node.op_type for node in onnx.load(narrow).graph.node}
+    present = {node.op_type for node in onnx.load(narrow).graph.node}
     return Comparison(
         calibrated,
         len(pictures),
@@ -222,17 +224,17 @@ def _compare(
         wide.stat().st_size,
         statistics.median(times["int8"]),
         statistics.median(times["float32"]),
-        tuple(sorted(kinds - set(quantized) - {"QuantizeLinear", "DequantizeLinear"})),
+        tuple(sorted(present - set(op_types) - {"QuantizeLinear", "DequantizeLinear"})),
     )
 
 
-def _describe(file: Path, kinds: Sequence[str], metadata: Mapping[str, str]) -> None:
-    """Check the file and add to its metadata."""
+def _describe(file: Path, op_types: Sequence[str], metadata: Mapping[str, str]) -> None:
+    """Add to the file's metadata, and validate the file."""
     import onnx
 
     proto = onnx.load(file)
     known = {entry.key: entry.value for entry in proto.metadata_props}
-    kept = "all other nodes are float32"
-    onnx.helper.set_model_props(proto, known | {"quantized": f"{', '.join(kinds)} in int8, {kept}"} | dict(metadata))
+    quantized = f"{', '.join(op_types)} in int8, all other nodes are float32"
+    onnx.helper.set_model_props(proto, known | {"quantized": quantized} | dict(metadata))
     onnx.save(proto, file)
     onnx.checker.check_model(file, full_check=True)

@@ -1,4 +1,4 @@
-"""Networks by name: which names there are, and the network with the weights that a name or a file has."""
+"""Creates networks by name, with weights from the Hub, from a file, or random ones."""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,44 +18,45 @@ __all__ = ["is_known", "load_model", "random_model", "timm_name"]
 
 
 def is_known(name: str) -> bool:
-    """Whether timm would know what to build: a registered name, with or without a tag, or a place of weights."""
+    """Whether timm can build this: a registered name with or without a tag, or a source such as `hf-hub:user/repo`."""
     return ":" in name or is_model(name.partition(".")[0])
 
 
 def timm_name(name: str) -> str:
-    """As timm names it: a folder in Hub layout is `local-dir:` and its path."""
+    """The name that timm expects. For a folder it is `local-dir:` and the path."""
     return f"local-dir:{name}" if Path(name).is_dir() else name
 
 
 def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """The network with its weights, in float32 and in evaluation mode.
+    """Create a network with its weights, in float32 and evaluation mode.
 
     Args:
-        name: As `timm.create_model` takes it: a name with a tag of weights, `hf-hub:user/repo` or `local-dir:folder`;
-            or the folder alone.
-        checkpoint: Weights to load instead of the published ones, with the classes, arguments and preprocessing that
-            they were trained with.
+        name: A name for `timm.create_model` (with a tag of weights, `hf-hub:user/repo` or `local-dir:folder`), or the
+            path of a folder.
+        checkpoint: Weights to load instead of the published ones. Classes, arguments and preprocessing come from it
+            too.
 
     Raises:
-        ValueError: if the checkpoint is another network's.
-        RuntimeError: if there are no weights of this name, or they cannot be had, with what to do.
+        ValueError: if the checkpoint belongs to another network.
+        RuntimeError: if there are no published weights, or they cannot be loaded. The message says what to do.
     """
     if checkpoint is not None:
         return fill(timm_name(name), checkpoint).float()
     try:
         return timm.create_model(timm_name(name), pretrained=True).eval()
-    except Exception as error:  # the Hub client, its HTTP library and timm each raise their own kinds
+    except Exception as error:  # the Hub client, its HTTP library and timm have no common type of error
         raise RuntimeError(
-            f"could not load {name} with its published weights ({reason(error)}); `timm-nf list` shows what has "
-            "weights, downloads need a network; local weights are loaded by --checkpoint FILE, where a command has it, "
-            "or as a folder in Hub layout"
+            f"could not load {name} with its published weights ({reason(error)}). `timm-nf list` shows which networks "
+            "have weights. Downloads need a network. For local weights give --checkpoint FILE, if the command has this "
+            "option, or the path of a folder in Hub layout"
         ) from error
 
 
 def random_model(name: str) -> nn.Module:
-    """The network of a registered name with random weights, always the same, in evaluation mode.
+    """Create a network with random weights, the same in every call, in evaluation mode.
 
-    What starts at 0, as skip gains, biases and some classifiers do, is random as well: every layer shows in the logits.
+    Parameters that start at 0 (skip gains, biases, some classifiers) are random too, so that the logits depend on every
+    layer.
     """
     with seeded(0):
         model = timm.create_model(name.partition(".")[0])

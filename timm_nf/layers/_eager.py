@@ -1,4 +1,4 @@
-"""Whether a tensor is computed with now, or recorded for later."""
+"""Tells whether operations on a tensor run now, or are recorded for a compiler or a file."""
 
 # torch.jit does not list what it exports.
 # pyright: reportPrivateImportUsage=false
@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 _TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
-@torch.jit.unused  # TorchScript compiles also what it will not call
+@torch.jit.unused  # TorchScript also compiles functions that it never calls
 def is_eager(x: Tensor) -> bool:
     """Whether `x` is an ordinary tensor and nothing compiles, exports or traces.
 
-    What records a computation sees plain tensor operations instead of our own, since compilers fuse those and files
-    hold nothing else. So do subclasses of tensors, which may not hold their elements in one piece.
+    If not, layers use torch's plain operations instead of our own. Compilers fuse plain operations, and exported files
+    cannot hold others. Tensor subclasses get plain operations too: their elements may lie in several pieces.
     """
     return not torch.compiler.is_compiling() and type(x) in _TYPES and not torch.jit.is_tracing()
 

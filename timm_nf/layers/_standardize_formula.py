@@ -18,11 +18,20 @@ STD_EPS = 1e-4  # floor on N * variance, nfnets/base.py
 
 
 def check_gain(weight: Tensor, gain: Tensor) -> None:
-    """Raise ValueError if there is not exactly one gain for every output channel."""
-    if gain.numel() != weight.shape[0]:
+    """Raise an error if there is not one gain for every output channel, or the weight is not of real numbers.
+
+    Raises:
+        ValueError: the former.
+        TypeError: the latter, or there is no gain.
+    """
+    if not weight.is_floating_point():
+        raise TypeError(f"expected a weight of floating point numbers, got {weight.dtype}")
+    if gain is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise TypeError("expected a gain, got None; pass torch.ones(O, 1, 1, 1), with O output channels")
+    if weight.ndim == 0 or gain.numel() != weight.shape[0]:
         raise ValueError(
-            f"expected one gain for each of the {weight.shape[0]} output channels of a weight of shape "
-            f"{tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
+            f"expected one gain for each of the {weight.shape[0] if weight.ndim else 0} output channels of a weight of "
+            f"shape {tuple(weight.shape)}, got a gain of shape {tuple(gain.shape)}; pass (O, 1, 1, 1)"
         )
 
 

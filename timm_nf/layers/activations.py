@@ -1,6 +1,6 @@
-"""The authors' activations and their gamma.
+"""The authors' activations, each with its gamma.
 
-timm's gelu is not the tanh form.
+timm's `gelu` is the exact form; the authors' is the tanh form.
 
 Sources: arXiv:2101.08692, section 4.3; deepmind-research nfnets/base.py at f5de0ede.
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "Activation", "activation_gain", "activation_name", "create_activation"]
 
-# name -> (torch's module, gamma). gamma = 1 / std(act(z)), z ~ N(0, 1); the values are those of nfnets/base.py.
-# tests/layers/test_layers.py::test_gamma_is_one_over_the_std_of_the_activated_normal re-derives them by quadrature.
+# name -> (torch's module, gamma), with gamma = 1 / std(act(z)) for z ~ N(0, 1). The values are from nfnets/base.py.
+# tests/layers/test_layers.py::test_gamma_is_one_over_the_std_of_the_activated_normal computes them by quadrature.
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "identity": (nn.Identity, 1.0),
     "celu": (nn.CELU, 1.270926833152771),
@@ -26,25 +26,26 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "selu": (nn.SELU, 1.0008515119552612),
     "sigmoid": (nn.Sigmoid, 4.803835391998291),
     "silu": (nn.SiLU, 1.7881293296813965),
-    # Above torch's default threshold of 20 the linear form is off by 2e-9, above 40 by less than float64 resolves.
+    # torch replaces softplus by the identity above a threshold. The error is 2e-9 at the default threshold of 20, and
+    # below float64's resolution at 40.
     "softplus": (partial(nn.Softplus, threshold=40), 1.9203323125839233),
     "softsign": (nn.Softsign, 2.338853120803833),
     "tanh": (nn.Tanh, 1.5939117670059204),
 }
 """For each name of an activation: its module, and the gamma that gives its output unit variance."""
 _ALIASES = {"swish": "silu", "soft_sign": "softsign", "logsigmoid": "log_sigmoid"}
-# In the authors' table too. They mix channels, so the network around them would be another one.
+# The authors' table has these two as well. They mix channels, so they do not fit into these networks.
 _NOT_BUILT = ("glu", "log_softmax")
 
 
 def activation_name(name: str) -> str:
-    """The key of `name` in `ACTIVATIONS`.
+    """The key in `ACTIVATIONS` of an activation's name.
 
     >>> activation_name("swish")
     'silu'
 
     Raises:
-        ValueError: if the authors give no gamma for an activation of this name, or it is not elementwise.
+        ValueError: if the authors give no gamma for this activation, or it is not elementwise.
     """
     key: object = _ALIASES.get(name, name) if isinstance(name, str) else name  # pyright: ignore[reportUnnecessaryIsInstance]
     if key in ACTIVATIONS:
@@ -52,13 +53,13 @@ def activation_name(name: str) -> str:
     choices = f"choose one of {', '.join(ACTIVATIONS)}"
     if key in _NOT_BUILT:
         raise ValueError(
-            f"act_layer {name!r} is in the authors' table but not built here, as it is not elementwise; {choices}"
+            f"act_layer {name!r} is in the authors' table, but not built here: it is not elementwise; {choices}"
         )
     raise ValueError(f"act_layer must be the name of an activation with a known gamma, got {name!r}; {choices}")
 
 
 def activation_gain(name: str) -> float:
-    """Gamma, the factor that gives the activation of a unit normal variance 1 (arXiv:2101.08692, section 4.3).
+    """Gamma: the activation of a unit normal times gamma has variance 1 (arXiv:2101.08692, section 4.3).
 
     >>> round(activation_gain("relu"), 4)
     1.714
@@ -67,9 +68,9 @@ def activation_gain(name: str) -> float:
 
 
 def create_activation(name: str) -> nn.Module:
-    """Torch's own module for the activation, so that tools which look for it find it.
+    """Build the activation as torch's own module, because tools look for these types.
 
-    Gamma is not in it: the convolution that follows carries gamma in its weight.
+    The module does not apply gamma. The next convolution has gamma in its weight.
 
     >>> create_activation("gelu")
     GELU(approximate='tanh')
@@ -78,11 +79,11 @@ def create_activation(name: str) -> nn.Module:
 
 
 class Activation(nn.Module):
-    """An activation times its gamma, for where no convolution follows.
+    """An activation times its gamma, for places where no convolution follows.
 
     Args:
-        name: A key of `ACTIVATIONS`, or another spelling of one.
-        gain: Factor on the output, gamma if not given.
+        name: A key of `ACTIVATIONS` or an alias of one.
+        gain: Factor on the output. By default it is gamma.
     """
 
     def __init__(self, name: str, gain: float | None = None) -> None:
@@ -91,7 +92,7 @@ class Activation(nn.Module):
         self.gain = activation_gain(name) if gain is None else gain
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
+        """(...) -> (...), any shape."""
         return self.act(x) * self.gain
 
     def extra_repr(self) -> str:

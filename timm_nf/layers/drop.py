@@ -1,4 +1,4 @@
-"""Stochastic depth that does not rescale the survivors, where timm's layer does."""
+"""Stochastic depth. Unlike timm's layer, it does not rescale the branches that remain."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ __all__ = ["StochasticDepth"]
 
 
 class StochasticDepth(nn.Module):
-    """Zeroes the residual branch of whole examples in training; the survivors are not rescaled.
+    """Drops the residual branch of random examples in training. The other branches are not rescaled.
 
     Args:
-        rate: Probability that an example loses its branch.
+        rate: Probability that the branch of an example is dropped.
 
     Source: nfnets/base.py, StochDepth.
     """
@@ -20,10 +20,19 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, coefficient: Tensor, x: Tensor) -> Tensor:
-        """Coefficient of the branch, broadcastable to (N, C, 1, 1), with zeros for the dropped examples of `x`."""
+        """Set the branch's coefficient to 0 for dropped examples.
+
+        Args:
+            coefficient: Broadcastable to (N, 1, 1, 1).
+            x: The branch, (N, C, H, W). Only its shape and device are used.
+
+        Returns:
+            (N, 1, 1, 1) in training, otherwise `coefficient`.
+        """
         if not self.training:
             return coefficient
-        return coefficient * (torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate)
+        remains = torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate
+        return coefficient * remains
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -1,11 +1,11 @@
-"""TensorFlow's SAME rule, by which all convolutions and pools of the authors are padded."""
+"""TensorFlow's SAME rule. The authors pad all their convolutions and pools by it."""
 
 __all__ = ["same_padding"]
 
 
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after one axis under TensorFlow's SAME rule, for a kernel at least as large as its stride."""
-    # (ceil(size / stride) - 1) * stride + kernel_size - size, in operations that a traced size has too; none of them
-    # divides a negative number, which ONNX rounds the other way
+    """Padding before and after one axis. The kernel must be at least as large as the stride."""
+    # This is (ceil(size / stride) - 1) * stride + kernel_size - size, in operations that traced sizes have. No negative
+    # number is divided: ONNX rounds that quotient towards zero, Python rounds it down.
     total = (size - 1) // stride * stride + kernel_size - size
     return total // 2, total - total // 2

@@ -14,7 +14,7 @@ __all__ = ["SameAvgPool2d", "SameMaxPool2d"]
 
 
 class SameMaxPool2d(nn.Module):
-    """3x3 max pool at stride 2 under TensorFlow's SAME rule, without a padded copy of the input where that is possible.
+    """3x3 max pool with stride 2 under TensorFlow's SAME rule. Eager calls make no padded copy of the input.
 
     >>> SameMaxPool2d()(torch.arange(4.0).view(1, 1, 1, 4))
     tensor([[[[2., 3.]]]])
@@ -23,20 +23,20 @@ class SameMaxPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
         if torch.jit.is_scripting() or has_fixed_sizes(x):
-            # Odd sizes are padded by one at both ends, even ones at the end only, where ceil_mode clips the window.
+            # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
             return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
-        # Every window that reaches outside holds the edge already, so a copy of the edge changes no maximum. Minus
-        # infinity would not either, but quantisers take the range of what they see.
+        # Padding repeats the edge: windows that reach outside contain the edge already, so no maximum changes. Padding
+        # with minus infinity would be right too, but would spoil the ranges that quantisers measure.
         top, bottom = same_padding(x.shape[-2], 3, 2)
         left, right = same_padding(x.shape[-1], 3, 2)
         return F.max_pool2d(F.pad(x, (left, right, top, bottom), mode="replicate"), 3, 2)
 
 
 class SameAvgPool2d(nn.Module):
-    """2x2 average pool under TensorFlow's SAME rule, padding not counted.
+    """2x2 average pool under TensorFlow's SAME rule. Padding does not count in the averages.
 
     Args:
-        stride: 2, or 1 where the output stride of a network is reduced and resolution stays.
+        stride: 2, or 1 if a reduced output stride keeps the resolution.
     """
 
     def __init__(self, stride: int = 2) -> None:
@@ -51,5 +51,6 @@ class SameAvgPool2d(nn.Module):
         """
         if self.stride == 2:
             return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
-        # Padding is symmetric in torch: the first row and column are those of windows that begin outside.
+        # SAME pads only at the end here, but torch pads both ends. The first output row and column belong to windows
+        # that begin in the padding.
         return F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False)[..., 1:, 1:]

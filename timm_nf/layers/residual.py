@@ -1,10 +1,10 @@
-"""The end of a residual branch: the mean that its gate looks at, and the sum with the shortcut.
+"""The end of a residual branch: the mean for its gate, and the sum with the shortcut.
 
-Both are plain operations with a backward pass of their own, since torch's moves 13 tensors of the branch's size where 9
-do: `mean` divides the expanded gradient, not the small one, and `addcmul` multiplies by its `value` of 1. What
-compiles, exports, traces or scripts sees torch's own operations.
+Both are plain operations with their own backward pass, which reads or writes 9 tensors of the branch's size. torch's
+backward pass takes 13: `mean` divides the expanded gradient instead of the small one, and `addcmul` multiplies by its
+`value` of 1. Compilers, exporters, tracing and scripting get torch's own operations.
 
-Shapes: N examples, C channels, H and W.
+Shapes: N examples, C channels, H height, W width.
 """
 
 # torch.jit does not list what it exports.
@@ -82,32 +82,33 @@ class _AddScaled(torch.autograd.Function):
 
 
 def _coefficient(out: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
-    """In the dtype of `out`: the gain is float32 under autocast and, with one element, would make the sum float32."""
+    """`gain * gate` in the dtype of `out`. Under autocast the gain is float32, and would make the sum float32."""
     return (gain if gate is None else gain * gate).to(out.dtype)
 
 
 def _sum_to(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` summed over the axes along which `like` was broadcast to it, in the shape of `like`."""
+    """`x` summed over the axes along which `like` was broadcast. The result has the shape of `like`."""
     shape = (1,) * (x.ndim - like.ndim) + like.shape
     axes = [axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] > 1]
-    return (x.sum(axes, keepdim=True, dtype=dtype) if axes else x.to(dtype)).view(like.shape)
+    summed = x.sum(axes, keepdim=True, dtype=dtype) if axes else x.to(dtype)
+    return summed.view(like.shape)
 
 
 def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None = None) -> Tensor:
-    """`shortcut + out * gain * gate`, in the dtype of the first two.
+    """`shortcut + out * gain * gate`.
 
     Args:
         shortcut: (N, C, H, W).
-        out: (N, C, H, W), of the branch.
-        gain: One for all, (1,), or one for each example, (N, 1, 1, 1).
-        gate: (N, C, 1, 1), none for 1.
+        out: Output of the branch, (N, C, H, W).
+        gain: (1,), or (N, 1, 1, 1) with one value per example.
+        gate: (N, C, 1, 1). None stands for 1.
 
     Returns:
-        (N, C, H, W).
+        (N, C, H, W), in the dtype of `shortcut` and `out`.
     """
     if not torch.jit.is_scripting() and is_eager(out):
         return _AddScaled.apply(shortcut, out, gain, gate)
     coefficient = _coefficient(out, gain, gate)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # not every converter knows addcmul
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # some converters do not have addcmul
         return shortcut + out * coefficient
     return torch.addcmul(shortcut, out, coefficient)

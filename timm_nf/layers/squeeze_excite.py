@@ -1,4 +1,4 @@
-"""The gate of squeeze-excite, which timm's layer multiplies into the activations."""
+"""The gate of squeeze-excite. timm's layer also multiplies it into the activations; here the block does that."""
 
 # torch types its constructors and hooks in part, timm its initialisers.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportPrivateImportUsage=false
@@ -17,26 +17,28 @@ __all__ = ["GateConv2d", "SqueezeExcite"]
 
 
 class GateConv2d(nn.Conv2d):
-    """1x1 convolution of maps of one pixel, computed as the matrix product that it is.
+    """A 1x1 convolution of maps with one pixel, computed as a matrix product.
 
-    A matrix product takes the weight as it is. For a convolution oneDNN copies the weight into another layout at every
-    call, as `python -m benchmarks.profile_inference` shows of the other ones.
+    A matrix product uses the weight in its own layout. For a convolution, oneDNN copies the weight into another layout
+    in every call; `python -m benchmarks.profile_inference` shows these copies for the other convolutions.
+
+    The arguments are those of nn.Conv2d, which tools copy from one layer to another. Most allow one value only.
 
     Args:
         in_channels: I.
         out_channels: O.
-        kernel_size: 1, as for all that follow: what nn.Conv2d has it for is the only value.
-        stride: 1.
-        padding: 0.
-        dilation: 1.
-        groups: 1.
-        bias: Whether there is one.
-        padding_mode: `zeros`.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        kernel_size: Only 1.
+        stride: Only 1.
+        padding: Only 0.
+        dilation: Has no effect on a 1x1 kernel.
+        groups: Only 1.
+        bias: Whether there is a bias.
+        padding_mode: Has no effect without padding.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: if it is not a 1x1 convolution of all channels.
+        ValueError: if kernel size, stride, padding or groups have another value.
 
     Source: nfnets/base.py, SqueezeExcite, whose layers are haiku's default linear layers.
     """
@@ -76,7 +78,7 @@ class GateConv2d(nn.Conv2d):
             )
 
     def reset_parameters(self) -> None:
-        """Weight from a normal distribution cut at two deviations, of deviation 1 / sqrt(I) before the cut; bias 0."""
+        """Draw the weight from a normal distribution with std 1 / sqrt(I), truncated at 2 std. Set the bias to 0."""
         std = self.in_channels**-0.5
         trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)  # torch's own redraws, which fake tensors cannot
         if self.bias is not None:
@@ -84,21 +86,22 @@ class GateConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, I, 1, 1) -> (N, O, 1, 1)."""
-        if torch.compiler.is_compiling():  # run times pack weights once; a Reshape of them would stay in ONNX files
+        # Exported files keep the convolution: run times pack its weight once, and a Reshape would stay in ONNX files.
+        if torch.compiler.is_compiling():
             return F.conv2d(input, self.weight, self.bias)
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
 class SqueezeExcite(nn.Module):
-    """The gate of squeeze-excite, sigmoid(fc2(relu(fc1(mean(x))))), which the block applies with its constants.
+    """The gate of squeeze-excite, sigmoid(fc2(relu(fc1(mean(x))))). The block multiplies it in, with its constants.
 
     Args:
-        channels: C, of input and gate.
-        rd_ratio: Hidden width as a fraction of `channels`, see `squeeze_chs`.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        channels: Channels of input and gate.
+        rd_ratio: Hidden width over `channels`, see `squeeze_chs`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
-    Source: nfnets/base.py, SqueezeExcite; relu as in the code, where arXiv:2102.06171 writes gelu.
+    Source: nfnets/base.py, SqueezeExcite. The code has a relu, arXiv:2102.06171 writes gelu.
     """
 
     def __init__(self, channels: int, rd_ratio: float = 0.5, device: Any = None, dtype: Any = None) -> None:
@@ -110,7 +113,7 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sigmoid()
 
     def reset_parameters(self) -> None:
-        """As `GateConv2d` initialises its layers."""
+        """Initialise both layers, see `GateConv2d.reset_parameters`."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 

@@ -94,13 +94,14 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
     Statistics are computed in at least float32, whatever the weight's dtype and whether autocast is on.
 
     Args:
-        weight: (O, I, K, K), say (256, 128, 3, 3).
-        gain: (O, 1, 1, 1), say (256, 1, 1, 1).
+        weight: (O, I, K, K), say (256, 128, 3, 3), or any other shape with the output channels first: N is the number
+            of all entries of a channel.
+        gain: One element an output channel, say (256, 1, 1, 1).
         eps: Floor on N * var, below which the divisor is constant.
         scale: Constant factor on the result.
 
     Returns:
-        (O, I, K, K), in the weight's dtype and on its device.
+        In the weight's shape and dtype and on its device.
 
     >>> standardize_weight(torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.ones(1, 1, 1, 1)).flatten()
     tensor([ 0.7071, -0.7071])

@@ -14,10 +14,7 @@ section 4.2.
 # Triton and torch's autograd functions have no types.
 # pyright: standard
 
-import importlib.util
-import logging
 import math
-import os
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -27,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._triton import has_triton
 from ._eager import is_eager
 from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_dtype, vjp
 
 __all__ = ["standardize", "takes_kernel"]
 
 _NO_PROJECTION = 1e9  # its square is lost in float64
-
-_logger = logging.getLogger(__name__)
 
 
 def takes_kernel(weight: Tensor) -> bool:
@@ -67,32 +63,20 @@ def standardize(
         (O, I, K, K), in the memory format of the weight.
 
     Raises:
-        ValueError: if there is not exactly one gain for every output channel.
+        ValueError: if there is not exactly one gain for every output channel, or it is on another device.
+        TypeError: if the weight or `out_dtype` are not of floating point numbers.
     """
     check_gain(weight, gain)
-    if _has_triton(weight.device.type):
+    if gain.device != weight.device:
+        raise ValueError(f"expected weight and gain on one device, got {weight.device} and {gain.device}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"expected an out_dtype of floating point numbers, got {out_dtype}")
+    if not weight.numel():  # no kernel starts without elements, and batch_norm's backward pass divides by their number
+        return (weight * gain.view(-1, *[1] * (weight.ndim - 1))).to(out_dtype or weight.dtype)
+    if has_triton(weight.device.type):
         function = _Kernel if torch._C._are_functorch_transforms_active() else _EagerKernel
         return function.apply(weight, gain, eps, out_dtype or weight.dtype, scale)
     return _Plain.apply(weight, gain, eps, out_dtype or weight.dtype, scale)[0]
-
-
-@cache
-def _has_triton(device_type: str) -> bool:
-    """Whether the kernels run on a device; meta tensors stand for one where they do."""
-    if device_type == "meta":
-        return True
-    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (interpreted or device_type == "cuda"):  # ROCm's is "cuda" too
-        return False
-    if device_type == "cuda" and torch.cuda.is_available():  # else the tensors are fake
-        import triton
-
-        try:
-            triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # Triton builds its driver with a C compiler, which a machine may lack
-            _logger.warning("Triton does not start, weights are standardised by more and slower kernels: %s", error)
-            return False
-    return True
 
 
 @cache
@@ -237,8 +221,10 @@ class _Plain(torch.autograd.Function):
         std, rest = torch.std_mean(rows, 1, correction=0, keepdim=True)
         std = std.clamp(min=floor)
         factor = gain.view(-1, 1) / std
-        torch.addcmul(rest * factor * -constant, rows, factor, value=constant, out=rows)
-        return _unrows(rows, weight).to(dtype), mean, rest, std
+        # Into memory of its own: a view of `rows` could not be changed in place by whoever gets it.
+        out = torch.empty_like(weight, dtype=stats_dtype)
+        torch.addcmul(rest * factor * -constant, rows, factor, value=constant, out=_rows(out, memory_format))
+        return out.to(dtype), mean, rest, std
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,28 +1,44 @@
-"""Convolutions under TensorFlow's SAME rule, with a plain or a standardised weight, equal to the authors' to rounding.
+"""Layers with a standardised weight: convolutions along one, two or three axes, transposed ones, and linear layers.
 
-Shapes: O output channels, I input channels per group, K kernel size.
+The 2-d convolution is the authors', equal to rounding; the others follow from its formula. A unit is an output channel,
+so that the fan-in is over the input channels of its group and over the kernel.
+
+Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
 """
 
-# torch.jit does not list what it exports; torch types its constructors in part.
-# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false
+# torch.jit does not list what it exports. A mixin uses what torch's classes beside it have.
+# pyright: standard, reportPrivateImportUsage=false, reportIncompatibleVariableOverride=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._eager import has_fixed_sizes
-from .padding import same_padding
+from ._standardize_formula import STD_EPS
+from .same_conv import Numbers, SameConv1d, SameConv2d, SameConv3d, per_axis
 from .standardize import standardize_weight
 from .standardize_triton import standardize, takes_kernel
 
-__all__ = ["SameConv2d", "ScaledStdConv2d", "bake"]
+__all__ = [
+    "SameConv2d",
+    "ScaledStdConv1d",
+    "ScaledStdConv2d",
+    "ScaledStdConv3d",
+    "ScaledStdConvTranspose1d",
+    "ScaledStdConvTranspose2d",
+    "ScaledStdConvTranspose3d",
+    "ScaledStdLinear",
+    "bake",
+]
 
 torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
-_Pair = int | tuple[int, int]
+_Plain = TypeVar("_Plain", bound=nn.Module)
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
@@ -35,153 +51,91 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return None
 
 
-def _both_axes(name: str, value: _Pair) -> int:
-    """The number that holds for both axes."""
-    if isinstance(value, int):
-        return value
-    height, width = value
-    if height != width:
-        raise ValueError(f"expected the same {name} along both axes, got {name}={value}")
-    return height
+class _Standardized:
+    """What all layers with a standardised weight have in common: gain, scale, and the weight that they compute with."""
 
-
-class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: the output is ceil(size / stride), zeros go to the end first.
-
-    The arguments are nn.Conv2d's, in its order, so that what builds a layer of this class by it can: PEFT does.
-
-    Args:
-        in_channels: I times groups.
-        out_channels: O.
-        kernel_size: Odd, K, the same along both axes.
-        stride: Of both axes, at most K; 1 if `dilation` is above 1.
-        padding: May be left out. The layer pads SAME whatever it is, and takes nothing but what its own attribute
-            `padding` will be: 0 if it pads by itself, (K - 1) * dilation / 2 otherwise.
-        dilation: Of both axes.
-        groups: Divides both channel counts.
-        bias: Whether there is one.
-        padding_mode: `zeros`.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Raises:
-        ValueError: if the sizes do not fit together, or `padding` asks for another padding than SAME.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Pair,
-        stride: _Pair = 1,
-        padding: _Pair | None = None,
-        dilation: _Pair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        kernel_size = _both_axes("kernel_size", kernel_size)
-        stride, dilation = _both_axes("stride", stride), _both_axes("dilation", dilation)
-        if kernel_size % 2 == 0 or 1 < kernel_size < stride or (stride > 1 and dilation > 1):
-            raise ValueError(
-                "expected an odd kernel_size, no larger stride and no dilation with a stride, got "
-                f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}"
-            )
-        if padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
-        # A 1x1 kernel needs no padding at any stride, and at stride 1 SAME is symmetric.
-        self.same_pad = stride > 1 and kernel_size > 1
-        own = 0 if self.same_pad else (kernel_size - 1) * dilation // 2
-        if padding not in (None, own, (own, own)):
-            raise ValueError(
-                f"{type(self).__name__} pads SAME: leave padding out or pass the value of its attribute, {own} here, "
-                f"got padding={padding!r}"
-            )
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, own, dilation, groups, bias, device=device, dtype=dtype
+    def _add_gain(self, out_channels: int, scale: float, eps: float) -> None:
+        self.scale, self.eps = scale, eps
+        ones = torch.ones(
+            out_channels, *[1] * (self.weight.ndim - 1), device=self.weight.device, dtype=self.weight.dtype
         )
+        self.gain = nn.Parameter(ones)
+
+    def reset_parameters(self) -> None:
+        """Normal weight of variance 1 / fan-in, gain 1, bias 0, as the authors initialise it."""
+        rows = self._rows(self.weight)
+        nn.init.normal_(self.weight, std=1 / math.sqrt(max(1, math.prod(rows.shape[1:]))))
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+        if hasattr(self, "gain"):  # torch's constructors call this before there is one
+            nn.init.ones_(self.gain)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """The weight with its output channels first, (O, I, *K)."""
+        return weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `_rows`."""
+        return rows
 
     def effective_weight(self) -> Tensor:
-        """(O, I, K, K), what the input is convolved with."""
-        return self.weight
+        """In the shape of the weight: the standardised weight with gain and scale in it.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, I * groups, H, W) -> (N, O, ceil(H / stride), ceil(W / stride)).
-
-        >>> SameConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6)).shape
-        torch.Size([1, 8, 3, 3])
+        On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
         """
-        if self.same_pad:
-            top, bottom = same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
-            left, right = same_padding(input.shape[-1], self.kernel_size[1], self.stride[1])
-            if not torch.jit.is_scripting() and self._cuts(input, (top, left), (bottom, right)):
-                return self._unpadded(input, (top, left), (bottom, right))
-            input = F.pad(input, (left, right, top, bottom))
-        weight = self.effective_weight()
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if (dtype := _autocast_dtype(self.weight)) is not None:
+            return self._from_rows(
+                standardize(self._rows(self.weight), self.gain, self.eps, out_dtype=dtype, scale=self.scale)
+            )
+        return self._standardized_weight()
 
-    @torch.jit.unused
-    def _cuts(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> bool:
-        """Whether `_unpadded` is the way, since it costs less than a padded copy of the input.
+    def _standardized_weight(self) -> Tensor:
+        return self._from_rows(standardize_weight(self._rows(self.weight), self.gain, self.eps, self.scale))
 
-        On CPUs a row and a column of outputs more do not: the activation behind them takes longer over the part that
-        is left.
-        """
-        if not has_fixed_sizes(input):
-            return False
-        return before == after or (
-            input.device.type != "cpu" and self.in_channels * self.stride[0] ** 2 > self.out_channels
+    def extra_repr(self) -> str:
+        eps = "" if self.eps == STD_EPS else f", eps={self.eps}"
+        return f"{super().extra_repr()}, scale={self.scale:.4f}{eps}"
+
+
+def _require_bias(bias: bool) -> None:
+    if not bias:
+        raise TypeError(
+            "a standardised layer has a bias. If an adapter such as LoRA asked for none: it would be standardised "
+            "itself, so give it the network that timm_nf.fuse(model) returns"
         )
 
-    @torch.jit.unused
-    def _unpadded(self, input: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
-        """The convolution without a padded copy of its input.
 
-        torch pads both ends alike. Where SAME wants one zero more at the end, a stride more at either end moves no
-        window and adds one in front, whose output is cut off.
-        """
-        more = [int(a != b) for a, b in zip(before, after, strict=True)]
-        padding = [b + m * s for b, m, s in zip(before, more, self.stride, strict=True)]
-        weight = self.effective_weight()
-        out = F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        return out[..., more[0] :, more[1] :] if any(more) else out
-
-
-class ScaledStdConv2d(SameConv2d):
-    """SAME convolution with a standardised weight, a gain (O, 1, 1, 1) and a bias (O,).
+@torch.no_grad()
+def bake(plain: _Plain, layer: Any, weight: Tensor) -> _Plain:
+    """`plain` with this weight and the bias of `layer`, in the memory format, mode and requires_grad of `layer`.
 
     Args:
-        in_channels: I times groups.
-        out_channels: O.
-        kernel_size: Odd, K, the same along both axes.
-        stride: Of both axes.
-        padding: As for `SameConv2d`.
-        dilation: Of both axes.
-        groups: Divides both channel counts.
-        bias: There is one.
-        padding_mode: `zeros`.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        scale: Constant factor on the standardised weight. It carries what would otherwise be a multiplication of the
-            input: gamma of the activation before it and 1 / beta of its block.
-
-    Raises:
-        ValueError: if the sizes do not fit together, or `padding` asks for another padding than SAME.
-        TypeError: if there is to be no bias, as adapters ask for.
-
-    Source: nfnets/base.py, WSConv2D.
+        plain: On the meta device.
+        layer: What `plain` replaces.
+        weight: In the shape of the layer's.
     """
+    plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), layer.weight.requires_grad)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.clone(), layer.bias.requires_grad)
+    return plain.train(layer.training)
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+
+class _ScaledStdConv(_Standardized):
+    """What standardised convolutions along any number of axes have in common; beside one of the `SameConv` classes."""
+
+    _plain: tuple[Callable[..., Any], Callable[..., Any]]  # torch's layer, and the one that pads SAME
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _Pair,
-        stride: _Pair = 1,
-        padding: _Pair | None = None,
-        dilation: _Pair = 1,
+        kernel_size: Numbers,
+        stride: Numbers = 1,
+        padding: str | Numbers | None = 0,
+        dilation: Numbers = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -189,77 +143,285 @@ class ScaledStdConv2d(SameConv2d):
         dtype: Any = None,
         *,
         scale: float = 1.0,
+        eps: float = STD_EPS,
     ) -> None:
-        if not bias:
-            raise TypeError(
-                "a standardised convolution has a bias. If an adapter such as LoRA asked for none: it would be "
-                "standardised itself, so give it the network that timm_nf.fuse(model) returns"
-            )
-        self.scale = scale
+        _require_bias(bias)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, True, padding_mode,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        if self.same_pad:
+            self.padding = "same"  # so that a layer built by this one's attributes pads alike
+        self._add_gain(out_channels, scale, eps)
+
+    def _given(self, padding: str | Numbers | None, own: tuple[int, ...]) -> tuple[int, ...] | None:
+        if padding is None or padding == "same":
+            return None
+        if padding == "valid":
+            return (0,) * len(own)
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be 'same', 'valid' or numbers, got {padding!r}")
+        return per_axis("padding", padding, len(own))
+
+    def fuse(self) -> Any:
+        """Torch's convolution of the same output; timm's `reparameterize_model` looks for this name.
+
+        Where the padding depends on the size of the input, a subclass of it pads before it convolves.
+        """
+        plain, same = self._plain
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride)
+        rest: dict[str, Any] = {
+            "dilation": self.dilation, "groups": self.groups, "padding_mode": self.padding_mode, "device": "meta",
+        }  # fmt: skip
+        conv = same(*sizes, **rest) if self.same_pad else plain(*sizes, self.padding, **rest)
+        return bake(conv, self, self._standardized_weight())
+
+
+class ScaledStdConv1d(_ScaledStdConv, SameConv1d):
+    """`ScaledStdConv2d` along one axis, (N, C, L), gain (O, 1, 1); its arguments, but `padding` is 0 by default."""
+
+    _plain = nn.Conv1d, SameConv1d
+
+
+class ScaledStdConv2d(_ScaledStdConv, SameConv2d):
+    """Convolution with a standardised weight, a gain (O, 1, 1, 1) and a bias (O,).
+
+    The arguments are nn.Conv2d's, in its order; `padding` is the authors' SAME rule by default.
+
+    >>> [ScaledStdConv2d(3, 8, 3, 2, padding)(torch.zeros(1, 3, 6, 6)).shape[-1] for padding in (None, "same", 1, 0)]
+    [3, 3, 3, 2]
+
+    Args:
+        in_channels: I times groups.
+        out_channels: O.
+        kernel_size: K of all axes, or one for each.
+        stride: Of all axes, or one for each.
+        padding: Numbers or "valid", as torch's. None or "same" pad SAME: the output is ceil(size / stride), at every
+            stride, where torch's "same" knows stride 1 only.
+        dilation: Of all axes, or one for each.
+        groups: Divides both channel counts.
+        bias: There is one.
+        padding_mode: What is padded, as torch names it.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        scale: Constant factor on the standardised weight. It carries what would otherwise be a multiplication of the
+            input: gamma of the activation before it and 1 / beta of its block.
+        eps: Floor on N * variance of a unit.
+
+    Raises:
+        ValueError: if the sizes do not fit together, or a stride under the SAME rule is larger than its kernel.
+        TypeError: if there is to be no bias, as adapters ask for.
+
+    Source: nfnets/base.py, WSConv2D.
+    """
+
+    _plain = nn.Conv2d, SameConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Numbers,
+        stride: Numbers = 1,
+        padding: str | Numbers | None = None,
+        dilation: Numbers = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        scale: float = 1.0,
+        eps: float = STD_EPS,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, scale=scale, eps=eps,
+        )  # fmt: skip
+
+
+class ScaledStdConv3d(_ScaledStdConv, SameConv3d):
+    """`ScaledStdConv2d` along three axes, (N, C, D, H, W), gain (O, 1, 1, 1, 1); `padding` is 0 by default."""
+
+    _plain = nn.Conv3d, SameConv3d
+
+
+# -- transposed convolutions -------------------------------------------------------------------------------------------
+
+
+class _ScaledStdConvTranspose(_Standardized):
+    """What standardised transposed convolutions have in common; beside one of torch's classes."""
+
+    axes: int
+    _plain: Callable[..., Any]
+    _transposed: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Numbers,
+        stride: Numbers = 1,
+        padding: Numbers = 0,
+        output_padding: Numbers = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Numbers = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        scale: float = 1.0,
+        eps: float = STD_EPS,
+    ) -> None:
+        _require_bias(bias)
+        if isinstance(padding, str):
+            raise ValueError(f"padding of a transposed convolution must be numbers, got {padding!r}")
+        kernel_size, stride, padding, output_padding, dilation = (
+            per_axis(name, value, self.axes)
+            for name, value in (
+                ("kernel_size", kernel_size),
+                ("stride", stride),
+                ("padding", padding),
+                ("output_padding", output_padding),
+                ("dilation", dilation),
+            )
         )
-        self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1, device=device, dtype=dtype))
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, True, dilation,
+            padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
+        self._add_gain(out_channels, scale, eps)
 
-    def reset_parameters(self) -> None:
-        """Normal weight of variance 1 / fan-in, gain 1, bias 0, as the authors initialise it."""
-        nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
-        assert self.bias is not None
-        nn.init.zeros_(self.bias)
-        if hasattr(self, "gain"):  # nn.Conv2d's constructor calls this before there is one
-            nn.init.ones_(self.gain)
+    def _rows(self, weight: Tensor) -> Tensor:
+        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
+        return weight.view(groups, ins, outs, *self.kernel_size).transpose(1, 2).flatten(0, 1)
 
-    def effective_weight(self) -> Tensor:
-        """(O, I, K, K): the standardised weight with gain and scale in it.
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
+        return rows.view(groups, outs, ins, *self.kernel_size).transpose(1, 2).flatten(0, 1)
 
-        On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As torch's layer: (N, in_channels, *size) -> (N, O, *output size).
+
+        Args:
+            input: What is enlarged.
+            output_size: Of the axes of the kernel, or of all; says what a stride leaves open.
         """
-        if (dtype := _autocast_dtype(self.weight)) is not None:
-            return standardize(self.weight, self.gain, out_dtype=dtype, scale=self.scale)
-        return standardize_weight(self.weight, self.gain, scale=self.scale)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, self.axes, self.dilation
+        )
+        weight = self.effective_weight()
+        return self._transposed(
+            input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
 
-    def fuse(self) -> nn.Conv2d:
-        """A plain convolution of the same output; timm's `reparameterize_model` looks for this name.
-
-        The padding of a larger kernel at a stride depends on the parity of the input's size, so that one is padded in
-        `SameConv2d`, whose weight is plain as well.
-        """
-        cls: Any = SameConv2d if self.same_pad else nn.Conv2d
-        plain: nn.Conv2d = cls(
+    def fuse(self) -> Any:
+        """Torch's transposed convolution of the same output; timm's `reparameterize_model` looks for this name."""
+        plain = self._plain(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
             self.stride,
             self.padding,
-            self.dilation,
+            self.output_padding,
             self.groups,
+            dilation=self.dilation,
             device="meta",
         )
-        return bake(plain, self, standardize_weight(self.weight, self.gain, scale=self.scale))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale:.4f}"
+        return bake(plain, self, self._standardized_weight())
 
 
-@torch.no_grad()
-def bake(plain: nn.Conv2d, conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
-    """`plain` with this weight and the bias of `conv`, in the memory format, mode and requires_grad of `conv`.
+class ScaledStdConvTranspose1d(_ScaledStdConvTranspose, nn.ConvTranspose1d):
+    """`ScaledStdConvTranspose2d` along one axis, (N, C, L), gain (O, 1, 1); its arguments."""
+
+    axes = 1
+    _plain, _transposed = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
+
+
+class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
+    """Transposed convolution with a standardised weight (I * groups, O / groups, K, K), a gain (O, 1, 1, 1), a bias.
+
+    The arguments are nn.ConvTranspose2d's, in its order. A unit is an output channel, as everywhere, so its fan-in is
+    I * K * K. At a stride, an output sees only its share of the kernel, 1 / stride along each axis: give
+    `scale=stride` (along one axis its square root, along three its power of 1.5) to keep the variance of the input.
+
+    >>> ScaledStdConvTranspose2d(8, 3, 4, stride=2, padding=1, scale=2.0)(torch.zeros(1, 8, 6, 6)).shape
+    torch.Size([1, 3, 12, 12])
 
     Args:
-        plain: On the meta device.
-        conv: What `plain` replaces.
-        weight: (O, I, K, K).
+        in_channels: I times groups.
+        out_channels: O.
+        kernel_size: K of all axes, or one for each.
+        stride: Of all axes, or one for each.
+        padding: Numbers, as torch's.
+        output_padding: Numbers, as torch's.
+        groups: Divides both channel counts.
+        bias: There is one.
+        dilation: Of all axes, or one for each.
+        padding_mode: `zeros`, torch has no other.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        scale: Constant factor on the standardised weight, as in `ScaledStdConv2d`.
+        eps: Floor on N * variance of a unit.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+        TypeError: if there is to be no bias, as adapters ask for.
     """
-    plain.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(weight), conv.weight.requires_grad)
-    if conv.bias is not None:
-        plain.bias = nn.Parameter(conv.bias.clone(), conv.bias.requires_grad)
-    return plain.train(conv.training)
+
+    axes = 2
+    _plain, _transposed = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
+
+
+class ScaledStdConvTranspose3d(_ScaledStdConvTranspose, nn.ConvTranspose3d):
+    """`ScaledStdConvTranspose2d` along three axes, (N, C, D, H, W), gain (O, 1, 1, 1, 1); its arguments."""
+
+    axes = 3
+    _plain, _transposed = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+class ScaledStdLinear(_Standardized, nn.Linear):
+    """Linear layer with a standardised weight (O, I), a gain (O, 1) and a bias (O,).
+
+    For layers inside a network. Classifiers are plain in all of the authors' networks.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: There is one.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        scale: Constant factor on the standardised weight, as in `ScaledStdConv2d`.
+        eps: Floor on N * variance of a unit.
+
+    Raises:
+        TypeError: if there is to be no bias, as adapters ask for.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        scale: float = 1.0,
+        eps: float = STD_EPS,
+    ) -> None:
+        _require_bias(bias)
+        super().__init__(in_features, out_features, device=device, dtype=dtype)
+        self._add_gain(out_features, scale, eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return F.linear(input, self.effective_weight(), self.bias)
+
+    def fuse(self) -> nn.Linear:
+        """Torch's linear layer of the same output; timm's `reparameterize_model` looks for this name."""
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        return bake(plain, self, self._standardized_weight())

@@ -1,8 +1,8 @@
-"""The residual block and the stems of the normalizer-free networks, arXiv:2102.06171, section 3.
+"""The residual block and the stems of the normalizer-free networks (arXiv:2102.06171, section 3).
 
-Constants live in weights, not in activations: gamma and beta scale the standardised weight of the convolution that
-follows (also through the average pool of a shortcut), alpha, the skip gain and the 2 of squeeze-excite scale its gate,
-so that a block ends in one addcmul, see `add_scaled`.
+No constant scales an activation, which would cost a pass over memory:
+- gamma and beta scale the standardised weight of the next convolution, also if an average pool stands between.
+- alpha, the skip gain and the 2 of squeeze-excite scale the gate. A block ends in one addcmul, see `add_scaled`.
 
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
@@ -29,7 +29,12 @@ __all__ = ["Downsample", "NormFreeBlock", "make_stem"]
 
 
 class Downsample(nn.Module):
-    """Shortcut of a block that changes resolution or width: average pool if asked for, then a 1x1 convolution."""
+    """Shortcut of a block that changes resolution or width: a 1x1 convolution, after an average pool if there is one.
+
+    Args:
+        conv: The convolution.
+        pool_stride: Stride of the average pool, None for no pool.
+    """
 
     def __init__(self, conv: nn.Module, pool_stride: int | None) -> None:
         super().__init__()
@@ -45,15 +50,15 @@ class NormFreeBlock(nn.Module):
     """`shortcut + alpha * skip_gain * branch(act(x) / beta)`, arXiv:2102.06171, section 3.
 
     Args:
-        cfg: The network's row.
+        cfg: The network's configuration.
         in_chs: Channels of the input.
         out_chs: Channels of the output.
         beta: Expected standard deviation of the input.
-        nominal_stride: What the block does at the network's full output stride; decides whether there is a shortcut
-            convolution, so that parameter names do not depend on the output stride.
-        stride: What it does.
-        dilation: Of the first and of the second 3x3 convolution.
-        drop_path_rate: Of stochastic depth.
+        nominal_stride: The block's stride at the network's full output stride. It decides whether the block has a
+            shortcut convolution. Parameter names therefore do not depend on the output stride.
+        stride: The block's actual stride.
+        dilation: Dilations of the first and of the second 3x3 convolution.
+        drop_path_rate: Rate of stochastic depth.
         first: Whether it is the first block of the network.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -100,17 +105,17 @@ class NormFreeBlock(nn.Module):
         self.conv3 = conv(mid_chs, out_chs, 1, scale=gamma)
         self.attn_last = attn(out_chs) if cfg.attn_layer and not cfg.reg else None
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
-        # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
+        # Shape (1,), not (): FSDP2 refuses to shard scalar parameters.
         self.skipinit_gain = nn.Parameter(torch.zeros(1, **dd))
 
     def reset_parameters(self) -> None:
-        """Skip gain 0: the block starts as its shortcut. The layers reset theirs."""
+        """Set the skip gain to 0, so that the block starts as its shortcut. Its layers have their own method."""
         nn.init.zeros_(self.skipinit_gain)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = f"{prefix}skipinit_gain"
-        if key in state_dict and state_dict[key].ndim == 0:  # as timm saves it; this dict is a copy of the caller's
-            state_dict[key] = state_dict[key].reshape(1)
+        if key in state_dict and state_dict[key].ndim == 0:  # timm's blocks have a scalar
+            state_dict[key] = state_dict[key].reshape(1)  # torch has copied the caller's dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,22 +128,27 @@ class NormFreeBlock(nn.Module):
         if self.attn is not None:
             out = out * (2 * self.attn(out))
         out = self.conv3(self.act3(out))
-        gain = (self.alpha if self.attn_last is None else 2 * self.alpha) * self.skipinit_gain
-        if self.drop_path is not None:
-            gain = self.drop_path(gain, out)
+        scale = self.alpha
         gate: Tensor | None = None
         if self.attn_last is not None:
+            scale = 2 * scale
             gate = self.attn_last(out)
+        gain = scale * self.skipinit_gain
+        if self.drop_path is not None:
+            gain = self.drop_path(gain, out)
         return add_scaled(shortcut, out, gain, gate)
 
 
 def make_stem(cfg: NfCfg, in_chans: int, dd: dict[str, Any]) -> tuple[nn.Sequential, int, dict[str, Any]]:
-    """Stem, its stride, and the description of its feature at half resolution.
+    """Build the stem.
 
     Args:
-        cfg: The network's row.
+        cfg: The network's configuration.
         in_chans: Channels of the input.
         dd: Device and dtype of the parameters.
+
+    Returns:
+        The stem, its stride, and the entry in timm's `feature_info` for its feature at half resolution.
     """
     out_chs, conv = cfg.stem_out_chs(), partial(ScaledStdConv2d, **dd)
     if cfg.stem_type == "3x3":

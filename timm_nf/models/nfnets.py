@@ -1,11 +1,11 @@
-"""The networks of the papers, equal to the authors' JAX code to rounding, as timm models.
+"""The networks of the papers as timm models. They equal the authors' JAX code up to rounding.
 
-timm's port (`timm.models.nfnet`) is another function: with the same parameters its dm_nfnet_f0 is 1.8 % off on logits
-and its plain nfnet_f0 is a different network. `python -m benchmarks.differences` prints the differences, measured.
+timm's port (`timm.models.nfnet`) computes other functions. With the same parameters, the logits of its dm_nfnet_f0
+differ by 1.8 %. Its nfnet_f0 is a different network. `python -m benchmarks.differences` measures the differences.
 
-Where arXiv:2102.06171 and the authors' code differ, the code is followed, as the published weights came from it:
-squeeze-excite has a relu where the paper writes gelu; the bottleneck of F4+ is truncated to a multiple of its group
-width, which gives 524.95 M parameters where table 5 has 527 M.
+Where arXiv:2102.06171 and the authors' code differ, this file follows the code, which made the published weights:
+- Squeeze-excite has a relu, the paper writes gelu.
+- F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 5.
 
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
@@ -48,25 +48,26 @@ class NormFreeNet(nn.Module):
     """A normalizer-free network with timm's model interface.
 
     Args:
-        cfg: The network's row.
-        num_classes: Classes, 0 for pooled features (N, num_features).
+        cfg: The network's configuration.
+        num_classes: Number of classes. With 0 the network returns pooled features (N, num_features).
         in_chans: Channels of the input.
         global_pool: timm's name of a pooling, empty for none.
-        output_stride: 8, 16 or 32; strides beyond it become dilations and no parameter changes its name. By default
-            the network's own: 32, or 64 with a fifth stage.
+        output_stride: 8, 16 or 32. Strides beyond it become dilations. Parameter names stay. By default it is the
+            network's own output stride: 32, or 64 with a fifth stage.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of block i of N is this times i / N, survivors are not rescaled.
-        fused: Plain convolutions whose weights are already standardised, for inference.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        drop_path_rate: Stochastic depth: block i of N drops its branch with this rate times i / N. The branches that
+            remain are not rescaled.
+        fused: Build plain convolutions, for weights that are already standardised. For inference.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         **kwargs: Fields of `NfCfg` to replace.
 
     Raises:
-        ValueError: if a value or a combination of values has no network.
+        ValueError: if a value is out of range, or values do not fit together.
         TypeError: if a keyword is not a field of `NfCfg`.
     """
 
-    __jit_unused_properties__ = ("fused", "_model_args")  # TorchScript would compile them
+    __jit_unused_properties__ = ("fused", "_model_args")  # otherwise TorchScript compiles them, and fails
 
     def __init__(
         self,
@@ -92,14 +93,35 @@ class NormFreeNet(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self._model_args = {}
-        self._traits = {"first_conv": None}  # timm must not convert the stem: `checkpoint_filter_fn` does
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` converts the stem's channels, timm must not
 
         self.stem, stride, feature = make_stem(cfg, in_chans, dd)
         self.stem_feature_index = [f"stem.{n}" for n, _ in self.stem.named_children()].index(feature["module"])
         self.feature_info = [feature]
+        self.stages = self._make_stages(stride, output_stride, drop_path_rate, dd)
 
+        in_chs, final_chs = cfg.stage_chs()[-1], cfg.final_chs()
+        if final_chs:
+            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
+            self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
+        else:
+            self.final_conv = nn.Identity()
+        self.num_features = final_chs or in_chs
+        # No convolution follows that could carry gamma. forward_features returns the authors' tensor.
+        self.final_act = Activation(cfg.act_layer)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self._init_classifier()
+        if fused:
+            reparameterize_model(self, inplace=True)
+
+    def _make_stages(
+        self, stride: int, output_stride: int | None, drop_path_rate: float, dd: dict[str, Any]
+    ) -> nn.Sequential:
+        """Build the stages, and add their features to `feature_info`. `stride` is the stem's."""
+        cfg = self.cfg
         nominal_strides = [2] * len(cfg.depths)
-        if stride == 4:  # the stem has strided for the first stage
+        if stride == 4:  # the stem has done the first stage's stride
             nominal_strides[0] = 1
         own_stride = stride * math.prod(nominal_strides)
         if output_stride is None:
@@ -114,7 +136,9 @@ class NormFreeNet(nn.Module):
         stages = []
         for stage, (depth, out_chs) in enumerate(zip(cfg.depths, cfg.stage_chs(), strict=True)):
             nominal_stride = nominal_strides[stage]
-            first_dilation = dilation  # a block whose stride becomes a dilation still looks at the grid before it
+            # A block whose stride becomes a dilation still gets the input of the stage before. Its first 3x3
+            # convolution keeps that stage's dilation.
+            first_dilation = dilation
             if stride * nominal_stride > output_stride:
                 dilation *= nominal_stride
             else:
@@ -140,32 +164,18 @@ class NormFreeNet(nn.Module):
                 expected_var = (1.0 if first else expected_var) + cfg.alpha**2
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": out_chs, "reduction": stride, "module": f"stages.{stage}"})
-        self.stages = nn.Sequential(*stages)
-
-        if final_chs := cfg.final_chs():
-            self.final_conv = ScaledStdConv2d(in_chs, final_chs, 1, scale=1.0, **dd)
-            self.feature_info[-1].update(num_chs=final_chs, module="final_conv")
-        else:
-            self.final_conv = nn.Identity()
-        self.num_features = final_chs or in_chs
-        # The one activation with its gamma outside: pooling follows, and forward_features is the authors' tensor.
-        self.final_act = Activation(cfg.act_layer)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
-        self._init_classifier()
-        if fused:
-            reparameterize_model(self, inplace=True)
+        return nn.Sequential(*stages)
 
     @property
     def fused(self) -> bool:
-        """Whether the convolutions are plain; looked up, as timm's `reparameterize_model` replaces them unannounced."""
+        """Whether all convolutions are plain. timm's `reparameterize_model` can replace them at any time."""
         return not any(isinstance(module, ScaledStdConv2d) for module in self.modules())
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm's factory records and saves, and `fused`.
+        """The arguments that timm's factory records and saves, and `fused`.
 
-        Stock timm does not know that key and stops, instead of loading the weights into its own nfnet_f0.
+        Stock timm has no argument `fused`. It raises, instead of loading the weights into its own nfnet_f0.
         """
         return self._recorded_args | {"fused": self.fused}
 
@@ -174,7 +184,7 @@ class NormFreeNet(nn.Module):
         self._recorded_args = args
 
     def init_weights(self) -> None:
-        """Initialise all parameters as the constructor does, for memory that `to_empty` left without values."""
+        """Initialise all parameters as the constructor does, for example after `to_empty`."""
         if self.fused:
             self._init_fused()
         else:
@@ -186,34 +196,37 @@ class NormFreeNet(nn.Module):
 
     @torch.no_grad()
     def _init_fused(self) -> None:
-        """The parameters outside of the head, from a new network: plain convolutions do not know their scale."""
+        """Initialise all parameters outside the head from a new network: plain convolutions do not know their scale."""
         own = dict(self.named_parameters())
         reference = next(iter(own.values()))
         fresh = type(self)(self.cfg, 0, self.in_chans, fused=True, device=reference.device, dtype=reference.dtype)
         for name, parameter in fresh.named_parameters():
-            if name in own:  # not if it was pruned
+            if name in own:  # prune_intermediate_layers removes parameters
                 own[name].copy_(parameter)
 
     def _init_classifier(self) -> None:
-        """Weight from N(0, 0.01), or 0 in an NF-RegNet; bias 0."""
+        """Draw the weight from N(0, 0.01), or set it to 0 in an NF-RegNet. Set the bias to 0."""
         if isinstance(self.head.fc, nn.Linear):
             nn.init.normal_(self.head.fc.weight, std=0.0 if self.cfg.zero_init_fc else 0.01)
             nn.init.zeros_(self.head.fc.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Here, as timm loads with strict=False whenever num_classes or the stem differ.
+        # timm loads with strict=False if num_classes or in_chans differ, so torch would not complain.
         self._refuse_other_networks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _refuse_other_networks(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Refuse the weights of a network that computes something else with them.
+        """Refuse the weights of a network with another formula.
 
-        Whole networks are judged, those with all convolution weights of these stages. A part of one (an adapter,
-        biases, a single layer) loads as torch loads it.
+        Only state dicts with all convolution weights of the stages are checked. Parts of a network (an adapter, biases,
+        a single layer) load as in torch.
 
         Args:
-            state_dict: Of anything.
-            prefix: Of the names that are for this network.
+            state_dict: Any state dict.
+            prefix: Prefix of this network's names in it.
+
+        Raises:
+            RuntimeError: if the state dict is from timm's own nfnet_f*, or one is fused and the other is not.
         """
         modules = {f"{prefix}stages.{name}": module for name, module in self.stages.named_modules()}
         convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
@@ -223,47 +236,52 @@ class NormFreeNet(nn.Module):
         if missing := [name for name in blocks if f"{name}.skipinit_gain" not in state_dict]:
             raise RuntimeError(
                 f"this state dict has no skip gain for {len(missing)} of {len(blocks)} blocks ({missing[0]}, ...), so "
-                "it is not of a timm_nf network. Most likely it was saved from timm's own nfnet_f*, a different "
-                "network that timm_nf replaces in the registry. Build that one with timm.models.nfnet.nfnet_f0(...), "
-                "or create it in a process that does not import timm_nf, and load the file there."
+                "it is not from a timm_nf network. Most likely it was saved from timm's own nfnet_f*, a different "
+                "network that timm_nf replaces in the registry. Build that network with "
+                "timm.models.nfnet.nfnet_f0(...), or create it in a process that does not import timm_nf, and load the "
+                "file there."
             )
         standardised = [name for name in convs if isinstance(modules[name], ScaledStdConv2d)]
         if any(f"{name}.gain" not in state_dict for name in standardised):
             raise RuntimeError(
-                "this state dict is of fused convolutions, the network is unfused: create it with fused=True"
+                "this state dict is from a fused network, but this network is unfused: create it with fused=True"
             )
         if any(f"{name}.gain" in state_dict for name in convs if name not in standardised):
             raise RuntimeError(
-                "this state dict is of unfused convolutions, the network is fused: create it with fused=False and "
-                "give it to timm_nf.fuse"
+                "this state dict is from an unfused network, but this network is fused: create it with fused=False, "
+                "load the state dict, and call timm_nf.fuse"
             )
 
     def load_pretrained(self, checkpoint_path: str) -> None:
-        """Load one of the authors' checkpoints, all of it or nothing: timm hands every .npz here."""
+        """Load one of the authors' checkpoints. timm calls this for every .npz file.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint, or belongs to another network. Nothing is loaded.
+        """
         load_haiku_into(self, checkpoint_path)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The groups of layer-wise learning rate decay: the stem, every block (or stage), the head.
+        """The groups of layer-wise learning rate decay: the stem, every block (every stage if `coarse`), the head.
 
-        The final convolution belongs to the last block: (99999,) is timm's mark for the group before.
+        The final convolution belongs to the last block: timm reads (99999,) as "join the group before".
         """
         block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(block, None), (r"^final_conv", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the gains and skip gains, which the authors do not decay."""
+        """The names of the gains and skip gains. The authors do not decay them."""
         return {name for name, _ in self.named_parameters() if is_gain(name)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass instead of storing its activations."""
+        """Turn on gradient checkpointing: the backward pass computes the blocks again, so no activation is stored."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The classifier, nn.Identity if there is none."""
+        """The classifier, or nn.Identity if there is none."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for `num_classes`, keeping the pooling unless `global_pool` is given."""
+        """Replace the classifier by a new one for `num_classes`. The pooling stays unless `global_pool` is given."""
         self.num_classes = num_classes
         reference = next(self.parameters())
         self.head.reset(
@@ -284,19 +302,19 @@ class NormFreeNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Features of the stem (index 0) and of every stage, and the final features.
+        """Compute the features of the stem (index 0) and of every stage (index 1 and up), and the final features.
 
         Args:
             x: (N, in_chans, H, W).
-            indices: Which of them; the last n if an integer, all if None.
-            norm: Without effect, there is no normalisation.
-            stop_early: Leave out what follows the last index.
-            output_fmt: NCHW is the only one.
+            indices: The indices to return. An integer n stands for the last n, None for all.
+            norm: Has no effect, as there is no normalisation layer.
+            stop_early: Do not compute what follows the last index.
+            output_fmt: Only `NCHW`.
             intermediates_only: Return only the list.
 
         Returns:
-            The final features (N, num_features, H, W) and the list of (N, C, H, W). The last of the list is taken
-            after the final convolution, before its activation.
+            The final features (N, num_features, H, W), and a list of the requested features (N, C, H, W). The last
+            stage's feature is taken after the final convolution and before its activation.
 
         Raises:
             ValueError: if `output_fmt` is not NCHW.
@@ -319,26 +337,28 @@ class NormFreeNet(nn.Module):
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        return self.final_act(x) if len(stages) == len(self.stages) else x, intermediates
+        if len(stages) == len(self.stages):
+            x = self.final_act(x)
+        return x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features at `indices` do not need.
+        """Remove the layers that the features at `indices` do not need.
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: Without effect, there is no normalisation.
-            prune_head: Remove the classifier also where the last stage stays.
+            prune_norm: Has no effect, as there is no normalisation layer.
+            prune_head: Remove the classifier even if the last stage stays.
 
         Returns:
-            The indices, counted from the front.
+            The indices as a list, counted from 0.
         """
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         if last < len(self.stages):
             self.final_conv, self.final_act = nn.Identity(), nn.Identity()
             self.num_features = self.feature_info[last]["num_chs"]
-            prune_head = True  # it is as wide as the last stage
+            prune_head = True  # its input has the last stage's width
         if last == 0:
             self.stem = self.stem[: self.stem_feature_index + 1]
         self.stages = self.stages[:last]
@@ -349,7 +369,7 @@ class NormFreeNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, ceil(H / stride), ceil(W / stride)), after the final activation."""
         x = self.stem(x)
-        if torch.jit.is_scripting():  # where no module can be an argument
+        if torch.jit.is_scripting():  # TorchScript cannot pass a module to `_stage`
             x = self.stages(x)
         else:
             for stage in self.stages:
@@ -357,32 +377,34 @@ class NormFreeNet(nn.Module):
         return self.final_act(self.final_conv(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify (N, num_features, H, W); (N, num_features) if `pre_logits`."""
+        """(N, num_features, H, W) -> (N, num_classes), or the pooled features (N, num_features) if `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> (N, num_classes), (N, num_features) without a classifier."""
+        """(N, in_chans, H, W) -> (N, num_classes), or (N, num_features) without a classifier."""
         return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """A pretrained state dict with its stem converted to the model's number of input channels.
+    """Convert the stem of a pretrained state dict to the model's number of input channels.
 
-    timm converts the raw weight, which standardisation then rescales. Here the effective weight is converted, summed
-    over the channels for one channel and repeated otherwise, and the weight and gain chosen that standardise to it. A
-    grey image therefore gets the logits of its three equal channels. Standardised weights have zero mean: where the
-    new number of channels is not 1 or a multiple of the old one, the converted weight loses its mean.
+    timm converts the raw weight, which standardisation then rescales. This function converts the standardised weight:
+    it sums over the channels for one channel, and repeats them otherwise. Then it finds the raw weight and the gain
+    that give the converted weight. A grey image therefore gets the logits of the same image in RGB.
+
+    Standardised weights have zero mean. If the new number of channels is neither 1 nor a multiple of the old one, the
+    converted weight loses its mean.
 
     Args:
-        state_dict: Of a network with any number of input channels; not changed.
-        model: The network it is for, which tells timm through its traits to leave the stem alone.
+        state_dict: A state dict of a network with any number of input channels. It is not changed.
+        model: The network that will load it.
 
     Returns:
         A state dict for `model`.
     """
     name = "stem.conv1" if "stem.conv1.weight" in state_dict else "stem.conv"
     weight, gain = state_dict.get(f"{name}.weight"), state_dict.get(f"{name}.gain")
-    state_dict = dict(state_dict)  # timm takes the classifier out of what this returns
+    state_dict = dict(state_dict)  # timm deletes the classifier from the returned dict
     if weight is None or weight.shape[1] == model.in_chans:
         return state_dict
     converted = weight.double() if gain is None else standardize_weight(weight.double(), gain.double())
@@ -407,7 +429,7 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
         "test_input_size": (3, variant.test_size, variant.test_size),
         "pool_size": (side, side),
         "crop_pct": variant.crop_pct or round(variant.test_size / (variant.test_size + 32), 3),
-        # as the authors evaluate them, each in its experiment file
+        # From the authors' experiment files.
         "crop_mode": "squash" if variant.family == "NFNet" else "center",
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -443,7 +465,7 @@ def _entrypoint(name: str) -> Entrypoint:
     return create
 
 
-# Declared for type checkers; a test compares them with VARIANTS and with timm's registry. The loop below makes them.
+# For type checkers. The loop below makes the functions; a test compares these names with VARIANTS and timm's registry.
 nfnet_f0: Entrypoint
 nfnet_f1: Entrypoint
 nfnet_f2: Entrypoint
@@ -477,7 +499,7 @@ dm_nf_regnet_b7: Entrypoint
 dm_nf_regnet_b8: Entrypoint
 
 with warnings.catch_warnings():
-    # timm registers nfnet_f0 to f7, without weights, for another network; these replace them, which timm warns about.
+    # timm warns that these replace its own nfnet_f0 to f7, which are other networks and have no weights.
     warnings.filterwarnings("ignore", "Overwriting nfnet_f[0-7] in registry")
     for _name in VARIANTS:
         globals()[_name] = register_model(_entrypoint(_name))

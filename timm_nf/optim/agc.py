@@ -9,6 +9,7 @@ Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import compress
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, cast
@@ -20,6 +21,7 @@ from torch import Tensor
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .gradients import check_gradients, clone_gradients_
 from .sharded import Shard, local_shard, reduce_norms
+from .unit_triton import scale_units_, takes_kernel, unit_norms
 from .units import Axis, checked_axis, layout_of
 
 __all__ = ["adaptive_clip_grad_", "unitwise_norm"]
@@ -36,14 +38,14 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
     """Norm of every output unit of a weight or of its gradient.
 
     Args:
-        x: (O, I, K, K), (O, I) or any other shape; with at most one axis longer than 1 it is a single unit.
+        x: (O, I, K, K), (O, I) or any other shape. With at most one axis longer than 1 it is a single unit.
         norm_type: Order of the norm, `math.inf` included.
         axis: Where the output units lie; `(1, groups)` for transposed convolutions, (I, O / groups, K, K).
 
     Returns:
-        (O, 1, 1, 1) or (O, 1), as many axes as `x`, to which it broadcasts; with groups (I, O / groups, 1, 1), for
-        every input channel the norms of the units that it belongs to; 0-d for a single unit. At least float32, same
-        device as `x`.
+        (O, 1, 1, 1) or (O, 1): as many axes as `x`, to which it broadcasts. With groups (I, O / groups, 1, 1): for
+        every input channel, the norms of the units that it belongs to. 0-d for a single unit. At least float32, on the
+        device of `x`.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
     """
@@ -106,7 +108,7 @@ def adaptive_clip_grad_(
     settings = Settings(clip_factor, eps, axis)
     clipped = [units.clipped for units in clip_checked_([(checked.parameters, settings)], norm_type)]
     device = _grad(checked.parameters[0]).device if checked.parameters else None
-    waits = device is None or device.type == "cpu"  # for what comes from an accelerator
+    waits = device is None or device.type == "cpu"  # a copy to the CPU must have arrived before it is read
     hits = sum((mask.sum().to(device, non_blocking=not waits) for mask in clipped), torch.zeros((), device=device))
     return hits / max(1, sum(mask.numel() for mask in clipped))
 
@@ -120,15 +122,18 @@ def checked_setting(name: str, value: Any) -> float:
     hint = "; inf clips nothing" if name == "clip_factor" else ""
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
-    number = value
-    if isinstance(value, str):
-        try:
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, (str, Real)):
+        with suppress(ValueError, OverflowError):
             number = float(value)
-        except ValueError:
-            number = None
-    if isinstance(number, bool) or not isinstance(number, Real) or not float(number) >= 0:  # false for NaN
+    if not number >= 0:  # false for NaN
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
-    return cast(float, number)
+    return number
+
+
+def clips(clip_factor: Any) -> bool:
+    """Whether anything is clipped with this setting: not with None, nor with infinity."""
+    return clip_factor is not None and not math.isinf(checked_setting("clip_factor", clip_factor))
 
 
 class Settings(NamedTuple):
@@ -150,15 +155,15 @@ class Units(NamedTuple):
     weight_norm: Tensor  # at least eps
     grad_norm: Tensor  # before the clipping
     limit: Tensor  # of the gradient norm
-    clipped: Tensor  # which exceed it; those with a gradient that is not finite do not
+    clipped: Tensor  # whether it exceeds the limit; never where the gradient is not finite
 
     @property
     def ratio(self) -> Tensor:
-        """What the clip factor is the limit of."""
+        """Gradient norm over weight norm; the clip factor is its limit."""
         return self.grad_norm / self.weight_norm
 
     def pieces(self) -> Iterator["Pieces"]:
-        """Ratio, gradient norm and which are clipped, for one parameter after the other."""
+        """Ratio, gradient norm and whether it is clipped, of the units of one parameter after the other."""
         values = (self.ratio, self.grad_norm, self.clipped)
         yield from cast("Iterator[Pieces]", zip(*(v.split_with_sizes(self.counts) for v in values), strict=True))
 
@@ -170,7 +175,8 @@ class ClipStats(TypedDict):
     """What was clipped of the units of some parameters.
 
     `zero_grad_units` have a gradient of exactly zero, `non_finite_units` one that is infinite or NaN. `ratio_quantiles`
-    are those of gradient norm over weight norm (at least eps) where it is finite, {0.05: ..., 0.99: ...}.
+    are those of gradient norm over weight norm (at least eps), {0.05: ..., 0.99: ...}. Ratios that are not finite are
+    left out.
     """
 
     units: int
@@ -250,7 +256,8 @@ def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shar
         groups: dict[tuple[object, ...], list[Shard]] = {}
         for p in parameters:
             shard = local_shard(p, _grad(p), settings.axis)
-            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, shard.layout.single, shard.spread_over)
+            kind = _by_kernel(shard), shard.layout.single
+            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, *kind, shard.spread_over)
             if shard.grad.numel() or shard.blocks is not None:
                 groups.setdefault(key, []).append(shard)
         chunks += [(group, settings) for group in groups.values()]
@@ -266,6 +273,10 @@ def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shar
         yield shards, Units(parameters, counts, weight_norm, grad_norm, limit, clipped)
 
 
+def _by_kernel(shard: Shard) -> bool:
+    return shard.blocks is None and takes_kernel(shard.weight, shard.grad, shard.layout)
+
+
 def _count(shard: Shard) -> int:
     if shard.blocks is not None:
         return shard.layout.blocks * shard.grad.shape[1]
@@ -274,6 +285,8 @@ def _count(shard: Shard) -> int:
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
     """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
+    if norm_type == 2 and _by_kernel(shards[0]):
+        return unit_norms([s.weight for s in shards], [s.grad for s in shards], [_count(s) for s in shards])
     weight_norm, grad_norm = (
         _unit_norms(tensors, shards, norm_type)
         for tensors in ([shard.weight for shard in shards], [shard.grad for shard in shards])
@@ -310,7 +323,7 @@ def _block_norms(dtype: torch.dtype, x: Tensor, block_of_row: Tensor, blocks: in
         flat = x.flatten(2)
         rows = _vector_norm(flat, norm_type, dim=2, dtype=dtype) if flat.shape[2] > 1 else flat[..., 0].abs().to(dtype)
         if math.isinf(norm_type):
-            rows = rows.nan_to_num(math.inf, math.inf)  # a maximum may lose NaN
+            rows = rows.nan_to_num(math.inf, math.inf)  # a maximum may lose NaN, but not infinity
             table.scatter_reduce_(0, block_of_row[:, None].expand_as(rows), rows, "amax")
         else:
             table.index_add_(0, block_of_row, rows.pow(norm_type)).pow_(1 / norm_type)
@@ -321,6 +334,9 @@ def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     """Scale every unit that exceeds its limit down to it."""
     scale = units.grad_norm.clamp(min=_DIV_EPS)
     torch.div(units.limit, scale, out=scale).masked_fill_(~units.clipped, 1.0)
+    if _by_kernel(shards[0]):
+        scale_units_([shard.grad for shard in shards], units.counts, scale)
+        return
     scales = list(scale.unbind() if shards[0].layout.single else scale.split_with_sizes(units.counts))
     if _reading_is_free(scale):  # skip gradients without a clipped unit: rewriting them costs time
         hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._wrappers import innermost, wrappers
-from .units import weights_behind
+from .units import is_single_unit, weights_behind
 
 __all__ = ["classifier_weights"]
 
@@ -35,7 +35,7 @@ HOW_TO_SAY_IT = (
 class Classifier(NamedTuple):
     """The classifier of a model."""
 
-    network: nn.Module | None  # that has it, and may be given another one
+    network: nn.Module | None  # its owner, which may get another classifier
     weights: list[nn.Parameter]
     problem: str | None  # why there is none
 
@@ -80,7 +80,7 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
         if ids := trained.intersection(map(id, weights)):
             found.setdefault(frozenset(ids), (name, module, weights))
             seen.append(name)
-        elif any(id(p) in trained for p in module.parameters()):  # and so no teacher
+        elif any(id(p) in trained for p in module.parameters()):  # nothing of a frozen teacher is trained
             if weights:
                 frozen.append((module, weights))
             else:
@@ -102,9 +102,9 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
 
 
 class Exemption:
-    """Parameters that are not clipped, looked up each time: a network may be given another classifier.
+    """Parameters that are not clipped. They are looked up each time: a network may get another classifier.
 
-    Holds the modules that they are looked up in weakly.
+    The modules in which they are looked up are held weakly.
     """
 
     def __init__(self, sources: Iterable[tuple[nn.Module, _Find]] = ()):
@@ -122,10 +122,10 @@ class Exemption:
 
 
 class SettledGroups(list[dict[str, Any]]):
-    """Parameter groups in which it is settled who is clipped, and the exemption for what is added to them later."""
+    """Parameter groups that say who is clipped, and the exemption of what is added to them later."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], exemption: Exemption):
-        """Take groups that are split already."""
+        """Take groups that are already split by who is clipped."""
         super().__init__(groups)
         self.exemption = exemption
 
@@ -139,9 +139,9 @@ def exemption_of(
         model: Any module.
         clip_exempt: Modules, parameters, or names of either relative to the model (with commas between them in one
             text), beside the classifier; empty for none. None for the classifier alone, with a warning if there is
-            none or more than one.
+            none or more than one of them.
         given: The ids of the parameters that count; all of them by default.
-        warns: Whether there is a warning; not where the groups say who is clipped.
+        warns: Whether there is a warning; not where the groups say who is clipped, or nothing is.
 
     Raises:
         ValueError: Something in `clip_exempt` is not in the model, or has no weight.
@@ -193,13 +193,18 @@ def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple
 
 
 def weights_in(module: nn.Module) -> list[nn.Parameter]:
-    """The weights with at least two axes in a module: those that are exempt where the module is."""
-    found: list[nn.Parameter] = []
+    """The weights with at least two axes in a module, whatever their names: they are exempt where the module is.
+
+    With them goes what a weight norm or a parametrization adds to them. Biases and gains are not exempt.
+    """
+    found: dict[int, nn.Parameter] = {}
     for inner in module.modules():
         behind = weights_behind(inner)
-        if any(p.ndim >= 2 for p in behind):
-            found += behind
-    return found
+        if not any(p.ndim >= 2 for p in behind):
+            behind = []
+        behind += [p for name, p in inner.named_parameters(recurse=False) if _is_weight(name, p)]
+        found |= {id(p): p for p in behind}
+    return list(found.values())
 
 
 def tensor(entry: Tensor | tuple[str, Tensor]) -> Tensor:
@@ -216,7 +221,7 @@ def split_group(group: dict[str, Any], key: Callable[[Tensor], Any]) -> list[tup
 
 
 def warn_caller(message: str) -> None:
-    """Warn, and name the line outside of the optimizers' code that led here."""
+    """Warn at the caller's line: the last one outside the code of optimizers."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
     inside = ("timm_nf.optim", "timm.optim", "torch.", "contextlib")
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
@@ -297,7 +302,11 @@ def _names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
 
 
 def _is_weight(name: str, p: Tensor) -> bool:
-    return p.ndim >= 2 and name.rpartition(".")[2].startswith(("weight", "original"))
+    """Whether a name and a shape are those of a weight: `weight`, `in_proj_weight`, `prototypes`, not `gain`."""
+    last = name.rpartition(".")[2]
+    if last.startswith(("weight", "original")):
+        return p.ndim >= 2
+    return "bias" not in last and not is_single_unit(p.shape)
 
 
 def _has_classifier(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from timm.optim import Lookahead, OptimInfo, param_groups_layer_decay, param_gro
 from timm.optim import _optim_factory as factory
 from torch import nn
 
+from .._clip_defaults import CLIP_FACTOR
 from .._wrappers import wrappers
 from . import agc
 from .exempt import SettledGroups, exemption_of, split_group, tensor, warn_caller
@@ -152,7 +153,9 @@ def _create_optimizer(
     call.apply_defaults()
     bare, groups = _groups(model, call.arguments)
     if not isinstance(groups, SettledGroups) or clip_exempt is not None:
-        stated = any("clip_factor" in group for group in groups)
+        stated = any("clip_factor" in group for group in groups) or not agc.clips(
+            kwargs.get("clip_factor", CLIP_FACTOR)
+        )
         given = {id(tensor(entry)) for group in groups for entry in group["params"]}
         exemption = exemption_of(model, clip_exempt, given, warns=not stated)
         exempt = {id(p) for p in exemption.parameters()}
@@ -168,7 +171,7 @@ def _create_optimizer(
 
 def _stats_of_the_inner_one(lookahead: Any) -> Callable[[], list[agc.ClipStats] | None]:
     """`clip_stats` of the optimizer inside timm's Lookahead, which forwards no attributes; none if that has none."""
-    return cast(Any, vars(lookahead)["_base_optimizer"]).clip_stats
+    return lookahead._base_optimizer.clip_stats
 
 
 def _groups(model: nn.Module, options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -38,7 +38,7 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
 
 
 def _cannot_be_written(g: Tensor) -> bool:
-    """Whether entries share memory, as in expanded gradients, or torch lets nobody write to them."""
+    """Whether its entries share memory, as those of expanded gradients do, or torch refuses to write to it."""
     grad = g if type(g) in PLAIN else local_part(g)
     if not grad.is_contiguous() and _shares_memory(grad):
         return True
@@ -46,7 +46,7 @@ def _cannot_be_written(g: Tensor) -> bool:
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether entries may lie in the same place: from the innermost out, an axis does not step over those before it."""
+    """Whether two entries may lie in one place: they cannot if every axis steps past all entries of those inside it."""
     last = 0  # the farthest entry so far
     for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= last:
@@ -131,7 +131,7 @@ def check_gradients(
 def parameters_with_gradient(
     parameters: Tensor | Iterable[Tensor], label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}"
 ) -> list[Tensor]:
-    """`check_gradients` for those who only read: the distinct parameters that have something to clip."""
+    """The distinct parameters that have something to clip, for callers who only read; see `check_gradients`."""
     return check_gradients(parameters, label).parameters
 
 

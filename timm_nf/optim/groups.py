@@ -52,9 +52,8 @@ def param_groups_agc(
             `model`, also with commas between them in one text. `()` for none at all.
 
     Returns:
-        Groups with `params` and `weight_decay`; `clip_factor=None` marks those that are not clipped, `clip_axis` those
-        whose output units do not lie on axis 0. For an `agc` optimizer
-        this list is the last word on who is clipped.
+        Groups with `params` and `weight_decay`. `clip_factor=None` marks those that are not clipped, `clip_axis` those
+        whose output units do not lie on axis 0. For an `agc` optimizer this list is the last word on who is clipped.
 
     Raises:
         ValueError: Something in `clip_exempt` is not in the model.

@@ -117,8 +117,17 @@ class AdaptiveClipping(torch.optim.Optimizer):
         ]
 
     def _recorded(self, name: str, default: Any) -> Any:
-        """What is remembered under a name; the default in a pickle of an earlier version."""
-        return vars(self).get(name, default)
+        """What is remembered under a name; the default in a pickle of an earlier version.
+
+        Lightning's wrapper inherits from the class of what it wraps and forwards attributes that it does not have.
+        """
+        return getattr(self, name, default)
+
+    def _kept(self, name: str, empty: Any) -> Any:
+        """`_recorded`, to be changed in place: what is set on Lightning's wrapper does not reach the optimizer."""
+        if not hasattr(self, name):
+            setattr(self, name, empty)
+        return getattr(self, name)
 
     def _looked_up(self) -> list[Any]:
         exemption: Exemption | None = self._recorded("_exemption", None)
@@ -128,14 +137,13 @@ class AdaptiveClipping(torch.optim.Optimizer):
         """Record the places of the parameters that are exempt now and lie in groups that are clipped."""
         exempt = {id(p) for p in self._looked_up()}
         stated: set[int] = self._recorded("_stated", set[int]())
-        places: set[_Place] = self._recorded("_exempt_places", set[_Place]())
-        self._exempt_places = places | {
+        self._kept("_exempt_places", set[_Place]()).update(
             (i, j)
             for i, group in enumerate(self.param_groups)
             if i not in stated
             for j, p in enumerate(group["params"])
             if id(p) in exempt
-        }
+        )
 
     def _refuse_flattened(self, i: int, parameters: list[Tensor]) -> None:
         """Refuse flat tensors in place of parameters with several axes, as far as they can be told.
@@ -156,7 +164,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
             )
 
     def _label(self, _: int, parameter: Tensor) -> str:
-        """What to call it: its place and, if the groups or the model that timm's factory had name it, its name."""
+        """Its place and its name, if the groups or the model given to timm's factory name it."""
         places = ((i, j, group) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
         i, j, group = next((i, j, group) for i, j, group in places if group["params"][j] is parameter)
         remembered: list[list[str]] = self._recorded("_names", [])
@@ -166,11 +174,11 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     @contextmanager
     def _fused_where_equal(self) -> Generator[None]:
-        """For this step, let torch's SGD take its fused implementation on the CPU, which it never chooses by itself.
+        """Let torch's SGD take its fused implementation in this step; on the CPU it never chooses it by itself.
 
-        Where nobody asked for one, and only for parameters where the result is the same to the bit. Where one is asked
-        for, sharded parameters take the default instead: torch's fused SGD cannot be sharded. The groups themselves
-        keep their `fused`, so state dicts stay those of the bare optimizer.
+        Groups that state no implementation take it for parameters where the result is the same to the bit. In groups
+        that ask for it, sharded parameters take the default: torch's fused SGD cannot be sharded. The groups keep their
+        `fused`, so state dicts stay those of the bare optimizer.
         """
         groups = self.param_groups
         if self._is_sgd and not torch.compiler.is_compiling():
@@ -211,9 +219,9 @@ class AdaptiveClipping(torch.optim.Optimizer):
         stated = "clip_factor" in param_group
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
-        self._shapes = [*self._recorded("_shapes", []), [tuple(p.shape) for p in self.param_groups[index]["params"]]]
+        self._kept("_shapes", []).append([tuple(p.shape) for p in self.param_groups[index]["params"]])
         if stated:
-            self._stated = self._recorded("_stated", set[int]()) | {index}
+            self._kept("_stated", set[int]()).add(index)
         self._record_exempt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,7 +249,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _regroup(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The saved groups of a bare optimizer, cut to this one's groups; as they are where that does not apply.
+        """Cut the saved groups of a bare optimizer to the groups of this one; return them unchanged if they do not fit.
 
         Only the ids in `params` tie a state dict's groups to its state, so the state itself can stay as it is.
         """
@@ -318,15 +326,15 @@ def _converted(settings: Mapping[str, Any], known: Container[str]) -> dict[str, 
     return converted
 
 
-def _settled(params: Any, clip_exempt: Exempt | None) -> tuple[Any, Exemption, list[list[Tensor]]]:
-    """What a constructor was given, split by who is exempt: the groups, whom to look up later, and the bare groups."""
+def _settled(params: Any, clip_exempt: Exempt | None, clips: bool) -> tuple[Any, Exemption, list[list[Tensor]]]:
+    """Split a constructor's parameters by who is exempt: the groups, whom to look up later, the groups before that."""
     if isinstance(params, SettledGroups) and clip_exempt is None:
         return params, params.exemption, []
     if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
         return cast(Any, params), Exemption(), []  # torch says what is wrong with that
     listed: list[Any] = list(cast(Iterable[Any], params))
     if clip_exempt is None:
-        if not any(isinstance(group, dict) and "clip_factor" in group for group in listed):
+        if clips and not any(isinstance(group, dict) and "clip_factor" in group for group in listed):
             warn_caller(
                 "these parameters come without their model, so that all of them are clipped, the classifier's weight "
                 f"too, while the paper exempts it. {HOW_TO_SAY_IT}"
@@ -383,12 +391,13 @@ def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     ):
         given = {"clip_factor": clip_factor, "clip_eps": clip_eps, "clip_axis": clip_axis}
         self._clip_settings = _converted({**kwargs, **given}, known)
+        clips = agc.clips(self._clip_settings["clip_factor"])
         bare: list[list[Tensor]] = []
         if args:
-            groups, self._exemption, bare = _settled(args[0], clip_exempt)
+            groups, self._exemption, bare = _settled(args[0], clip_exempt, clips)
             args = (groups, *args[1:])
         elif first in kwargs:
-            kwargs[first], self._exemption, bare = _settled(kwargs[first], clip_exempt)
+            kwargs[first], self._exemption, bare = _settled(kwargs[first], clip_exempt, clips)
         base.__init__(self, *args, **kwargs)
         if bare:
             self.remember({}, bare)

@@ -1,7 +1,7 @@
 """What one process holds of a parameter, whole or sharded.
 
-Parameters are sharded over several processes by `fully_shard` and tensor parallelism. Sharded tensors are told by their
-`placements`, so that nothing of torch.distributed is imported without them.
+Parameters are sharded over several processes by `fully_shard` and tensor parallelism. Their `placements` tell them from
+others, so torch.distributed is not imported for those.
 """
 
 import math
@@ -44,12 +44,12 @@ def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
             blocks = _blocks_of_rows(p, layout.blocks, grad)
         else:
             weight, grad = layout.view(weight), layout.view(grad)
-    # Sharded along the axis of the units, a process holds whole units; sharded otherwise, or if all of it is one unit,
-    # parts of them.
+    # Sharded along the axis of the units, a process holds whole units. Sharded along another one, or if all entries are
+    # one unit, it holds parts of units.
     whole = 1 if layout.blocks else (*layout.kept, None)[0]
     spread_over = tuple(mesh.get_group(i) for i in dims if placements[i].dim != whole)
     if spread_over and blocks is None and not grad.numel():
-        # takes part in the collective all the same, and zeros change no norm
+        # Every process takes part in the collective; zeros change no norm.
         weight, grad = (t.new_zeros(1 if layout.single else layout.sizes(t)) for t in (weight, grad))
     return Shard(p, weight, grad, layout, spread_over, blocks)
 
@@ -79,7 +79,7 @@ def reduce_norms(
         parts = [part for i in members for part in norms[i]]
         total = torch.cat(parts)
         if math.isinf(norm_type):
-            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; units with either are left alone
+            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; units with either stay unchanged
             operation = torch.distributed.ReduceOp.MAX
         else:
             total.pow_(norm_type)

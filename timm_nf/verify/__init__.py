@@ -1,4 +1,4 @@
-"""Whether networks and training step are the authors' on this machine."""
+"""Compares the networks and the training step on this machine with the authors' numbers."""
 
 from .checks import run
 

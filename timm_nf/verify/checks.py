@@ -1,8 +1,10 @@
-"""Whether this machine computes the authors' networks and the clipped training step, and how closely.
+"""Checks that this machine computes the authors' networks and training step, and how closely.
 
-Golden numbers come with the package: what the authors' JAX code (deepmind-research nfnets/ at f5de0ede, float64, CPU)
-gave for synthetic parameters and images that `fill` and `image` make again. Every check is a measured number and the
-bound it has to keep; what a device cannot check is a row of its own and never counts as passed.
+The package ships golden numbers. The authors' JAX code computed them in float64 on a CPU (deepmind-research nfnets/ at
+f5de0ede), from synthetic parameters and images. `fill` and `image` make these inputs again.
+
+Every check gives a verdict: the measured number and its bound. A check that the device cannot do gives a verdict too,
+which never counts as passed.
 """
 
 # timm's networks and optimizers have no types.
@@ -32,7 +34,7 @@ from ..inference.images import reader
 from . import stock
 from .golden import golden_model, image, load_golden
 
-__all__ = ["FORWARD", "OURS", "STEPS", "STOCK", "Check", "run"]
+__all__ = ["FORWARD", "OURS", "STEPS", "STOCK", "Verdict", "run"]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,13 +51,13 @@ OURS = "nfnet_f0.dm_in1k"
 STOCK = "dm_nfnet_f0.dm_in1k"  # the same weights on the Hub
 """timm's network with the same weights."""
 
-# Small, and has every kind of parameter; for what depends on operations and not on values.
+# A small network with every type of parameter, for checks that do not depend on values.
 _TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16, "num_classes": 10}
 
 
 @dataclass(frozen=True)
-class Check:
-    """The result of one check; `ok` is None where this machine could not check it."""
+class Verdict:
+    """The result of one check. `ok` is None if this machine cannot do the check."""
 
     name: str
     measured: str
@@ -71,27 +73,29 @@ def run(
     weights: str | Path | None = None,
     use_ema: bool = False,
     track: Progress = silent,
-) -> Iterator[Check]:
-    """Run all checks and yield their rows; a part that stops with an exception is a failed row.
+) -> Iterator[Verdict]:
+    """Run all checks and yield their verdicts. If a check raises, its verdict is a failure and the others go on.
 
     Args:
         device: Where to run, as torch names it.
-        pretrained: Also compare the authors' weights from the Hub with stock timm's network of the same weights.
-        image_file: A picture for that comparison instead of noise.
-        imagenet_val: A folder of validation pictures in one folder per class, to compare accuracies as well.
-        weights: A file of weights trained as one of timm's dm_nfnet_f*, to compare on these pictures instead.
-        use_ema: The averaged weights in that file.
+        pretrained: Also download the authors' weights, and compare our network with timm's on them.
+        image_file: A picture for that comparison. By default it is noise.
+        imagenet_val: A folder of validation pictures, one subfolder per class. Accuracies are compared on it.
+        weights: A file of weights that were trained as one of timm's dm_nfnet_f*. If given, they are compared on
+            `imagenet_val`, and the authors' are not.
+        use_ema: Whether to take the averaged weights of that file.
         track: Shows progress.
 
     Raises:
-        ValueError: before any row, if `weights` cannot be read, are another network's or come without `imagenet_val`.
+        ValueError: before the first verdict, if `weights` cannot be read, belong to another network, or are given
+            without `imagenet_val`.
     """
     if weights is not None and imagenet_val is None:
         raise ValueError("weights need pictures to compare the networks on: give imagenet_val")
     where = torch.device(device)
-    torch.empty(1, device=where)  # a device that is not there stops here, before any row
+    torch.empty(1, device=where)  # raises here, before the first verdict, if there is no such device
     pair = None if weights is None else stock.load_pair(weights, use_ema)
-    parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+    parts: list[tuple[str, Callable[[], Iterator[Verdict]]]] = [
         (name, lambda name=name: _forward_checks(name, where)) for name in FORWARD
     ]
     parts += [("three clipped steps", lambda: _step_checks(where)), ("no waiting", lambda: _waiting_checks(where))]
@@ -101,26 +105,26 @@ def run(
         parts.append(("the authors' weights", lambda: _pretrained_checks(where, image_file, imagenet_val, track)))
     for name, part in track(parts, f"verifying on {device}"):
         try:
-            # Full float32 products on the GPUs that would otherwise round convolutions to TF32.
+            # By default, NVIDIA GPUs round float32 convolutions to TF32.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 yield from part()
-        except Exception as error:  # whatever it was, the other parts are still worth knowing
+        except Exception as error:  # any exception: the other parts still run
             _logger.debug("%s stopped", name, exc_info=True)
-            yield Check(f"{name}: stopped", reason(error), "no exception", False)
+            yield Verdict(f"{name}: stopped", reason(error), "no exception", False)
 
 
-def _at_most(name: str, measured: float, bound: float) -> Check:
-    return Check(name, f"{measured:.1e}", f"{bound:.0e}", measured <= bound)  # NaN fails
+def _at_most(name: str, measured: float, bound: float) -> Verdict:
+    return Verdict(name, f"{measured:.1e}", f"{bound:.0e}", measured <= bound)  # NaN fails
 
 
-def _not_checked(name: str, why: str) -> Check:
-    return Check(name, why, "", None)
+def _not_checked(name: str, why: str) -> Verdict:
+    return Verdict(name, why, "", None)
 
 
 def _has_float64(device: torch.device) -> bool:
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):  # MPS and some XPUs
+    except (TypeError, RuntimeError):  # MPS and some XPUs have none
         return False
     return True
 
@@ -131,7 +135,7 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
+def _forward_checks(name: str, device: torch.device) -> Iterator[Verdict]:
     golden = load_golden(FORWARD[name])
     model, x = golden_model(name), image(1, 64, 64)
 
@@ -157,10 +161,11 @@ def _forward_checks(name: str, device: torch.device) -> Iterator[Check]:
     yield _at_most(f"{name}, channels_last, against contiguous", relative_error(model(x), reference), 1e-5)
 
 
-def _step_checks(device: torch.device) -> Iterator[Check]:
+def _step_checks(device: torch.device) -> Iterator[Verdict]:
     golden = load_golden(STEPS)
-    # without float64, rounding in the deep layers' tiny gradients comes first
-    dtype, bound = (torch.float64, 1e-9) if _has_float64(device) else (torch.float32, 1e-2)
+    dtype, bound = torch.float64, 1e-9
+    if not _has_float64(device):
+        dtype, bound = torch.float32, 1e-2  # deep layers have tiny gradients, which float32 rounds
     model = golden_model("nfnet_f0", num_classes=10).to(dtype).to(device).train()
     x, labels = image(2, 32, 32).to(dtype).to(device), (torch.arange(2) * 3 % 10).to(device)
     optimizer = create_optimizer_v2(
@@ -174,33 +179,33 @@ def _step_checks(device: torch.device) -> Iterator[Check]:
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            measured |= _facts("grad0", {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            measured |= _summaries("grad0", gradients)
         optimizer.step()
     with torch.no_grad():
         losses.append(F.cross_entropy(model(x), labels))
-    measured |= _facts("param3", model.state_dict())
-    kind = str(dtype).removeprefix("torch.")
-    yield _at_most(
-        f"agcsgd, {kind}, losses", relative_error(torch.stack(losses), torch.from_numpy(golden["losses"])), bound
-    )
+    measured |= _summaries("param3", model.state_dict())
+    label = f"agcsgd, {str(dtype).removeprefix('torch.')}"
+    error = relative_error(torch.stack(losses), torch.from_numpy(golden["losses"]))
+    yield _at_most(f"{label}, losses", error, bound)
     for prefix, what in (("grad0", "first gradient"), ("param3", "parameters after 3 steps")):
         keys = [key for key in golden if key.startswith(f"{prefix}|")]
         worst = max(relative_error(torch.from_numpy(measured[key]), torch.from_numpy(golden[key])) for key in keys)
-        yield _at_most(f"agcsgd, {kind}, {what}", worst, bound)
+        yield _at_most(f"{label}, {what}", worst, bound)
 
 
-def _facts(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Norm and first three entries of every tensor, in the authors' names and layout, as the golden files keep them."""
-    facts = {}
+def _summaries(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Norm and first three entries of every tensor, in the authors' names and layout. Golden files hold the same."""
+    summaries = {}
     for module, arrays in convert.timm_to_haiku(state_dict).items():
         for name, array in arrays.items():
             flat = array.astype(np.float64).ravel()
-            facts[f"{prefix}|{module}|{name}"] = np.r_[np.linalg.norm(flat), flat[:3]]
-    return facts
+            summaries[f"{prefix}|{module}|{name}"] = np.r_[np.linalg.norm(flat), flat[:3]]
+    return summaries
 
 
 class _CountReads(TorchDispatchMode):
-    """Counts the operations that hand a tensor's value to Python, and answers them with zero."""
+    """Counts the operations that give a tensor's value to Python. They return 0 instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +219,7 @@ class _CountReads(TorchDispatchMode):
 
 
 def _tiny_optimizer(device: torch.device) -> torch.optim.Optimizer:
-    """An `agcsgd` with gradients, ready to step."""
+    """An `agcsgd` optimizer whose parameters have gradients."""
     model = timm.create_model("nfnet_f0", device=device, **_TINY)
     optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
     for p in model.parameters():
@@ -222,27 +227,27 @@ def _tiny_optimizer(device: torch.device) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _waiting_checks(device: torch.device) -> Iterator[Check]:
-    # No value exists on the meta device, and the code takes the path of accelerators: a read would be a wait there.
+def _waiting_checks(device: torch.device) -> Iterator[Verdict]:
+    # Meta tensors take the code path of accelerators. A value that is read there makes Python wait for the device.
     optimizer = _tiny_optimizer(torch.device("meta"))
     with _CountReads() as counter:
-        optimizer.step()  # the first, which makes the momentum
+        optimizer.step()  # the first step makes the momentum buffers
         optimizer.step()
-    yield Check("agcsgd, values read in two steps on the meta device", str(counter.reads), "0", counter.reads == 0)
+    yield Verdict("agcsgd, values read in two steps on the meta device", str(counter.reads), "0", counter.reads == 0)
     label = "agcsgd step, waits for the device"
     if device.type != "cuda":
         yield _not_checked(label, f"only CUDA reports this, not {device.type}")
         return
     optimizer = _tiny_optimizer(device)
-    optimizer.step()  # the libraries' own first calls may wait
+    optimizer.step()  # CUDA's libraries may wait in their first calls
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
     except RuntimeError as error:
-        yield Check(label, " ".join(str(error).split())[:100], "none", False)
+        yield Verdict(label, " ".join(str(error).split())[:100], "none", False)
     else:
-        yield Check(label, "none", "none", True)
+        yield Verdict(label, "none", "none", True)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
@@ -253,7 +258,7 @@ def _pretrained_checks(
     image_file: str | Path | None,
     imagenet_val: str | Path | None,
     track: Progress,
-) -> Iterator[Check]:
+) -> Iterator[Verdict]:
     ours, theirs = (timm.create_model(n, pretrained=True).to(device).eval() for n in (OURS, STOCK))
     data = resolve_model_data_config(ours, use_test_size=True)
     if image_file is None:
@@ -263,10 +268,10 @@ def _pretrained_checks(
         x = reader(ours)(image_file)[None]
     x = x.to(device)
     a, b = ours(x), theirs(x)
-    # timm's formula differs: 1.8e-2 with synthetic parameters. Far more would be another network.
+    # timm's formula differs by 1.8e-2 with synthetic parameters. A much larger error means another network.
     yield _at_most(f"{OURS} against timm's {STOCK}, {what}", relative_error(a, b), 3e-2)
     top1 = f"{a.argmax().item()} and {b.argmax().item()}"
-    yield Check(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
+    yield Verdict(f"the same, top-1 classes, {what}", top1, "equal", bool(a.argmax() == b.argmax()))
     if imagenet_val is None:
         return
     yield _accuracies(stock.compare(ours, theirs, imagenet_val, device, track))
@@ -277,14 +282,15 @@ def _checkpoint_checks(
     folder: str | Path,
     device: torch.device,
     track: Progress,
-) -> Iterator[Check]:
+) -> Iterator[Verdict]:
     seen = stock.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
     label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {seen.images} images"
     yield _at_most(label, seen.error, 3e-2)
     yield _accuracies(seen)
 
 
-def _accuracies(seen: stock.Agreement) -> Check:
+def _accuracies(seen: stock.Agreement) -> Verdict:
     ours, theirs = seen.top1
     measured = f"{ours:.2f} % and {theirs:.2f} %"
-    return Check(f"top-1 of {seen.images} images, ours and timm's", measured, "within 0.5 %", abs(ours - theirs) <= 0.5)
+    label = f"top-1 of {seen.images} images, ours and timm's"
+    return Verdict(label, measured, "within 0.5 %", abs(ours - theirs) <= 0.5)

@@ -1,4 +1,4 @@
-"""The authors' numbers, and the synthetic parameters and images that they belong to."""
+"""The authors' golden numbers, and the synthetic parameters and images that they were computed from."""
 
 # torch types from_numpy in part.
 # pyright: reportUnknownMemberType=false
@@ -18,20 +18,21 @@ __all__ = ["fill", "golden_model", "golden_params", "image", "load_golden"]
 
 
 def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
-    """The synthetic value of one of the authors' parameters, float64: a function of its names and shape alone.
+    """The synthetic value of one parameter, in float64. It depends only on the names and the shape.
 
     Args:
-        shape: In the authors' layout, say (3, 3, 128, 256).
-        module: Say `NFNet/~/nf_block_3/~/conv1`.
-        name: w, gain, bias, b or skip_gain.
+        shape: In the authors' layout, such as (3, 3, 128, 256).
+        module: The authors' name, such as `NFNet/~/nf_block_3/~/conv1`.
+        name: `w`, `gain`, `bias`, `b` or `skip_gain`.
 
     Raises:
         KeyError: for any other name.
     """
-    # numpy promises that this legacy stream never changes
+    # NEP 19: numpy never changes the stream of RandomState.
     noise = np.random.RandomState(crc32(f"{module}/{name}".encode()) % 2**31).standard_normal(shape)
-    if name == "w":  # variance 1 / fan-in; convolutions have a mean that standardising has to take out
-        return noise / np.prod(shape[:-1]) ** 0.5 + (0.01 if len(shape) == 4 else 0.0)
+    if name == "w":
+        mean = 0.01 if len(shape) == 4 else 0.0  # convolutions have a mean, so that standardisation must remove it
+        return noise / np.prod(shape[:-1]) ** 0.5 + mean  # variance 1 / fan-in
     mean, std = {"gain": (1.0, 0.1), "bias": (0.0, 0.1), "b": (0.0, 0.1), "skip_gain": (0.7, 0.1)}[name]
     return np.asarray(mean + std * noise)
 
@@ -43,10 +44,13 @@ def image(n: int, h: int, w: int) -> Tensor:
 
 
 def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The synthetic float64 parameters for a network of any variant, config and number of classes.
+    """The synthetic float64 parameters of a network of any variant, configuration and number of classes.
 
     Args:
-        state_dict: Of the network; only names and shapes count.
+        state_dict: The network's state dict. Only its names and shapes are used.
+
+    Returns:
+        A state dict with the same names and shapes.
     """
     tree = convert.timm_to_haiku(state_dict)
     return convert.haiku_to_timm(
@@ -58,15 +62,20 @@ def golden_params(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def golden_model(name: str, **kwargs: Any) -> nn.Module:
-    """The network with the synthetic parameters, in float64 and evaluation mode; arguments as `timm.create_model`'s."""
-    # On the meta device first: values that are overwritten need no initialisation.
+    """The network with the synthetic parameters, in float64 and evaluation mode.
+
+    Args:
+        name: A network of this package.
+        **kwargs: Arguments of `timm.create_model`.
+    """
+    # It is built on the meta device, to save the initialisation of values that are overwritten.
     model = timm.create_model(name, device="meta", dtype=torch.float64, **kwargs).to_empty(device="cpu")
     model.load_state_dict(golden_params(model.state_dict()))
     return model.eval()
 
 
 def load_golden(file: str) -> dict[str, np.ndarray]:
-    """One of the shipped golden files, by its name without the ending."""
+    """The arrays of a shipped golden file. `file` is its name without `.npz`."""
     with (
         (importlib.resources.files("timm_nf.verify") / "golden" / f"{file}.npz").open("rb") as stream,
         np.load(stream) as npz,

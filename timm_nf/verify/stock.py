@@ -1,6 +1,6 @@
-"""One file of weights in two networks, ours and timm's, compared on one's own pictures.
+"""Loads one file of weights into our network and into timm's, and compares the two on a user's pictures.
 
-timm's dm_nfnet_f* has the parameters of our nfnet_f* and computes another function with them, 1.8 % off on logits.
+timm's dm_nfnet_f* has the same parameters as our nfnet_f* but another formula. Its logits differ by 1.8 %.
 """
 
 # timm's data sets and loaders have no types.
@@ -24,7 +24,7 @@ __all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
 @dataclass(frozen=True)
 class NetworkPair:
-    """The same weights in our network `name` and in timm's `dm_` + `name`, float32 and in evaluation mode."""
+    """The same weights in our network `name` and in timm's `dm_` + `name`, in float32 and evaluation mode."""
 
     name: str
     origin: str
@@ -34,12 +34,12 @@ class NetworkPair:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two networks agree on the same pictures.
+    """How closely two networks agree on the same pictures.
 
     Attributes:
-        images: Their number.
-        top1: Accuracy of both, in percent.
-        error: Norm of the difference of all logits, over the norm of the second network's.
+        images: Number of pictures.
+        top1: Top-1 accuracy of both networks, in percent.
+        error: Relative L2 error of the first network's logits, with the second network's as the reference.
     """
 
     images: int
@@ -48,11 +48,11 @@ class Agreement:
 
 
 def load_pair(file: str | Path, use_ema: bool = False) -> NetworkPair:
-    """Weights that were trained as one of timm's dm_nfnet_f*, which is recognised by their shapes.
+    """Load weights that were trained as one of timm's dm_nfnet_f*. Their shapes say which one.
 
     Args:
-        file: Of train.py, safetensors, a state dict, or the authors' .npz.
-        use_ema: The averaged weights of train.py's `--model-ema`.
+        file: A checkpoint of train.py, a safetensors file, a state dict, or the authors' .npz.
+        use_ema: Whether to take the averaged weights of train.py's `--model-ema`.
 
     Raises:
         ValueError: if the file cannot be read, or timm has no such network.
@@ -65,13 +65,13 @@ def load_pair(file: str | Path, use_ema: bool = False) -> NetworkPair:
     shape: dict[str, Any] = {"in_chans": fields.pop("in_chans", 3)}
 
     def build(name: str, fields: dict[str, Any]) -> Any:
-        # what leaves no trace in shapes, an activation say, as train.py was told
+        # Some fields do not show in shapes, such as the activation. They come from train.py's arguments.
         fields = (content.args.get("model_kwargs") or {}) | fields
-        told = replace(content, args=content.args | shape | {"model_kwargs": fields})
-        return checkpoint.build(name, told, num_classes).float()
+        described = replace(content, args=content.args | shape | {"model_kwargs": fields})
+        return checkpoint.build(name, described, num_classes).float()
 
     ours = build(name, fields)
-    # which in timm's network do not follow the stages
+    # timm's network does not derive these two widths from `channels`.
     widths = {"stem_chs": ours.cfg.stem_out_chs(), "num_features": ours.cfg.final_chs()}
     return NetworkPair(name, content.origin, ours, build(f"dm_{name}", fields | widths))
 
@@ -84,18 +84,18 @@ def compare(
     device: torch.device,
     track: Progress,
 ) -> Agreement:
-    """Show two networks the pictures of a folder, prepared as the first one's config says.
+    """Compare two networks on the pictures of a folder, with the first network's preprocessing.
 
     Args:
         ours: A network.
-        stock: Another one with the same classes.
-        folder: With a folder of pictures for every class: ImageNet's synsets, also a part of them, or as many as the
-            networks have classes, which count in the order of their names.
-        device: Of both networks.
+        stock: Another network with the same classes.
+        folder: It holds one subfolder of pictures per class. The subfolders are either ImageNet's synsets (all or some
+            of them), or one for each class of the networks, sorted by name.
+        device: The device of both networks.
         track: Shows progress.
 
     Raises:
-        ValueError: if the folders are neither.
+        ValueError: if the subfolders are neither.
     """
     data = resolve_model_data_config(ours, use_test_size=True)
     synsets: list[str] = ImageNetInfo().label_names()
