@@ -3,7 +3,7 @@
     python -m benchmarks.inference [--repeats 15] [--check] [--only training] [--plots docs] [--markdown]
 
 The networks take turns, so that noise affects all of them. Numbers are medians. With --check the exit code is 1 if a
-target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes, and draws two pictures. With
+target is missed. With --plots it also times NFNet-F0 to F3 at their training sizes, and draws four pictures. With
 --markdown it prints the tables of docs/performance.md.
 """
 
@@ -27,6 +27,12 @@ from timm_nf.inference.export import onnx_is_installed
 from timm_nf.variants import VARIANTS
 
 PIXELS = 192
+PICTURES = {"memory": "peak memory", "rates": "multiply-adds per second"}
+TITLES = {
+    "speed": ("Speed beside timm's networks", "their time / our time, more is better"),
+    "memory": ("Memory of a training step beside timm's network", "their peak / our peak, more is better"),
+    "rates": ("Multiply-adds per second beside a matrix product", "our rate / the matrix product's, more is better"),
+}
 STEP = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
 
 
@@ -42,6 +48,11 @@ class Row:
     @property
     def missed(self) -> bool:
         return self.ratio < self.asked
+
+    @property
+    def kind(self) -> str:
+        """The picture that it is in."""
+        return next((kind for kind, words in PICTURES.items() if words in self.work), "speed")
 
 
 def best(medians: dict[str, float], prefix: str) -> tuple[str, float]:
@@ -128,43 +139,66 @@ def training_rows(repeats: int) -> list[Row]:
     return rows
 
 
-def draw_ratios(rows: list[Row], file: Path) -> None:
+def draw_ratios(rows: list[Row], kind: str, file: Path) -> None:
+    """The rows of one picture, with their targets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.42 * len(rows) + 1), layout="constrained")
+    rows = [row for row in reversed(rows) if row.kind == kind]
+    figure = Figure(figsize=(9, 0.45 * len(rows) + 1.7), layout="constrained")
     axes = figure.subplots()
-    for y, row in enumerate(reversed(rows)):
-        axes.barh(y, row.ratio, height=0.6, color="#c0392b" if row.missed else "#1f6fb2")
-        axes.plot([row.asked] * 2, [y - 0.38, y + 0.38], color="black", lw=2)
-        axes.annotate(f"{row.ratio:.2f}", (row.ratio, y), (4, -3), textcoords="offset points", fontsize=8)
-    axes.set_yticks(range(len(rows)), [f"{row.work}\nagainst {row.against}" for row in reversed(rows)], fontsize=7)
-    axes.set_xlabel("ratio, more is better; the black line is the target")
+    colors = {"target met": "#1f6fb2", "target missed": "#c0392b"}
+    for y, row in enumerate(rows):
+        label = "target missed" if row.missed else "target met"
+        axes.barh(y, row.ratio, height=0.6, color=colors[label], label=label)
+        axes.plot([row.asked] * 2, [y - 0.38, y + 0.38], color="black", lw=2, label="target")
+        end = max(row.ratio, row.asked)  # beyond the line, so that it does not strike the number through
+        axes.annotate(f"{row.ratio:.2f}", (end, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [f"{row.work}\nagainst {row.against}" for row in rows], fontsize=8)
+    title, words = TITLES[kind]
+    axes.set_xlabel(words)
+    axes.set_xlim(0, 1.12 * max(max(row.ratio, row.asked) for row in rows))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Side by side with timm {timm.__version__}, {torch.get_num_threads()} CPU threads", fontsize=11)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{title}: timm {timm.__version__}, {torch.get_num_threads()} CPU threads", fontsize=11)
     figure.savefig(file, dpi=150)
 
 
-def draw_cost(file: Path, repeats: int) -> list[tuple[str, str, str]]:
-    """Time over multiply-adds of F0 to F3, fused, at their training sizes."""
-    from matplotlib.figure import Figure
+Point = tuple[str, float, dict[str, float]]  # a network, its 10^9 multiply-adds, medians of stock and fused
 
+
+def cost_points(repeats: int) -> list[Point]:
+    """Times of F0 to F3 at their training sizes."""
     points = []
     for name in ("nfnet_f0", "nfnet_f1", "nfnet_f2", "nfnet_f3"):
         row = VARIANTS[name]
         medians = timed(name, 1, row.train_size, ["stock", "fused"], repeats)
         points.append((f"{name[6:].upper()}, {row.train_size} px", row.cfg.count(row.train_size)[1] / 1e9, medians))
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    return points
+
+
+def draw_cost(points: list[Point], file: Path) -> None:
+    """Time over multiply-adds."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     for label, text, color in (("stock", "timm dm_nfnet", "#888888"), ("fused", "timm_nf, fused", "#1f6fb2")):
         axes.plot([p[1] for p in points], [p[2][label] for p in points], marker="o", color=color, label=text)
     for name, macs, medians in points:
-        axes.annotate(name, (macs, medians["fused"]), (4, -12), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="multiply-adds, G", ylabel="milliseconds, batch 1")
+        axes.annotate(name, (macs, medians["fused"]), (8, -14), textcoords="offset points", fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel="multiply-adds, 10⁹", ylabel="milliseconds, batch 1")
+    axes.set(xlim=(5, 130), ylim=(60, 1200))
+    for axis, ticks in ((axes.xaxis, (5, 10, 20, 50, 100)), (axes.yaxis, (100, 200, 500, 1000))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("NFNet-F0 to F3 at their training sizes: time over cost", fontsize=11)
     figure.savefig(file, dpi=150)
-    return [(n, f"{m:.1f} G", f"{t['stock']:.0f} / {t['fused']:.0f} ms") for n, m, t in points]
 
 
 def describe() -> str:
@@ -204,9 +238,12 @@ def main() -> int:
     table = [(r.work, r.against, r.ours, r.theirs, ratio, f"{r.asked}x") for r, ratio in zip(rows, ratios, strict=True)]
     print_table(columns, table, args.markdown)
     if args.plots:
-        draw_ratios(rows, args.plots / "performance_ratios.png")
-        cost = draw_cost(args.plots / "performance_cost.png", max(5, args.repeats // 3))
-        print_table(("network", "multiply-adds", "stock / fused, batch 1"), cost, args.markdown)
+        for kind in sorted({row.kind for row in rows}):
+            draw_ratios(rows, kind, args.plots / f"performance_{kind}.png")
+        points = cost_points(max(5, args.repeats // 3))
+        draw_cost(points, args.plots / "performance_cost.png")
+        cells = [(name, f"{macs:.1f} G", f"{t['stock']:.0f} / {t['fused']:.0f} ms") for name, macs, t in points]
+        print_table(("network", "multiply-adds", "stock / fused, batch 1"), cells, args.markdown)
     if not bfloat16_is_fast():
         print("bfloat16 was not timed: this processor has neither AVX512-BF16 nor AMX")
     return int(args.check and any(row.missed for row in rows))

@@ -2,8 +2,8 @@
 
     python -m examples.signals_1d
 
-The EEG is one that matplotlib ships: 4 electrodes, 800 samples. The network learns from the first 560 and is asked about
-the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
+The EEG is one that matplotlib ships: 4 electrodes, 800 samples. The network learns from the first 560 and is asked
+about the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
 """
 
 import numpy as np

@@ -95,36 +95,36 @@ The folder is an ordinary one of timm's. Its network gives the logits that the a
 
 {reload}
 
-`timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly, and
-`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm` are the steps by themselves. `timm_to_haiku` is the
-way back, for state dicts in float32, float16 or float64: numpy has no bfloat16.
+`timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly. In Python, the steps are
+`timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm`. `timm_to_haiku` is the way back. It takes state dicts
+in float32, float16 or float64, because numpy has no bfloat16.
 
 ## Push
 
 `timm-nf push` takes checkpoints of train.py, Lightning and DeepSpeed, torch files of state dicts, safetensors, and the
-index of a network in several files. The content of a file says what it is. An entry such as `model` or `state_dict` and
-prefixes such as `module.` or `_orig_mod.` are recognised; where it is not clear what is meant, the error lists what the
-file holds. torch files are read with `weights_only=True`; what lies beside the weights, say Lightning's settings, is
-passed over and never built. A file's raw weights are taken, from which train.py resumes, and with `--use-ema` their
-average.
-`classify`, `export`, `diagnose`, `clip-range`, `bench` and `verify` read `--checkpoint FILE` in the same way.
-`model_best.pth.tar` was written by timm's CheckpointSaver as at the end of a training of the
-tiny network with `--model-ema`; its metric of 50 is made up:
+index of a network in several files. The content of a file says what it is. Entries such as `model` or `state_dict` and
+prefixes such as `module.` or `_orig_mod.` are recognised. If it is not clear what is meant, the error lists what the
+file holds. Torch files are read with `weights_only=True`; what lies beside the weights is never built. The file's raw
+weights are taken, from which train.py resumes. `--use-ema` takes their average. `classify`, `export`, `diagnose`,
+`clip-range`, `bench` and `verify` read `--checkpoint FILE` in the same way.
+
+Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training of the tiny network with
+`--model-ema`. Its metric of 50 is made up:
 
 {dry_run}
 
-The card, which `--dry-run` prints last, is made of facts: license and data set as given, the metric that train.py
-measured of just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
+`--dry-run` prints the card last. It is made of facts: license and data set as given, the metric that train.py measured
+with just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
 
 {push}
 
-One commit has model.safetensors, config.json and README.md, no pickle. Before it, the weights were read back and
-compared, and the network was loaded by timm and gave equal features and logits. Up to that commit, the repository is
-as it was; a commit of somebody else that comes in between is not overwritten, the push is refused. A README that is
-there stays, unless `--overwrite-card` is given.
+model.safetensors, config.json and README.md go up in one commit, without a pickle. Before it, the weights are read back
+and compared, and timm loads the network, which has to give equal features and logits. If anything fails, the repository
+stays as it was. If somebody else commits meanwhile, the push is refused and nothing is overwritten. An existing README
+stays, unless `--overwrite-card` is given.
 
 config.json has the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it in
-`model_args`, and transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
+`model_args`. transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
 keyword argument 'num_classes'". timm loads both forms.
 
 | option | |
@@ -143,14 +143,15 @@ files alone.
 
 {pull}
 
-The client compares only the size of what it downloads. Here the sha256 of the file is compared with the Hub's, and with
-`--sha256` where given; then names, shapes and dtypes with the architecture's, before any weight is assigned. A damaged
-file in the cache is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`) files are compared with the
-hashes that name them in the cache, or that an earlier pull recorded there where the system has no links:
+The Hub's client compares only the size of what it downloads. `pull` compares the file's sha256 with the Hub's, and with
+`--sha256` if that is given. Then it compares names, shapes and dtypes with the architecture's, before it assigns any
+weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`)
+files are compared with the hashes that name them in the cache,
+or that an earlier pull recorded there where the system has no links:
 
 {offline}
 
-A pulled network knows its commit, and a push of it states what it is derived from:
+A pulled network knows its commit. If you push it again, its card says what it is derived from:
 
 {again}
 
@@ -160,7 +161,7 @@ timm's own loader takes the same repositories, without these checks:
 
 ## When it does not work
 
-One line says what to do, and the exit code is 1. `--debug` adds the traceback.
+An error is one line that says what to do. The exit code is 1. `--debug` adds the traceback.
 
 {errors}
 """

@@ -13,15 +13,18 @@ PAGE = ROOT / "docs" / "tools.md"
 TEXT = """\
 # In other people's tools
 
-Written by `python -m scripts.check_tools`, all of it by running the tools; edit the scripts, not this page. Each tool
-is installed into an environment of its own and given a small NFNet: four blocks with squeeze-excite and standardised
-convolutions, skip gains and classifier not 0. Errors are relative L2 errors against the same network in float64, in
-eager mode. *as it is*: `timm.create_model(...)` works. *fuse first*: `timm_nf.fuse(model)` works and the network with
-standardised weights does not. *not*: neither does.
+Written by `python -m scripts.check_tools`, which runs the tools; edit the scripts, not this page. Each tool is
+installed into an environment of its own. It gets a small NFNet: four blocks with squeeze-excite and standardised
+convolutions, whose skip gains and classifier are not 0. Errors are relative L2 errors against the same network in
+float64, in eager mode. The verdicts:
 
-**A tool that only looks at the weights of `nn.Conv2d` is wrong about standardised weights and says nothing.** It
-quantises, prunes or counts what is not yet the weight that convolves. Fuse first for every tool that changes
-weights, counts multiply-adds or converts layers: a fused network's weights are those that convolve.
+- *as it is*: the network of `timm.create_model(...)` works.
+- *fuse first*: that of `timm_nf.fuse(model)` works, the other does not.
+- *not*: neither works.
+
+**A tool that only looks at the weights of `nn.Conv2d` is silently wrong about standardised weights.** It quantises,
+prunes or counts the parameter, which is not the weight that convolves. In a fused network it is. So fuse first for
+every tool that changes weights, counts multiply-adds or converts layers.
 
 | tool | tried | verdict | measured | version |
 | --- | --- | --- | --- | --- |
@@ -32,16 +35,17 @@ weights, counts multiply-adds or converts layers: a fused network's weights are 
 {machine}.
 """
 NOTES = """\
-- **Counting**: thop and ptflops look up layers by their exact type, and a count that leaves out some looks like any
-  other. Tell thop the types by `custom_ops`, and take ptflops' backend `aten`. The truth in these rows is the number of
-  multiply-adds of the fused network by torch's own `FlopCounterMode`.
-- **Strided SAME convolutions** pad by the size of the input, as timm's own do. optimum-quanto puts its own convolution
-  in their place, which does not pad: exclude those whose `same_pad` is true.
-- **Adapters**: fuse, adapt, train, save the adapter, load it, merge; `examples/peft_lora.py` does it. LoHa, LoKr, OFT
-  and IA3 replace the weight that is standardised afterwards, so that scale and mean of what they learned are lost.
+- **Counting**: thop and ptflops look up layers by their exact type. They leave out layers that they do not know,
+  without a word. Tell thop the types by `custom_ops`, and take ptflops' backend `aten`. 100 % in these rows is the
+  number of multiply-adds of the fused network by torch's own `FlopCounterMode`.
+- **Strided SAME convolutions** pad by the size of the input, as timm's own do. optimum-quanto replaces them by its own
+  convolution, which does not pad. Exclude those whose `same_pad` is true.
+- **Adapters**: fuse, adapt, train, save the adapter, load it, merge, as in [Adapters with PEFT](guides/adapters.md).
+  LoHa, LoKr, OFT and IA3 change the weight before it is standardised, so the scale and the mean of what they learned
+  are lost.
 - **Pruning**: zeros in a weight that is standardised become the negative mean. Fuse, then prune.
 - **int8**: `timm-nf export NAME -o f0.int8.onnx --int8 PICTURES` quantises for onnxruntime and compares; see
-  [inference and export](performance.md)."""
+  [export and deployment](guides/export.md#int8)."""
 
 
 def cell(text: str) -> str:

@@ -103,7 +103,7 @@ def _print_clip_range(measured: "ClipRange", weights: str, batches: str, out: Pa
     zero_units = sum(stage.zero_units for stage in measured.stages)
     print_facts(
         [
-            *((f"clips {share:.0%} of units", f"clip_factor={measured.clip_factor(share):.2g}") for share in SHARES),
+            *((f"clips {share:.0%} of units", _factor(measured.clip_factor(share))) for share in SHARES),
             (f"clip_factor={CLIP_FACTOR:g}", f"would clip {measured.share(CLIP_FACTOR):.1%} of units"),
             ("without gradient", f"{zero_units} of {units} units, left out of these shares"),
             ("weights", weights),
@@ -112,6 +112,13 @@ def _print_clip_range(measured: "ClipRange", weights: str, batches: str, out: Pa
             ("wrote", str(out)),
         ]
     )
+
+
+def _factor(factor: float) -> str:
+    """A clip factor as advice, or why there is none."""
+    from ..diagnostics.clipping import AT_REST
+
+    return "none: fewer units have moved yet" if factor < AT_REST else f"clip_factor={factor:.2g}"
 
 
 def _losses(losses: Sequence[float]) -> str:

@@ -32,6 +32,7 @@ from ..optim.gradients import parameters_with_gradient
 from ..optim.units import unit_axes
 
 __all__ = [
+    "AT_REST",
     "QUANTILES",
     "SHARES",
     "ClipRange",
@@ -46,6 +47,8 @@ QUANTILES = (0.05, 0.5, 0.95, 0.99)
 """The quantiles of the ratio of gradient norm to weight norm that statistics report."""
 SHARES = (0.01, 0.05, 0.10, 0.25)
 """The shares of units for which `ClipRange` states a clip factor."""
+AT_REST = 1e-6
+"""A unit with a smaller ratio of gradient norm to weight norm hardly moves; no clip factor is meant for it."""
 _STAGE = re.compile(r"[^.\d]*(\.?\d+)?")  # stem, stages.0, layer1, blocks.3, head
 
 Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)
@@ -124,10 +127,10 @@ class ClipRange:
         return float(np.quantile(ratios, 1 - share)) if ratios.size else float("nan")
 
     def idle(self) -> float:
-        """The share of all units whose gradient is zero or less than a millionth of their weight."""
+        """The share of all units whose gradient is zero or less than `AT_REST` of their weight."""
         units = sum(stage.units for stage in self.stages)
         moving = units - sum(stage.zero_units for stage in self.stages)
-        return 1 - self.share(1e-6) * moving / units if moving else 1.0
+        return 1 - self.share(AT_REST) * moving / units if moving else 1.0
 
     def share(self, clip_factor: float) -> float:
         """The share of all units with a gradient that this clip factor would have clipped; NaN if none has one."""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .clipping import SHARES, ClipRange
+from .clipping import AT_REST, SHARES, ClipRange
 from .signals import PANELS, SignalStats, Statistic
 
 __all__ = ["draw_clip_range", "draw_signals"]
@@ -24,7 +24,9 @@ _LOG_FROM = 20.0
 
 
 def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file: Path) -> None:
-    """Write a plot of three panels with a line for every network. What a normalizer-free one expects is dashed.
+    """Write a plot of three panels with a line for every network.
+
+    The variance that a normalizer-free network expects is dashed: 1 + k alpha^2 at block k of a stage.
 
     Args:
         measured: What `diagnostics.signal_stats` returned, by the network's name in the legend.
@@ -35,16 +37,19 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         _draw_panel(axes, measured, key)
         axes.set_title(words, fontsize=10)
-        axes.set_xlabel("block, 0 is the input of the first")
+        axes.set_xlabel("block, 0 is the stem")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     lines = [
         Line2D([], [], color=f"C{index}", marker="o", markersize=3, label=name) for index, name in enumerate(measured)
     ]
-    if any(row["expected_var"] is not None for rows in measured.values() for row in rows):
-        lines.append(Line2D([], [], color="0.4", ls="--", lw=1, label="expected: 1 + k alpha^2 at block k of a stage"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=5, frameon=False)
+    lines += [
+        Line2D([], [], color=f"C{index}", ls="--", lw=1, label=f"{name}, expected variance")
+        for index, (name, rows) in enumerate(measured.items())
+        if any(row["expected_var"] is not None for row in rows)
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=130)
 
@@ -73,7 +78,10 @@ def _number(value: float | None) -> float:
 
 
 def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
-    """Write a plot of the distribution of every stage's ratios, with the clip factors of `SHARES`."""
+    """Write a plot of the distribution of every stage's ratios, with the clip factors of `SHARES`.
+
+    A share that only a factor below `AT_REST` would clip has no line.
+    """
     stages = [stage for stage in measured.stages if stage.ratios.size]
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(stages)), layout="constrained")
     axes = figure.subplots()
@@ -87,11 +95,18 @@ def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
         axes.plot(10 ** np.median(values), row, marker="|", color="#10365a", markersize=9, markeredgewidth=2)
     for share, style in zip(SHARES, ("-", "--", "-.", ":"), strict=True):
         factor = measured.clip_factor(share)
-        axes.axvline(factor, color="#c0392b", linestyle=style, lw=1.2, label=f"{share:.0%}: {factor:.2g}")
-    axes.set(xscale="log", xlabel="gradient norm / weight norm of a unit", ylim=(-0.3, len(stages)))
-    axes.set_yticks(range(len(stages)), [f"{stage.name} ({stage.units} units)" for stage in reversed(stages)])
+        if factor >= AT_REST:
+            axes.axvline(factor, color="#c0392b", linestyle=style, lw=1.2, label=f"{share:.0%}: {factor:.2g}")
+    axes.set(xscale="log", ylim=(-0.3, len(stages)))
+    axes.set_xlabel(
+        "gradient norm / weight norm of a unit\n\nTick: the median of a stage. Height: how many of its units have this "
+        "ratio, each stage\nscaled to its own peak. The classifier's weight is never clipped and left out.",
+        fontsize=9,
+    )
+    names = [f"{stage.name} ({stage.units} unit{'s' if stage.units != 1 else ''})" for stage in reversed(stages)]
+    axes.set_yticks(range(len(stages)), names)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(title="clip factor that clips", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=11)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, bbox_inches="tight", pad_inches=0.15)  # names of stages may be long

@@ -5,7 +5,7 @@ branch. These numbers equal those that the authors' code reports (nfnets/base.py
 """
 
 # timm and torch type only a part of what they export.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 import math
 import re
