@@ -220,7 +220,7 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
     labels: dict[str, Any] = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     if len(labels.get("label_names") or ()) != model.num_classes:
         labels = {}  # the labels of the weights that this network started from
-    save_config_for_hf(model, str(file), labels, **saved_arguments(model))
+    save_config_for_hf(model, cast(Any, file), labels, **saved_arguments(model))  # typed str, opened as a Path
     config: dict[str, Any] = json.loads(file.read_text())
     for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has
         if key in config["pretrained_cfg"]:
