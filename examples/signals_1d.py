@@ -2,8 +2,8 @@
 
     python -m examples.signals_1d
 
-The EEG is one that matplotlib ships: 4 electrodes, 800 samples. The network learns from the first 560 and is asked about
-the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
+The EEG is one that matplotlib ships: 4 electrodes, 800 samples. The network learns from the first 560 and is asked
+about the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.cbook import get_sample_data
 from torch import Tensor, nn
 
 from examples.small_batches import accuracy, report, train
-from timm_nf.layers import ScaledStdConv1d, SkipInit, activation_gain
+from timm_nf.layers import Activation, ScaledStdConv1d, SkipInit, activation_gain
 
 WINDOW, SPLIT = 64, 560
 GAMMA = activation_gain("relu")
@@ -64,16 +64,16 @@ def network(normalized: bool, chs: int = 32, depth: int = 3) -> nn.Sequential:
     stem = nn.Conv1d(1, chs, 7, 2, padding=3) if normalized else ScaledStdConv1d(1, chs, 7, 2, padding=3)
     # The variance is 1 behind the stem, and every block adds alpha^2.
     blocks = [NormalizedBlock(chs) if normalized else Block(chs, beta=(1 + k * 0.2**2) ** 0.5) for k in range(depth)]
-    return nn.Sequential(stem, *blocks, nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(chs, 4))
+    return nn.Sequential(stem, *blocks, Activation("relu"), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(chs, 4))
 
 
-def main(steps: int = 600) -> dict[str, float]:
+def main(steps: int = 600, lr: float = 0.02) -> dict[str, float]:
     """Held-out accuracy of both networks, in percent."""
     learn, held_out = pieces()
     results = {}
     for name, normalized in (("normalizer-free", False), ("batch-normalised", True)):
         model = network(normalized)
-        train(model, *learn, F.cross_entropy, steps, lr=0.02, exempt=None if normalized else f"{len(model) - 1}")
+        train(model, *learn, F.cross_entropy, steps, lr=lr, exempt=None if normalized else f"{len(model) - 1}")
         results[name] = accuracy(model, *held_out)
     return results
 
