@@ -13,7 +13,7 @@ from matplotlib.cbook import get_sample_data
 from torch import Tensor, nn
 
 from examples.small_batches import accuracy, report, train
-from timm_nf.layers import ScaledStdConv1d, SkipInit, activation_gain
+from timm_nf.layers import Activation, ScaledStdConv1d, SkipInit, activation_gain
 
 WINDOW, SPLIT = 64, 560
 GAMMA = activation_gain("relu")
@@ -64,7 +64,7 @@ def network(normalized: bool, chs: int = 32, depth: int = 3) -> nn.Sequential:
     stem = nn.Conv1d(1, chs, 7, 2, padding=3) if normalized else ScaledStdConv1d(1, chs, 7, 2, padding=3)
     # The variance is 1 behind the stem, and every block adds alpha^2.
     blocks = [NormalizedBlock(chs) if normalized else Block(chs, beta=(1 + k * 0.2**2) ** 0.5) for k in range(depth)]
-    return nn.Sequential(stem, *blocks, nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(chs, 4))
+    return nn.Sequential(stem, *blocks, Activation("relu"), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(chs, 4))
 
 
 def main(steps: int = 600) -> dict[str, float]:

@@ -28,9 +28,8 @@ def test_both_networks_are_trained_and_measured(example: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("example", "chance"), [(signals_1d, 25.0), (volumes_3d, 10.0)], ids=["1d", "3d"])
-def test_the_network_without_normalisation_learns_from_batches_of_two(example: Any, chance: float) -> None:
-    assert example.main()["normalizer-free"] > 1.3 * chance
+def test_the_volumes_are_learnt_from_batches_of_two() -> None:
+    assert volumes_3d.main()["normalizer-free"] > 30  # of 10 classes
 
 
 @pytest.mark.slow

@@ -410,3 +410,61 @@ def test_a_transposed_layer_keeps_unit_variance_with_the_scale_that_its_docstrin
     )
     out = layer(torch.randn(8, 64, *[8] * axes))
     assert out[(..., *[slice(2, -2)] * axes)].var().item() == pytest.approx(1, rel=0.1)
+
+
+# --- the other parts of a block, in any dimension ---
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2, 3])
+def test_a_block_ends_alike_in_every_dimension(axes: int) -> None:
+    torch.manual_seed(0)
+    shape = (3, 6, *range(2, 2 + axes))
+    shortcut, branch = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    skip: Any = layers.SkipInit(alpha=0.2, dtype=torch.float64)
+    assert torch.equal(skip(shortcut, branch), shortcut)
+    nn.init.constant_(skip.gain, 3.0)
+    torch.testing.assert_close(skip(shortcut, branch), shortcut + 0.6 * branch)
+    se: Any = layers.SqueezeExcite(6, dtype=torch.float64)
+    mean = branch.flatten(2).mean(2) if axes else branch
+    fc1, fc2 = ((fc.weight.flatten(1), fc.bias) for fc in (se.fc1, se.fc2))
+    gate = F.linear(F.linear(mean, *fc1).relu(), *fc2).sigmoid().view(3, 6, *[1] * axes)
+    torch.testing.assert_close(se(branch), gate)
+    torch.testing.assert_close(skip(shortcut, branch, se(branch)), shortcut + 0.2 * 3 * 2 * gate * branch)
+    assert torch.autograd.gradcheck(se, (branch.requires_grad_(),))
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2, 3])
+def test_stochastic_depth_drops_whole_examples_in_every_dimension(axes: int) -> None:
+    torch.manual_seed(0)
+    branch = torch.ones(400, 2, *[2] * axes)
+    skip: Any = layers.SkipInit(alpha=0.2, drop_path_rate=0.3)
+    nn.init.ones_(skip.gain)
+    out = skip(torch.zeros_like(branch), branch).flatten(1)
+    assert (out == out[:, :1]).all()
+    assert (out[:, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.08)
+    assert torch.unique(out).tolist() == pytest.approx([0.0, 0.2])
+    assert (skip.eval()(torch.zeros_like(branch), branch) == skip.alpha).all()
+
+
+def test_rates_that_are_no_probability_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        layers.SkipInit(drop_path_rate=1.5)
+
+
+# --- clipping ---
+
+
+@EACH
+def test_every_unit_is_clipped_to_its_limit(case: Case) -> None:
+    layer = case.build()
+    layer(case.input()).square().sum().backward()
+    groups = [group for group in timm_nf.param_groups_agc(layer, weight_decay=0.1, clip_exempt=())]
+    (group,) = [group for group in groups if any(p is layer.weight for p in group["params"])]
+    assert [g["weight_decay"] for g in groups for p in g["params"] if p is layer.gain or p is layer.bias] == [0.0, 0.0]
+    weight, before = layer.weight.detach().numpy(), layer.weight.grad.numpy().copy()
+    timm_nf.adaptive_clip_grad_(layer.weight, 0.01, axis=group.get("clip_axis", 0))
+    after = layer.weight.grad.numpy()
+    for at in units(weight, case.transposed, getattr(layer, "groups", 1)):
+        limit = 0.01 * max(np.linalg.norm(weight[at]), 1e-3)
+        norm = np.linalg.norm(before[at])
+        np.testing.assert_allclose(after[at], before[at] * min(1, limit / norm), rtol=1e-10)
