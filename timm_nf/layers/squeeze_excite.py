@@ -120,7 +120,8 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1).
 
-        >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
-        torch.Size([2, 6, 1, 1])
+        Examples:
+            >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
+            torch.Size([2, 6, 1, 1])
         """
         return self.gate(self.fc2(self.act(self.fc1(global_mean(x)))))
