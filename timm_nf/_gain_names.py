@@ -8,7 +8,8 @@ _GAINS = ("gain", "skipinit_gain")
 def is_gain(name: str) -> bool:
     """Whether a parameter of this name is a gain or a skip gain.
 
-    >>> is_gain("stages.0.0.conv1.gain"), is_gain("stages.0.0.conv1.weight")
-    (True, False)
+    Examples:
+        >>> is_gain("stages.0.0.conv1.gain"), is_gain("stages.0.0.conv1.weight")
+        (True, False)
     """
     return name.rpartition(".")[2] in _GAINS

@@ -41,8 +41,9 @@ _NOT_BUILT = ("glu", "log_softmax")
 def activation_name(name: str) -> str:
     """The key in `ACTIVATIONS` of an activation's name.
 
-    >>> activation_name("swish")
-    'silu'
+    Examples:
+        >>> activation_name("swish")
+        'silu'
 
     Raises:
         ValueError: if the authors give no gamma for this activation, or it is not elementwise.
@@ -61,8 +62,9 @@ def activation_name(name: str) -> str:
 def activation_gain(name: str) -> float:
     """Gamma: the activation of a unit normal times gamma has variance 1 (arXiv:2101.08692, section 4.3).
 
-    >>> round(activation_gain("relu"), 4)
-    1.714
+    Examples:
+        >>> round(activation_gain("relu"), 4)
+        1.714
     """
     return ACTIVATIONS[activation_name(name)][1]
 
@@ -72,8 +74,9 @@ def create_activation(name: str) -> nn.Module:
 
     The module does not apply gamma. The next convolution has gamma in its weight.
 
-    >>> create_activation("gelu")
-    GELU(approximate='tanh')
+    Examples:
+        >>> create_activation("gelu")
+        GELU(approximate='tanh')
     """
     return ACTIVATIONS[activation_name(name)][0]()
 

@@ -16,8 +16,9 @@ __all__ = ["SameAvgPool2d", "SameMaxPool2d"]
 class SameMaxPool2d(nn.Module):
     """3x3 max pool with stride 2 under TensorFlow's SAME rule. Eager calls make no padded copy of the input.
 
-    >>> SameMaxPool2d()(torch.arange(4.0).view(1, 1, 1, 4))
-    tensor([[[[2., 3.]]]])
+    Examples:
+        >>> SameMaxPool2d()(torch.arange(4.0).view(1, 1, 1, 4))
+        tensor([[[[2., 3.]]]])
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,8 +47,9 @@ class SameAvgPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)).
 
-        >>> SameAvgPool2d()(torch.tensor([[[[1.0, 3.0, 5.0]]]]))
-        tensor([[[[2., 5.]]]])
+        Examples:
+            >>> SameAvgPool2d()(torch.tensor([[[[1.0, 3.0, 5.0]]]]))
+            tensor([[[[2., 5.]]]])
         """
         if self.stride == 2:
             return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)

@@ -172,8 +172,9 @@ class SameConv2d(SamePadding, nn.Conv2d):
 
     The arguments are nn.Conv2d's, in its order, so that what builds a layer of this class by it can: PEFT does.
 
-    >>> SameConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6)).shape
-    torch.Size([1, 8, 3, 3])
+    Examples:
+        >>> SameConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6)).shape
+        torch.Size([1, 8, 3, 3])
 
     Args:
         in_channels: I times groups.

@@ -121,8 +121,9 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1); of any number of axes behind the channels.
 
-        >>> [tuple(SqueezeExcite(6)(torch.zeros(2, 6, *size)).shape) for size in ((5, 4), (5,))]
-        [(2, 6, 1, 1), (2, 6, 1)]
+        Examples:
+            >>> [tuple(SqueezeExcite(6)(torch.zeros(2, 6, *size)).shape) for size in ((5, 4), (5,))]
+            [(2, 6, 1, 1), (2, 6, 1)]
         """
         mean = global_mean(x)
         if mean.dim() == 4:

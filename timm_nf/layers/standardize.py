@@ -103,8 +103,9 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
     Returns:
         In the weight's shape and dtype and on its device.
 
-    >>> standardize_weight(torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.ones(1, 1, 1, 1)).flatten()
-    tensor([ 0.7071, -0.7071])
+    Examples:
+        >>> standardize_weight(torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.ones(1, 1, 1, 1)).flatten()
+        tensor([ 0.7071, -0.7071])
 
     Raises:
         ValueError: if there is not exactly one gain for every output channel.

@@ -188,8 +188,9 @@ class ScaledStdConv2d(_ScaledStdConv, SameConv2d):
 
     The arguments are nn.Conv2d's, in its order; `padding` is the authors' SAME rule by default.
 
-    >>> [ScaledStdConv2d(3, 8, 3, 2, padding)(torch.zeros(1, 3, 6, 6)).shape[-1] for padding in (None, "same", 1, 0)]
-    [3, 3, 3, 2]
+    Examples:
+        >>> [ScaledStdConv2d(3, 8, 3, 2, pad)(torch.zeros(1, 3, 6, 6)).shape[-1] for pad in (None, "same", 1, 0)]
+        [3, 3, 3, 2]
 
     Args:
         in_channels: I times groups.
@@ -346,8 +347,9 @@ class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
     I * K * K. At a stride, an output sees only its share of the kernel, 1 / stride along each axis: give
     `scale=stride` (along one axis its square root, along three its power of 1.5) to keep the variance of the input.
 
-    >>> ScaledStdConvTranspose2d(8, 3, 4, stride=2, padding=1, scale=2.0)(torch.zeros(1, 8, 6, 6)).shape
-    torch.Size([1, 3, 12, 12])
+    Examples:
+        >>> ScaledStdConvTranspose2d(8, 3, 4, stride=2, padding=1, scale=2.0)(torch.zeros(1, 8, 6, 6)).shape
+        torch.Size([1, 3, 12, 12])
 
     Args:
         in_channels: I times groups.
