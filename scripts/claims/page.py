@@ -263,12 +263,12 @@ def state(rows: Rows, phases: Iterable[Phase]) -> str:
     """How far the plan is, and what it cost where."""
     planned = grid.planned(rows, list(phases))
     made = {run: rows[run] for run in planned if run in rows}
-    machines = "; ".join(sorted({result.machine for result in made.values()})) or "none yet"
+    count = f"- Runs: {len(made)} of about {len(planned)}, in the plan's order."
+    if not made:
+        return f"{count} `make claims` begins them."
+    machines = "; ".join(sorted({result.machine for result in made.values()}))
     hours = sum(result.seconds for result in made.values()) / 3600
-    return (
-        f"- Runs: {len(made)} of about {len(planned)}, in the plan's order. Processor time: {hours:.1f} hours, on a "
-        f"machine with other work. Machine: {machines} a run."
-    )
+    return f"{count} Processor time: {hours:.1f} hours, on a machine with other work. Machine: {machines} a run."
 
 
 def page(rows: Rows, commit: str, about_signals: str = "") -> str:
