@@ -1,0 +1,1 @@
+"""The documentation site: what mkdocs cannot take from docs/ alone. `make docs` builds it."""

@@ -1,0 +1,135 @@
+"""The pages of the reference, from tests/public_names.txt and the source: nothing of the package is imported.
+
+A public name is documented where it is defined. Packages that hand it on, and old paths, link to that place.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAMES = ROOT / "tests" / "public_names.txt"
+PACKAGE = "timm_nf"
+
+# The wings in the order in which a reader needs them. A wing that is not named here comes last.
+ORDER = ("timm_nf", "models", "layers", "optim", "inference", "hub", "convert", "diagnostics", "recipes", "verify")
+
+
+@cache
+def public_names() -> dict[str, list[str]]:
+    """The public names of every public module."""
+    lines = (line.split(": ") for line in NAMES.read_text().splitlines())
+    return {module: names.split() for module, names in lines}
+
+
+@cache
+def source(module: str) -> Path:
+    """The file of a module, of a package its __init__.py."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path.with_suffix(".py")
+    return path / "__init__.py" if path.is_dir() and not file.is_file() else file
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module, also those in its `try` and `if`."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.Try | ast.If):
+            yield from _statements(node.body)
+
+
+@cache
+def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
+    """The names that a module defines, also in its stub; and the full names of what it imports."""
+    defined: set[str] = set()
+    imported: dict[str, str] = {}
+    file = source(module)
+    package = (module if file.name == "__init__.py" else module.rpartition(".")[0]).split(".")
+    for path in (file, file.with_suffix(".pyi")):
+        for node in _statements(ast.parse(path.read_text()).body) if path.is_file() else ():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = (name for target in targets for name in ast.walk(target))
+                defined.update(name.id for name in names if isinstance(name, ast.Name))
+            elif isinstance(node, ast.Import):
+                imported.update({alias.asname or alias.name: alias.name for alias in node.names})
+            elif isinstance(node, ast.ImportFrom):
+                start = package[: len(package) - node.level + 1] if node.level else []
+                origin = ".".join([*start, *([node.module] if node.module else [])])
+                if node.names[0].name == "*":
+                    imported.update({name: f"{origin}.{name}" for name in public_names().get(origin, ())})
+                else:
+                    imported.update({alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names})
+    return frozenset(defined), imported
+
+
+def home(module: str, name: str) -> str:
+    """The full name under which a public name is documented.
+
+    Raises:
+        LookupError: if the module neither defines it nor imports it from the package.
+    """
+    defined, imported = definitions(module)
+    if name in defined:
+        return f"{module}.{name}"
+    if name not in imported:
+        raise LookupError(f"{module}.{name} is public, and {source(module)} neither defines nor imports it")
+    origin = imported[name]
+    if not origin.startswith(PACKAGE) or source(origin).is_file():
+        return origin
+    return home(*origin.rsplit(".", 1))
+
+
+def pages() -> dict[str, str]:
+    """Markdown by file name, in the order of the navigation."""
+    wings: dict[str, list[str]] = {}
+    for module in public_names():
+        wings.setdefault(module.removeprefix(f"{PACKAGE}.").partition(".")[0], []).append(module)
+    order = sorted(wings, key=lambda wing: (ORDER.index(wing) if wing in ORDER else len(ORDER), wing))
+    return {f"reference/{wing}.md": _page(wing, wings[wing]) for wing in order}
+
+
+def _page(wing: str, modules: list[str]) -> str:
+    title = wing if wing == PACKAGE else f"{PACKAGE}.{wing}"
+    return "\n\n".join([f"# {title}", *(_section(module, module == title) for module in modules)]) + "\n"
+
+
+@cache
+def places() -> dict[str, str]:
+    """The module in whose section each public name is explained, by its full name: its own, or the first to list it."""
+    found: dict[str, str] = {}
+    for module, names in public_names().items():
+        for name in names:
+            where = home(module, name)
+            if where.rpartition(".")[0] == module or where not in found:
+                found[where] = module
+    return found
+
+
+def _section(module: str, is_title: bool) -> str:
+    homes = {name: home(module, name) for name in public_names()[module]}
+    here = [name for name, where in homes.items() if places()[where] == module and _is_ours(where)]
+    elsewhere = [f"- {_link(name, where)}" for name, where in homes.items() if name not in here]
+    parts = [] if is_title else [f"## {module}"]
+    parts.append(ast.get_docstring(ast.parse(source(module).read_text())) or "")
+    if elsewhere:
+        parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
+    parts += [f"::: {homes[name]}" for name in here]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _is_ours(where: str) -> bool:
+    """Whether a full name is of the package and no module."""
+    return where.startswith(PACKAGE) and not source(where).is_file()
+
+
+def _link(name: str, where: str) -> str:
+    """A link to the place of a name; of a module, to its page."""
+    if not where.startswith(PACKAGE):
+        return f"`{name}`, from the package {where.split('.')[0]}"
+    if source(where).is_file():
+        return f"[`{name}`]({where.split('.')[1]}.md)"
+    return f"[`{name}`][{where}]"

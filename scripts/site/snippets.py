@@ -1,0 +1,177 @@
+"""Runs the code and the commands of a page, one after the other in an empty folder.
+
+    python -m scripts.site.snippets docs/guides/finetune.md [--write]
+
+In a page, `<!-- run -->` stands above a block that is run, `<!-- run slow -->` above one that takes minutes, and
+`<!-- run with peft -->` above one that needs that package, which is installed into an environment of its own.
+`<!-- output -->` stands above a block with what the block before it printed; --write puts there what it prints now.
+
+Blocks of Python share their names, but for those with a package, which are processes of their own. A block whose lines
+all begin with `timm-nf` runs in this process as well, any other block of commands in bash, with `python` and `timm-nf` of
+this environment. Where a page pushes, the Hub is the stand-in of the tests. train.py and validate.py come from the folder
+in the environment variable TIMM_DIR.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.check_tools.environments import install
+from tests.support import stand_in_hub
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("train.py", "validate.py")
+_BLOCK = re.compile(
+    r"^<!-- (?P<mark>run|output)(?: (?P<how>slow)| with (?P<packages>[^>]+))? -->\n(?P<fence>`{3,})(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass
+class Snippet:
+    """A block to run.
+
+    Attributes:
+        language: python or bash.
+        text: Its code or commands.
+        expected: What the page says that it prints, None if it says nothing.
+        slow: Whether it takes more than seconds.
+        packages: What it needs beside what the tests do, as pip takes it.
+        where: The slice of the page that holds the expected output.
+    """
+
+    language: str
+    text: str
+    slow: bool
+    packages: tuple[str, ...] = ()
+    expected: str | None = None
+    where: slice | None = None
+
+    @property
+    def needs_timm(self) -> bool:
+        """Whether it runs a script of timm's repository."""
+        return any(script in self.text for script in SCRIPTS)
+
+
+def snippets(page: str) -> list[Snippet]:
+    """The blocks of a page that are to be run.
+
+    Raises:
+        ValueError: if an output stands before any block, or a block is neither Python nor bash.
+    """
+    found: list[Snippet] = []
+    for match in _BLOCK.finditer(page):
+        if match["mark"] == "output":
+            if not found:
+                raise ValueError("expected a block to run above the first output")
+            found[-1].expected, found[-1].where = match["text"], slice(*match.span("text"))
+        elif match["language"] not in ("python", "bash"):
+            raise ValueError(f"expected python or bash, got a block of {match['language']!r}")
+        else:
+            packages = tuple((match["packages"] or "").split())
+            found.append(Snippet(match["language"], match["text"], bool(match["how"] or packages), packages))
+    return found
+
+
+def run(found: list[Snippet], folder: Path) -> list[str]:
+    """What each block prints, run in order in an empty folder, which becomes the working directory meanwhile."""
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        runner = _Runner(Path(temporary))
+        if any(snippet.needs_timm for snippet in found):
+            for script in SCRIPTS:
+                shutil.copy(Path(os.environ["TIMM_DIR"]) / script, folder)
+        (folder / "examples").symlink_to(ROOT / "examples")
+        if any("timm-nf push" in snippet.text for snippet in found):
+            runner.hub = stack.enter_context(stand_in_hub.running()).url
+        stack.enter_context(contextlib.chdir(folder))
+        return [runner.run(snippet) for snippet in found]
+
+
+class _Runner:
+    """Runs the blocks of one page."""
+
+    def __init__(self, programs: Path) -> None:
+        self.programs = programs  # a folder for `python`, `timm-nf` and environments
+        self.hub = ""
+        self.names: dict[str, object] = {"__name__": "__main__"}
+        for name, arguments in (("python", ""), ("timm-nf", ' -c "from timm_nf.cli import main; main()"')):
+            program = programs / name
+            program.write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
+            program.chmod(0o755)
+
+    def run(self, snippet: Snippet) -> str:
+        commands = [shlex.split(line, comments=True) for line in snippet.text.replace("\\\n", " ").splitlines()]
+        commands = [command for command in commands if command]
+        python = install("-".join(snippet.packages), snippet.packages, self.programs) if snippet.packages else None
+        if snippet.language == "bash" and self._is_ours(commands):
+            from timm_nf.cli import main
+
+            return _printed_by(lambda: [main(command[1:]) for command in commands])
+        if snippet.language == "bash":
+            return self._process(["bash", "-euo", "pipefail", "-c", snippet.text], python)
+        if python:
+            return self._process([str(python), "-c", snippet.text], python)
+        return _printed_by(lambda: exec(compile(snippet.text, "<snippet>", "exec"), self.names))
+
+    def _is_ours(self, commands: list[list[str]]) -> bool:
+        """Whether commands are all of timm-nf, and of those that read no settings of the Hub."""
+        return not self.hub and all(command[0] == "timm-nf" and not {">", "|"} & {*command} for command in commands)
+
+    def _process(self, command: list[str], python: Path | None) -> str:
+        hub = {"HF_ENDPOINT": self.hub, "HF_TOKEN": next(iter(stand_in_hub.TOKENS)), "HF_HUB_DISABLE_XET": "1"}
+        programs = os.pathsep.join([*([str(python.parent)] if python else []), str(self.programs), os.environ["PATH"]])
+        environment = os.environ | (hub if self.hub else {}) | {
+            "HF_HOME": str(self.programs / "hub"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "100",
+            "PATH": programs,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{command[-1]}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}")
+        return done.stdout.replace(self.hub, "http://127.0.0.1:PORT") if self.hub else done.stdout
+
+
+def _printed_by(call: Callable[[], object]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        call()
+    return printed.getvalue()
+
+
+def written(page: str, found: list[Snippet], printed: list[str]) -> str:
+    """The page with what was printed in the place of what it said."""
+    for snippet, text in reversed(list(zip(found, printed, strict=True))):
+        if snippet.where:
+            lines = "".join(f"{line.rstrip()}\n" for line in text.rstrip().splitlines())  # tables pad their lines
+            page = page[: snippet.where.start] + lines + page[snippet.where.stop :]
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="+")
+    parser.add_argument("--write", action="store_true", help="put the output into the pages")
+    arguments = parser.parse_args()
+    for path in arguments.pages:
+        page = path.read_text()
+        found = snippets(page)
+        with tempfile.TemporaryDirectory() as folder:
+            printed = run(found, Path(folder))
+        if arguments.write:
+            path.write_text(written(page, found, printed))
+        for text in printed:
+            print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
