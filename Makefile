@@ -14,7 +14,7 @@ DOCS := .cache/docs
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
+.PHONY: help demo test test-all test-fast test-versions test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -27,14 +27,15 @@ test: lint  ## lint, types, tests, and timm's own tests on our small models and 
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 
-test-all: test $(OLDEST)  ## also the slow tests, timm's tests on larger models, and ours on the oldest timm
+test-all: test  ## also the slow tests, and timm's tests on larger models
 	$(PYTHON) -m pytest -m "slow and not gpu"
 	$(PYTHON) tests/conformance/run.py --large
-	PYTHONPATH=$(OLDEST) $(PYTHON) -c "import timm; assert timm.__version__ == '$(OLDEST_TIMM)', timm.__version__"
-	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
 
 test-fast: $(READY)  ## our tests alone, as on macOS and Windows
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+test-versions: $(READY)  ## our tests on the oldest torch, timm and others, into docs/compatibility.md; gigabytes, hours
+	$(PYTHON) -m scripts.test_versions
 
 test-timm-main: $(READY)  ## our tests on timm's main branch; needs the network
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/timm-main https://github.com/huggingface/pytorch-image-models/archive/main.zip
@@ -57,8 +58,9 @@ gpu: $(READY)  ## tests and timings on an accelerator, into docs/gpu.md; PYTHON=
 	if [ $$status = 124 ]; then echo "tests: not all of them in 165 s"; fi; \
 	$(PYTHON) -m benchmarks.gpu --minutes 5 || status=1; exit $$status
 
-claims: $(READY)  ## continue the runs of docs/claims/plan.md; hours, needs Fashion-MNIST
+claims: $(READY)  ## continue the runs of docs/claims/plan.md, hours, and write docs/claims.md; needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims
+	$(PYTHON) -m scripts.claims --report
 
 claims-quick: $(READY)  ## decide three parts of the paper's claims with small runs; minutes, needs Fashion-MNIST
 	$(PYTHON) -m scripts.claims --quick
@@ -84,16 +86,4 @@ clean:  ## remove everything that can be made again
 
 .venv/ready: .venv/demo
 	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
-	touch $@
-
-# Without its dependencies: it runs on the torch that is there.
-$(OLDEST): $(READY) pyproject.toml
-	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $@ timm==$(OLDEST_TIMM)
-	touch $@
-
-# The extra alone, read from pyproject.toml: pip would install the package and torch beside it.
-$(DOCS)/ready: pyproject.toml
-	python3 -m venv $(DOCS)
-	python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
 	touch $@

@@ -1,5 +1,7 @@
 """Time weight standardisation over all weights of NFNet-F0: ours against timm's batch_norm route, in one run.
 
+Then 1-d and 3-d layers beside torch's plain ones, which is what standardising costs there.
+
     python -m benchmarks.weights [--repeats 15] [--check]
 
 With --check the exit code is 1 if ours is less than 1.5 times as fast in the forward pass, or slower in forward and
@@ -15,13 +17,39 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import timm_nf
 from benchmarks.stock import timm_route
 from timm_nf.cli.terminal import track
-from timm_nf.layers import ScaledStdConv2d
+from timm_nf.layers import ScaledStdConv1d, ScaledStdConv2d, ScaledStdConv3d
 
 BOUNDS = {"forward, no grad": 1.5, "forward": 1.5, "forward + backward": 1.0}
+
+
+LAYERS = {
+    "1-d, 256 channels, kernel 5, batch 2 x 512": (ScaledStdConv1d, nn.Conv1d, (256, 256, 5), (2, 256, 512)),
+    "3-d, 64 channels, kernel 3, batch 2 x 8 x 14 x 14": (ScaledStdConv3d, nn.Conv3d, (64, 64, 3), (2, 64, 8, 14, 14)),
+}
+
+
+def layer_times(repeats: int) -> Table:
+    """Forward and backward of one layer, ours and torch's in turn."""
+    table = Table("milliseconds, median", "timm_nf", "torch, plain", "ratio", title="one layer, forward and backward")
+    for name, (ours, plain, sizes, shape) in LAYERS.items():
+        layers, x = (
+            (ours(*sizes, padding="same"), plain(*sizes, padding="same")),
+            torch.randn(shape, requires_grad=True),
+        )
+        times: list[list[float]] = [[], []]
+        for _ in range(repeats + 1):
+            for layer, found in zip(layers, times, strict=True):
+                start = time.perf_counter()
+                layer(x).sum().backward()
+                found.append(1e3 * (time.perf_counter() - start))
+        mine, theirs = (statistics.median(found[1:]) for found in times)  # the first call chooses kernels
+        table.add_row(name, f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.2f}x")
+    return table
 
 
 def main() -> int:
@@ -59,6 +87,7 @@ def main() -> int:
         missed |= theirs / ours < bound
         table.add_row(passes, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}x", f"{bound}x")
     Console().print(table)
+    Console().print(layer_times(args.repeats))
     return int(args.check and missed)
 
 

@@ -35,7 +35,11 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def surplus(names: list[str]) -> list[str]:
     """Files in a wheel that only the repository needs."""
-    return [n for n in names if not n.startswith(("timm_nf/", "timm_nf-")) or n.endswith((".md", ".ipynb", ".png"))]
+    return [
+        n
+        for n in names
+        if not n.startswith(("timm_nf/", "timm_nf-", "timm_nf_command.py")) or n.endswith((".md", ".ipynb", ".png"))
+    ]
 
 
 def main() -> int:

@@ -101,9 +101,15 @@ in float32, float16 or float64, because numpy has no bfloat16.
 
 ## Push
 
-`timm-nf push` takes checkpoints of train.py, safetensors, and torch files of plain state dicts. Torch files are read
-with `weights_only=True`. Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training
-of the tiny network with `--model-ema`. Its metric of 50 is made up:
+`timm-nf push` takes checkpoints of train.py, Lightning and DeepSpeed, torch files of state dicts, safetensors, and the
+index of a network in several files. The content of a file says what it is. Entries such as `model` or `state_dict` and
+prefixes such as `module.` or `_orig_mod.` are recognised. If it is not clear what is meant, the error lists what the
+file holds. Torch files are read with `weights_only=True`; what lies beside the weights is never built. The file's raw
+weights are taken, from which train.py resumes. `--use-ema` takes their average. `classify`, `export`, `diagnose`,
+`clip-range`, `bench` and `verify` read `--checkpoint FILE` in the same way.
+
+Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training of the tiny network with
+`--model-ema`. Its metric of 50 is made up:
 
 {dry_run}
 
@@ -123,7 +129,7 @@ keyword argument 'num_classes'". timm loads both forms.
 
 | option | |
 | --- | --- |
-| `--revision BRANCH` | to a branch, made if it is not there |
+| `--revision BRANCH` | to a branch, made if it is not there; `refs/pr/N` updates a pull request |
 | `--create-pr` | as a pull request, also to repositories of others |
 | `--private` | a private repository |
 | `--dtype bf16` | rounded, as are `fp16` and `fp32` |
@@ -140,7 +146,8 @@ files alone.
 The Hub's client compares only the size of what it downloads. `pull` compares the file's sha256 with the Hub's, and with
 `--sha256` if that is given. Then it compares names, shapes and dtypes with the architecture's, before it assigns any
 weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`)
-files are compared with the hashes that name them in the cache:
+files are compared with the hashes that name them in the cache,
+or that an earlier pull recorded there where the system has no links:
 
 {offline}
 

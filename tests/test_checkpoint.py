@@ -79,7 +79,7 @@ def test_a_file_that_is_cut_while_it_is_read_gives_no_weights(tmp_path, monkeypa
         os.truncate(file, 5000)
         return tensors
 
-    monkeypatch.setattr(checkpoint, "load_file", load_and_cut)
+    monkeypatch.setattr("timm_nf._weights_file.load_file", load_and_cut)
     with pytest.raises(SafetensorError, match="became shorter"):
         checkpoint.load_tensors(file)
 

@@ -342,16 +342,20 @@ def test_the_command_prints_the_file_and_nothing_else(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["vgg16"], "no network is called 'vgg16'; `timm-nf list` shows all 31"),
-        (["nfnet_f0.dm_in1k"], "no network is called"),
+        (["vgg16"], "timm_nf has no network 'vgg16'; timm has; `timm-nf list` shows all 31"),
+        (["nfnet_f9"], "timm_nf has no network 'nfnet_f9' (did you mean nfnet_f"),
+        (["nfnet_f0.other"], "nfnet_f0 has no weights with the tag 'other': it has dm_in1k"),
         (["dm_nf_resnet50"], "dm_nf_resnet50 has no recipe 'scratch'; it has finetune, small-batch"),
         (["nfnet_f0", "--kind", "jft"], "nfnet_f0 has no recipe 'jft'; it has scratch, finetune, small-batch"),
-        (["nfnet_f0", "--world-size", "24"], "multiple of the number of processes, got 4096 for 24"),
+        (["nfnet_f0", "--world-size", "24"], "got 4096 for 24: give --batch-size 4080 or --batch-size 4128"),
         (["nfnet_f0", "--world-size", "8", "--batch-size", "4"], "got 4 for 8"),
-        (["nfnet_f0", "--world-size", "8", "--batch-size", "8"], "even number of images for every process"),
+        (
+            ["nfnet_f0", "--world-size", "8", "--batch-size", "8"],
+            "twice that as MixUp pairs images, got 8 for 8: give --batch-size 16",
+        ),
         (["nfnet_f0", "--world-size", "0"], "--world-size"),
         (["nfnet_f0", "--batch-size", "-1"], "--batch-size"),
-        ([], "name"),
+        ([], "NAME"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys):
@@ -361,6 +365,11 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys):
     assert (stop.value.code, out) == (2, "")
     (line,) = err.splitlines()
     assert message in line
+
+
+def test_the_command_for_several_processes_says_how_many():
+    assert "torchrun --nproc-per-node 8 train.py" in recipes.as_yaml("nfnet_f0", world_size=8)
+    assert "# python train.py" in recipes.as_yaml("nfnet_f0")
 
 
 def test_the_function_refuses_no_process_at_all():

@@ -1,8 +1,17 @@
-"""Shortens the errors of other libraries, whose texts can have many lines, for our one-line messages."""
+"""Parts of our one-line messages: errors of other libraries, shortened, and how to get an extra."""
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """Type and text of an error in one line of at most `limit` characters. Without a text, the type alone."""
-    text = " ".join(str(error).split())
+    """Type and text of an error in one line of at most `limit` characters. Without a text, the type alone.
+
+    The number of an operating system's error is left out.
+    """
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(told.split())
     name = type(error).__name__
     return f"{name}: {text}"[:limit] if text else name
+
+
+def install_hint(extra: str) -> str:
+    """How to get an extra. The package is not on PyPI yet, so its name alone would install nothing."""
+    return f'run pip install ".[{extra}]" in the folder of timm_nf\'s source (it is not on PyPI yet)'

@@ -1,7 +1,6 @@
 """Files of weights, and a network that gets exactly what is in them.
 
-Nothing read here can run code. torch files are read with `weights_only=True`, safetensors hold only tensors, and the
-authors' pickles are read by `timm_nf.convert`.
+Nothing read here can run code.
 """
 
 # timm, onnx and onnxruntime have no types or partial ones.
@@ -9,10 +8,6 @@ authors' pickles are read by `timm_nf.convert`.
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
 import argparse
-import json
-import pickle
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +15,16 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from . import convert
 from ._text import reason
+from ._weights_file import load_tensors, pick_weights, read_content
 
-__all__ = ["Checkpoint", "assign", "build", "fill", "fitted", "load_tensors", "read", "skeleton"]
+__all__ = ["FLOATS", "Checkpoint", "assign", "build", "fill", "fitted", "load_tensors", "read", "skeleton"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # networks compute in these, not in 8 bits
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # networks compute in these, not in 8 bits
 
 # Arguments of timm.create_model that would load weights from elsewhere.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -58,66 +51,47 @@ class Checkpoint:
 
 
 def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
-    """Read train.py's checkpoints, safetensors, plain state dicts and the authors' checkpoints.
+    """Read a file of weights.
+
+    Read are checkpoints of train.py, Lightning and DeepSpeed, plain and nested state dicts, safetensors, an index of
+    several such files, and the authors' checkpoints.
 
     Args:
-        file: Its suffix says what it is: `.safetensors`, `.npz` for the authors', otherwise a torch file.
-        use_ema: The averaged weights of a training with `--model-ema`.
+        file: Its content says what it is, but for the authors' `.npz` and an index in `.json`.
+        use_ema: The averaged weights of a training. By default those of the last step, from which train.py resumes.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is none of these, needs code to be run, or has no averaged weights.
+        FileNotFoundError: if there is no such file, or a file of an index is not there.
+        ValueError: if the file is none of these, needs code to be run, or has no or several such weights.
     """
     file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a file of weights, found none at {file}")
-    if file.suffix == ".npz":
-        content: object = _read_authors(file)
-    elif file.suffix == ".safetensors":
-        content = _read_safetensors(file)
-    else:
-        content = _read_torch(file)
-    return _checkpoint(file, content, use_ema)
-
-
-def _checkpoint(file: Path, content: object, use_ema: bool) -> Checkpoint:
-    """What a file holds, from what its reader returned."""
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a state dict or a checkpoint in {file}, got {type(content).__name__}")
-    entries = cast(dict[Any, Any], content)
-    has_ema = entries.get("state_dict_ema") is not None
-    if use_ema and not has_ema:
-        raise ValueError(f"{file} has no averaged weights (state_dict_ema); leave out --use-ema")
-    if not use_ema and "state_dict" not in entries:
-        return Checkpoint(_state_dict(entries, str(file)), str(file))
-    key = "state_dict_ema" if use_ema else "state_dict"
-    origin = f"{file}, {key}"
+    content = read_content(file)
+    weights = pick_weights(file, content, use_ema)
+    entries = cast(Mapping[Any, Any], content)
     stored = entries.get("args")
     args = vars(stored) if isinstance(stored, argparse.Namespace) else {}
-    metric = _number(entries.get("metric")) if _is_measured(args, use_ema, has_ema) else None
-    return Checkpoint(_state_dict(entries[key], origin), origin, args, entries.get("epoch"), metric)
+    epoch = entries.get("epoch")
+    return Checkpoint(
+        weights.tensors,
+        ", ".join([str(file), *weights.entry]),
+        args,
+        epoch if type(epoch) is int else None,
+        _number(entries.get("metric")) if _is_measured(args, weights.averaged, _has_average(entries)) else None,
+    )
 
 
-def _state_dict(value: object, origin: str) -> dict[str, Tensor]:
-    """The tensors by name, without the prefixes that wrappers leave."""
-    if isinstance(value, Mapping):
-        tensors = dict(cast(Mapping[Any, Any], value))
-        if all(type(name) is str and _is_dense(tensor) for name, tensor in tensors.items()):
-            return clean_state_dict(tensors)
-    raise ValueError(f"expected dense tensors by name in {origin}, got something else")
+def _has_average(entries: Mapping[Any, Any]) -> bool:
+    """Whether train.py kept an average."""
+    return entries.get("state_dict_ema") is not None
 
 
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_quantized)
-
-
-def _is_measured(args: Mapping[str, Any], use_ema: bool, has_ema: bool) -> bool:
+def _is_measured(args: Mapping[str, Any], averaged: bool, has_average: bool) -> bool:
     """Whether the file's metric is that of these weights: train.py validates one of the two kinds.
 
     That is the average if there is one, unless it is kept on the CPU. Without a validation split it is neither.
     """
-    average_is_validated = has_ema and not args.get("model_ema_force_cpu", False)
-    return bool(args.get("val_split")) and use_ema == average_is_validated
+    average_is_validated = has_average and not args.get("model_ema_force_cpu", False)
+    return bool(args.get("val_split")) and averaged == average_is_validated
 
 
 def _number(value: object) -> float | None:
@@ -126,60 +100,6 @@ def _number(value: object) -> float | None:
         return None
     number = cast(float, value)
     return float(number) if abs(number) < 1e9 else None
-
-
-def _read_authors(file: Path) -> dict[str, Tensor]:
-    params = convert.load_haiku(file)
-    try:
-        return convert.haiku_to_timm(params)
-    except ValueError as error:
-        raise ValueError(f"{file} has not the parameters of one of the authors' networks: {error}") from error
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_tensors(file)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read, it may be incomplete: {reason(error)}") from error
-
-
-def _read_torch(file: Path) -> object:
-    try:
-        # train.py's arguments are a Namespace; torch warns of pickle protocols before it refuses what is in them.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        names = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))
-        why = f"it asks for {names}" if names else "it is no torch file of tensors alone"
-        raise ValueError(
-            f"{file} is not read, because {why}; expected a checkpoint of timm's train.py, safetensors or a state "
-            "dict: load what you trust yourself and save its state dict with safetensors"
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read, it may be incomplete: {reason(error)}") from error
-
-
-def load_tensors(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own that is allocated once.
-
-    safetensors' own reader maps the file. That leaves tensors unaligned, for which the CPU has other kernels: logits
-    differ in the last bits; and copies of them would need the memory twice.
-
-    Raises:
-        SafetensorError: if the file is none, or loses bytes meanwhile.
-    """
-    mapped = load_file(file)  # checks the whole header
-    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in mapped.items()}
-    del mapped  # half of the file's pages were seen to count as memory as long as it is mapped
-    with Path(file).open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name, tensor in tensors.items():
-            stream.seek(8 + length + header[name]["data_offsets"][0])
-            memory: Any = tensor.view(-1).view(torch.uint8).numpy()
-            if stream.readinto(memory) != tensor.nbytes:
-                raise SafetensorError(f"{file} became shorter while it was read")
-    return tensors
 
 
 def skeleton(name: str, **kwargs: Any) -> nn.Module:
@@ -345,7 +265,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 def _same_arithmetic(first: torch.dtype, second: torch.dtype) -> bool:
     """Whether both are floats that networks compute in, or the same dtype."""
-    return first == second or (first in _FLOATS and second in _FLOATS)
+    return first == second or (first in FLOATS and second in FLOATS)
 
 
 def fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

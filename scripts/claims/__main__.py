@@ -1,6 +1,7 @@
 """The paper's claims, re-run on Fashion-MNIST with small networks by docs/claims/plan.md: runs, page, figures.
 
 python -m scripts.claims            # the runs that are missing in docs/claims/runs.csv; may be stopped and restarted
+python -m scripts.claims --report   # docs/claims.md and its figures from the rows
 python -m scripts.claims --quick    # three parts, decided in minutes: `make claims-quick`
 python -m scripts.claims --plan     # phases, runs and expected time; what the rule can tell apart
 """
@@ -35,6 +36,7 @@ from scripts.claims.grid import (
     planned,
 )
 from scripts.claims.markdown import table
+from scripts.claims.page import write_page
 from scripts.claims.parts import quick as quick_parts
 from scripts.claims.rule import power_table
 from scripts.claims.training import Result, Run, load, train
@@ -155,12 +157,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="decide three parts; exit 1 if one does not hold")
+    what.add_argument("--report", action="store_true", help="write docs/claims.md and the figures from the rows")
     what.add_argument("--plan", action="store_true", help="print phases, expected time and the rule's power")
     parser.add_argument("--csv", type=Path, default=CSV, help="the rows, by default docs/claims/runs.csv")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = read(args.csv)
-    if not rows and args.plan:
+    if not rows and (args.plan or args.report):
         print(f"expected rows in {args.csv}; python -m scripts.claims makes them", file=sys.stderr)
         return 1
     try:
@@ -168,6 +171,8 @@ def main() -> int:
             print(expected({}), powers(rows), sep="\n\n")
         elif args.quick:
             return quick(args.processes)
+        elif args.report:
+            write_page(rows, FOLDER)
         else:
             train_with(PHASES, args.csv, args.processes)
     except FileNotFoundError as error:

@@ -30,7 +30,7 @@ GRIDS = {
 RATIO = 4  # between neighbours of a grid
 MORE = 2  # points by which a grid is extended where its best is at an end
 HEAD = "head.fc.weight"
-PARTS = {"classifier's weight": HEAD, "first convolution": "stem."} | {
+PARTS = {"the classifier's weight": HEAD, "the first convolution": "stem."} | {
     f"stage {i}": stage for i, stage in enumerate(STAGES, 1)
 }
 DEPTHS = ("5-1-1-1", "1-5-1-1", "1-1-5-1", "1-1-1-5")
@@ -143,15 +143,15 @@ def layers(rows: Rows) -> dict[str, Run]:
     return {
         "everything": base,
         "nothing": replace(base, clip="none", factor=0.0, spared=HEAD),
-        **{f"all but the {part}": replace(base, spared=name) for part, name in PARTS.items()},
-        **{f"the {part} alone": replace(base, alone=name) for part, name in PARTS.items()},
+        **{f"all but {part}": replace(base, spared=name) for part, name in PARTS.items()},
+        **{f"{part} alone": replace(base, alone=name) for part, name in PARTS.items()},
     }
 
 
 def classifier(rows: Rows) -> list[Run]:
     """Everything clipped, and all but the classifier's weight, with all seeds."""
     chosen = layers(rows)
-    return over(SEEDS, [chosen["everything"], chosen[f"all but the {next(iter(PARTS))}"]])
+    return over(SEEDS, [chosen["everything"], chosen[f"all but {next(iter(PARTS))}"]])
 
 
 def thresholds(rows: Rows, clip: str) -> list[Run]:

@@ -142,15 +142,15 @@ def layers(rows: Rows) -> list[Part]:
 
     return [
         part("clipping everything trains where clipping nothing does not", "better", "everything", "nothing"),
-        part(f"sparing the {head} is better", "better", f"all but the {head}", "everything", SEEDS),
-        part(f"sparing the {head} is as good", "as good", f"all but the {head}", "everything", SEEDS),
-        part(f"sparing the {stem} is as good", "as good", f"all but the {stem}", "everything"),
+        part(f"sparing {head} is better", "better", f"all but {head}", "everything", SEEDS),
+        part(f"sparing {head} is as good", "as good", f"all but {head}", "everything", SEEDS),
+        part(f"sparing {stem} is as good", "as good", f"all but {stem}", "everything"),
         *(
-            part(f"{name} has to be clipped: sparing it is worse", "better", "everything", f"all but the {name}")
+            part(f"{name} has to be clipped: sparing it is worse", "better", "everything", f"all but {name}")
             for name in stages
         ),
         *(
-            part(f"clipping {name} alone is as good as everything", "as good", f"the {name} alone", "everything")
+            part(f"clipping {name} alone is as good as everything", "as good", f"{name} alone", "everything")
             for name in PARTS
         ),
     ]  # fmt: skip

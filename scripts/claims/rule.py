@@ -64,7 +64,12 @@ class Differences:
     @property
     def found(self) -> str:
         """All that is true of the difference, in words."""
-        facts = {"above": self.better, "below": self.worse, f"within {MARGIN:g} point": self.little}
+        facts = {
+            "above": self.better,
+            "below": self.worse,
+            f"within {MARGIN:g} point": self.little,
+            f"less than {MARGIN:g} point below": self.as_good and not self.better and not self.little,
+        }
         return " and ".join(fact for fact, true in facts.items() if true) or "open"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
 import timm_nf
+from timm_nf._clip_defaults import CLIP_EPS
 from timm_nf.diagnostics import signal_stats
 from timm_nf.env import machine
 from timm_nf.layers import SameConv2d, ScaledStdConv2d
@@ -177,7 +178,7 @@ def batch_normalised(model: nn.Module, zero: bool) -> nn.Module:
     return model
 
 
-def clip_layerwise_(parameters: list[nn.Parameter], factor: float, eps: float = 1e-3) -> None:
+def clip_layerwise_(parameters: list[nn.Parameter], factor: float, eps: float = CLIP_EPS) -> None:
     """Adaptive clipping with one norm for a whole parameter instead of one for each of its units."""
     for p in parameters:
         assert p.grad is not None

@@ -17,6 +17,7 @@ from timm_nf.diagnostics import signal_stats
 from timm_nf.diagnostics.inputs import INPUTS, input_batch, named_network, open_branches, pick_pictures
 from timm_nf.diagnostics.plots import draw_signals
 from timm_nf.diagnostics.signals import DEAD, EXPLODED, troubles
+from timm_nf.inference.images import find_images
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_noise_has_the_training_size_and_unit_variance():
 
 
 def test_pictures_come_from_all_of_the_folder_with_the_preprocessing_of_the_network(local):
-    picked = pick_pictures(local / "pictures")
+    picked = pick_pictures(find_images([local / "pictures"]).pictures)
     assert len(picked) == 14
     assert {file.parent.name for file in picked} == {"ant", "bee"}
     model, words = named_network(str(local / "model"))
@@ -164,7 +165,7 @@ def test_the_command_takes_pictures_and_warns_on_stderr(local, tmp_path, capsys,
         (["test_resnet", "no/such/folder"], 2, "'no/such/folder'"),
         (["{local}/pictures"], 2, "has no config.json"),
         (["{local}/bare"], 1, "local-dir:"),
-        (["test_resnet.no_tag"], 1, "no_tag"),
+        (["test_resnet.no_tag"], 2, "no_tag"),
         (["rexnet_100"], 1, "expected a network with residual blocks"),
         (["test_resnet", "--images", "{local}/empty"], 1, "found none in"),
         (["test_resnet", "--images", "{local}/broken"], 1, "half.png cannot be read"),

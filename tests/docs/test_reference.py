@@ -8,7 +8,6 @@ import itertools
 import re
 
 import pytest
-
 from scripts.site import reference
 
 

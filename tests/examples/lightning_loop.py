@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -100,14 +105,21 @@ class Finetuned(Digits):
         return [(n, p) for n, p in self.net.named_parameters() if p.grad is not None]
 
 
-def finetuned(**options):
+class Finetuning(BackboneFinetuning):
+    """Lightning leaves a backbone frozen where it resumes after unfreezing it."""
+
+    def on_fit_start(self, trainer, pl_module):
+        super().on_fit_start(trainer, pl_module)
+        if len(trainer.optimizers[0].param_groups) == 3:
+            self.make_trainable(pl_module.backbone)
+
+
+def finetuned(*callbacks, **options):
     module = Finetuned()
-    callback = BackboneFinetuning(
-        1, lambda _: 1.0, backbone_initial_ratio_lr=1.0, should_align=False, train_bn=True, verbose=False
-    )
+    unfreeze = Finetuning(1, lambda _: 1.0, backbone_initial_ratio_lr=1.0, should_align=False, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Optimizer, "zero_grad", lambda *_, **__: clear(module))
-        return main(1, module, callbacks=callback, **options)
+        return main(1, module, max_epochs=3, callbacks=[unfreeze, *callbacks], enable_checkpointing=True, **options)
 
 
 def clear(module):
@@ -127,13 +139,14 @@ def exceeding(module):
 
 
 def test_an_unfrozen_backbone_is_clipped_as_in_one_go_also_after_resuming(tmp_path):
-    whole = finetuned(max_epochs=3)
+    every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole = finetuned(every_epoch)
     module = whole.lightning_module
     assert len(whole.optimizers[0].param_groups) == 3  # the head in two, and one that was added
     assert set(module.clipped[0]) == {"head.fc.weight", "head.fc.bias"}
     assert set(module.clipped[-1]) == {name for name, _ in module.net.named_parameters()}
     assert exceeding(module) == {"head.fc.weight"}
-    finetuned(max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
-    resumed = finetuned(max_epochs=3, resume=tmp_path / "two.ckpt")
-    assert exceeding(resumed.lightning_module) == {"head.fc.weight"}
-    assert_equal(module.net, resumed.lightning_module.net)
+    for epoch in (0, 1):  # before and after the unfreezing
+        resumed = finetuned(ModelCheckpoint(tmp_path / "again"), resume=tmp_path / f"epoch={epoch}.ckpt")
+        assert exceeding(resumed.lightning_module) == {"head.fc.weight"}
+        assert_equal(module.net, resumed.lightning_module.net)

@@ -12,6 +12,8 @@ from timm.models import save_for_hf
 import timm_nf
 from tests.support import small_nets
 from tests.support.published import CARD, LABELS, create, logits
+from timm_nf.inference.classify import labels
+from timm_nf.inference.named import canonical_name
 
 # -- there and back ----------------------------------------------------------------------------------------------------
 
@@ -138,9 +140,44 @@ def test_what_timm_saves_has_the_number_twice_and_is_pulled(hub, tmp_path):
     assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
 
 
-def test_labels_of_another_number_of_classes_are_not_published(hub):
-    timm_nf.hub.push(create_with_labels(["a", "b"]), "alice/net", card=CARD)
+def test_labels_of_the_weights_that_a_network_started_from_are_not_published(hub):
+    model = create_with_labels([f"old {i}" for i in range(1000)])  # as many as the architecture's weights have
+    timm_nf.hub.push(model, "alice/net", card=CARD)
     assert "label_names" not in json.loads(hub.repos["alice/net"].files()["config.json"])
+
+
+WRONG_LABELS: list[tuple[Any, Any, str]] = [
+    (LABELS[:9], None, "expected 10 labels in {}, one for each class, got 9"),
+    ([*LABELS, "a", "b"], None, "expected 10 labels in {}, one for each class, got 12"),
+    ([*LABELS[:9], 9], None, r"expected texts as labels in {}, got 9 \(int\)"),
+    (dict.fromkeys(LABELS, 1), None, "expected label_names of {} as a list, got dict"),
+    (LABELS, {LABELS[0]: "first"}, "expected a description of every label in {}, got none of 9, say 'kind 1'"),
+    (LABELS, ["first"], "expected label_descriptions of {} by label, got list"),
+]
+
+
+@pytest.mark.parametrize(("names", "descriptions", "message"), WRONG_LABELS)
+def test_labels_that_do_not_fit_are_refused_when_written_and_when_read(hub, tmp_path, names, descriptions, message):
+    model = create_with_labels(names)
+    model.pretrained_cfg["label_descriptions"] = descriptions
+    with pytest.raises(ValueError, match=message.format("the model's config")):
+        timm_nf.hub.write_folder(model, tmp_path / "net", card=None)
+    assert list(tmp_path.glob("*net*")) == []
+    timm_nf.hub.push(create(), "alice/net", card=CARD)
+    files = hub.repos["alice/net"].files()
+    config = json.loads(files["config.json"]) | {"label_names": names, "label_descriptions": descriptions}
+    hub.publish("alice/net", files | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(ValueError, match=message.format("config.json of alice/net@[0-9a-f]{40}")):
+        timm_nf.hub.pull("alice/net")
+    with pytest.raises(ValueError, match=message.format("the network's config")):
+        labels(timm.create_model("hf-hub:alice/net", pretrained=True))
+
+
+def test_labels_with_descriptions_are_kept(hub):
+    model = create()
+    model.pretrained_cfg["label_descriptions"] = {name: f"a {name}" for name in LABELS}
+    timm_nf.hub.push(model, "alice/net", card=CARD)
+    assert labels(timm_nf.hub.pull("alice/net"))[3] == "a kind 3"
 
 
 def create_with_labels(labels: list[str]) -> Any:
@@ -282,6 +319,49 @@ def test_a_pull_request_leaves_main_alone(hub, monkeypatch):
     assert hub.repos["alice/net"].refs == {"main": before, "refs/pr/1": written.commit}
     assert written.url == f"{hub.url}/alice/net/discussions/1"
     assert timm_nf.hub.pull("alice/net", revision="refs/pr/1")
+
+
+def test_a_pull_request_that_is_there_is_updated(hub, monkeypatch):
+    timm_nf.hub.push(create(), "alice/net", card=CARD)
+    before = hub.repos["alice/net"].refs["main"]
+    monkeypatch.setenv("HF_TOKEN", "hf_bobSecretToken")
+    timm_nf.hub.push(create(), "alice/net", card=CARD, dtype=torch.bfloat16, create_pr=True)
+    written = timm_nf.hub.push(create(), "alice/net", card=CARD, dtype=torch.float16, revision="refs/pr/1")
+    assert hub.repos["alice/net"].refs == {"main": before, "refs/pr/1": written.commit}
+    assert written.url == f"{hub.url}/alice/net/discussions/1"
+    assert hub.count("POST .*/branch/") == 0
+    pulled: Any = timm_nf.hub.pull("alice/net@refs/pr/1")
+    assert next(pulled.parameters()).dtype == torch.float16
+
+
+def test_a_pull_request_that_is_not_there_is_not_made(hub):
+    for repo_id, message in (("alice/net", "has no revision 'refs/pr/7'"), ("alice/new", "no repository alice/new")):
+        if repo_id == "alice/net":
+            timm_nf.hub.push(create(), repo_id, card=CARD)
+        with pytest.raises(timm_nf.hub.HubError, match=message):
+            timm_nf.hub.push(create(), repo_id, card=CARD, revision="refs/pr/7")
+    assert "alice/new" not in hub.repos
+    assert set(hub.repos["alice/net"].refs) == {"main"}
+
+
+SPELLINGS = [
+    *("hf-hub:alice/net", "hf_hub:alice/net", "alice/net/", "hf-hub:alice/net/"),
+    *("https://huggingface.co/alice/net", "https://huggingface.co/alice/net/", "http://127.0.0.1:1/alice/net"),
+    *("https://huggingface.co/alice/net/tree/main", "https://huggingface.co/alice/net?library=timm", "alice/net@main"),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_repository_may_be_written_as_it_is_seen(hub, spelling):
+    timm_nf.hub.push(create(), "alice/net", card=CARD)
+    pulled: Any = timm_nf.hub.pull(spelling)
+    assert pulled.pretrained_cfg["hf_hub_id"] == f"alice/net@{hub.repos['alice/net'].refs['main']}"
+    assert timm_nf.hub.push(create(), spelling, card=CARD, dry_run=True).url is None
+    assert (
+        canonical_name(spelling if ":" in spelling else f"hf-hub:{spelling}").removesuffix("@main")
+        == "hf-hub:alice/net"
+    )
+    assert set(hub.repos) == {"alice/net"}
 
 
 def test_an_existing_card_stays_unless_told_otherwise(hub):

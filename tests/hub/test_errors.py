@@ -331,7 +331,7 @@ def test_without_a_license_nothing_is_written_or_asked_first(hub, monkeypatch):
         raise AssertionError("something was written")
 
     monkeypatch.setattr("timm_nf.hub.client.write_folder", written)
-    monkeypatch.setattr("timm_nf.hub.client.TemporaryDirectory", written)
+    monkeypatch.setattr("timm_nf.hub.client.temporary_folder", written)
     monkeypatch.delenv("HF_TOKEN")
     for card in (None, {}, {"license": " "}, ModelCardData(tags=["mine"])):
         with pytest.raises(ValueError, match="license is required"):

@@ -1,22 +1,29 @@
 """Broken transfers, damaged files, races and killed clients: nothing is lost, nothing is half published."""
 
+import errno
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 
 import timm_nf
+from tests.support import GOLDEN
 from tests.support.published import CARD, create, logits
 from tests.support.stand_in_hub import TOKENS, Blob, answer, cut, flip
-from timm_nf.hub import HubError
+from timm_nf.hub import HubError, from_haiku
+from timm_nf.hub.folder import temporary_folder
 
 TOKEN = next(iter(TOKENS))
 
@@ -261,3 +268,115 @@ def test_timm_does_not_see_a_flipped_byte(published):
     hub.fault("^GET .*model.safetensors", flip)
     loaded = timm.create_model("hf-hub:alice/net", pretrained=True)
     assert not torch.equal(logits(loaded), expected)
+
+
+# -- caches and folders that cannot do everything ----------------------------------------------------------------------
+
+
+def test_without_links_an_offline_pull_works_after_an_online_one(published, monkeypatch):
+    hub, _ = published
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr(huggingface_hub.file_download, "_are_symlinks_supported_in_dir", {})
+    with warnings.catch_warnings(action="ignore"):  # the client's, about links
+        timm_nf.hub.pull("alice/net")
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    (weights,) = cache.rglob("model.safetensors")
+    assert not weights.is_symlink()
+    hub.stop()
+    pulled = timm_nf.hub.pull("alice/net", local_files_only=True)
+    assert torch.equal(logits(pulled), logits(create()))
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(HubError, match="is damaged and was removed"):
+        timm_nf.hub.pull("alice/net", local_files_only=True)
+
+
+def test_a_proxy_that_drops_the_hubs_headers_is_named(published):
+    hub, _ = published
+    hub.drop_commit = True
+    with pytest.raises(HubError, match=r"answers without headers .* X-Repo-Commit: a proxy or mirror drops them"):
+        timm_nf.hub.pull("alice/net")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no", "/cache/x"), OSError(errno.EROFS, "no", "/cache/x")]
+)
+def test_a_cache_or_a_folder_that_cannot_be_written_says_what_to_do(published, error, monkeypatch, tmp_path):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.file_download.os.makedirs", refuse)
+    with pytest.raises(HubError, match=r"/cache/x cannot be written: give another cache_dir .* local_files_only"):
+        timm_nf.hub.pull("alice/net", cache_dir=tmp_path / "other")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "no", str(tmp_path))
+
+    monkeypatch.setattr("timm_nf.hub.folder.TemporaryDirectory", refuse)
+    with pytest.raises(HubError, match=f"{tmp_path} cannot be written: name a folder that can be written"):
+        from_haiku.convert(GOLDEN / "T0_haiku_flatmap.npz", tmp_path / "t0")
+
+
+def test_a_push_without_a_network_is_refused_before_anything_is_written(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("timm_nf.hub.client.write_folder", None)  # calling it would be another error
+    monkeypatch.setattr("timm_nf.hub.from_haiku.write_folder", None)
+    with pytest.raises(HubError, match="push needs a network"):
+        timm_nf.hub.push(create(), "alice/net", card=CARD)
+    with pytest.raises(HubError, match="push needs a network"):
+        from_haiku.convert(GOLDEN / "T0_haiku_flatmap.npz", tmp_path / "t0", license="mit", repo_id="alice/net")
+    assert hub.requests == []
+
+
+def test_another_case_is_answered_with_the_hubs(published):
+    hub, _ = published
+    hub.ignore_case = True
+    with pytest.raises(HubError, match="the Hub has no Alice/NET, but alice/net: write it so"):
+        timm_nf.hub.pull("Alice/NET")
+    before = dict(hub.repos["alice/net"].refs)
+    with pytest.raises(HubError, match="the Hub has no alice/Net, but alice/net: write it so"):
+        timm_nf.hub.push(create(), "alice/Net", card=CARD, revision="refs/pr/1")
+    assert hub.repos["alice/net"].refs == before
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
+    with temporary_folder(tmp_path) as mine:
+        (mine / "half").write_bytes(b"x")
+        prefix = mine.name.partition(f"{os.getpid()}-")[0]
+        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+        left = tmp_path / f"{prefix}{int(gone.stdout)}-abc"
+        left.mkdir()
+        (left / "half").write_bytes(b"x")
+        for other in ("notes", ".writing-elsewhere-1-abc", f"{prefix}1-abc", f"{prefix}x-abc"):
+            (tmp_path / other).mkdir()
+        timm_nf.hub.write_folder(create(), tmp_path / "net", card=None)
+        assert mine.is_dir()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"net", "notes", ".writing-elsewhere-1-abc", f"{prefix}1-abc", f"{prefix}x-abc"}
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_and_views_are_written(tmp_path):
+    model = create()
+    first, second = model.stages[1][0], model.stages[1][1]
+    second.conv3.weight = first.conv3.weight
+    flat = torch.cat([model.head.fc.bias.data, model.head.fc.bias.data])
+    model.head.fc.bias.data = flat[10:]
+    timm_nf.hub.write_folder(model, tmp_path / "net", card=None)
+    assert torch.equal(logits(timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)), logits(model))
+    assert second.conv3.weight is first.conv3.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_dtypes_that_nothing_computes_in_are_refused_when_written(dtype, tmp_path):
+    model = create()
+    model.head.fc.bias = torch.nn.Parameter(model.head.fc.bias.data.to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"expected weights in .*, head.fc.bias is {dtype}"):
+        timm_nf.hub.write_folder(model, tmp_path / "net", card=None)
+    with pytest.raises(ValueError, match="expected a floating dtype"):
+        timm_nf.hub.write_folder(create(), tmp_path / "net", card=None, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []

@@ -148,9 +148,10 @@ def test_dtypes_that_no_network_computes_in_are_refused(repo, dtype):
 @pytest.mark.parametrize(
     "repo_id",
     [
-        "net", "", "/", "alice/", "/net", "alice/net/", "alice/../net", "alice/..", "../net", "alice/n t",
-        "alice/net%2Fx", "alice/nét", "alice/net\n", "alice/net.git", "datasets/alice/net", "https://huggingface.co/alice/net",
-        "hf-hub:alice/net", "local-dir:/tmp/x", "alice/" + "a" * 200,
+        "net", "", "/", "alice/", "/net", "alice/../net", "alice/..", "../net", "alice/n t",
+        "alice/net%2Fx", "alice/nét", "alice/net\n", "alice/net.git", "datasets/alice/net",
+        "https://huggingface.co/alice", "https://huggingface.co/datasets/alice/net", "local-dir:/tmp/x",
+        "alice/" + "a" * 200,
     ],
     ids=repr,
 )  # fmt: skip
@@ -202,19 +203,31 @@ def test_a_link_out_of_the_cache_is_refused_and_what_it_points_to_stays(repo, tm
     link = cached(name)
     link.unlink()
     link.symlink_to(tmp_path / "mine")
-    with pytest.raises(HubError, match="cannot be checked"):
+    with pytest.raises(HubError, match="cannot be checked: no hash of it is known here; pull it once with a network"):
         timm_nf.hub.pull("alice/net", local_files_only=True)
     assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(create()))
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
-def test_a_file_that_is_not_a_link_is_checked_with_the_hubs_hash_only(repo):
+def test_a_file_that_is_not_a_link_is_checked_with_the_hash_that_an_online_pull_recorded(repo):
     repo()
     timm_nf.hub.pull("alice/net")
     data = cached("model.safetensors").read_bytes()
     file = cached("model.safetensors")
     file.unlink()
     file.write_bytes(data)  # as where a system has no links
-    assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(create()))
     with pytest.raises(HubError, match="cannot be checked"):
         timm_nf.hub.pull("alice/net", local_files_only=True)
+    for local in (False, True):
+        assert torch.equal(logits(timm_nf.hub.pull("alice/net", local_files_only=local)), logits(create()))
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(HubError, match="is damaged and was removed"):
+        timm_nf.hub.pull("alice/net", local_files_only=True)
+
+
+def test_weights_that_are_not_finite_are_named(repo):
+    state = create().state_dict()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        state["head.fc.bias"] = torch.full_like(state["head.fc.bias"], value)
+        repo(model_safetensors=save(state))
+        assert refusal().startswith("head.fc.bias of alice/net@")

@@ -35,6 +35,40 @@ def test_contenders_are_what_this_machine_can_run(monkeypatch):
     assert list(bench.contenders("nfnet_f0", 1, 64)) == everything[:6] + everything[7:8]
 
 
+@pytest.mark.parametrize(
+    ("instructions", "fast"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"amx_tile": True, "amx_bf16": True}, True),
+        ({"bf16": True}, True),  # ARM
+        ({"avx512_f": True, "avx512_bf16": False, "cpu_name": "bf16"}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_fast_where_the_cpu_has_instructions_for_it(monkeypatch, instructions, fast):
+    monkeypatch.setattr(bench.torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert bench.bfloat16_is_fast() is fast
+    assert bench.bfloat16_is_fast("cuda")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512f\n", False),
+        ("Features\t: fp asimd bf16\n", True),
+        (None, False),  # macOS, Windows
+    ],
+)
+def test_where_torch_cannot_tell_the_kernel_is_asked(monkeypatch, tmp_path, cpuinfo, fast):
+    monkeypatch.delattr(bench.torch.cpu, "get_capabilities", raising=False)
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(bench, "Path", lambda name: file)
+    assert bench.bfloat16_is_fast() is fast
+
+
 def test_runs_take_turns_and_the_first_two_rounds_do_not_count():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}

@@ -265,5 +265,5 @@ def test_a_missing_extra_is_one_line(net, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "onnx_is_installed", lambda: False)
     code, line = refused(net, "-o", tmp_path / "m.onnx", capsys=capsys)
     assert code == 1
-    assert "pip install timm-nf[export]" in line
+    assert 'pip install ".[export]"' in line
     assert list(tmp_path.iterdir()) == [net]

@@ -228,7 +228,7 @@ def test_the_classifier_can_be_replaced_and_the_network_pruned(family: str) -> N
 @EACH_FAMILY
 def test_timms_reparameterize_model_fuses_ours(family: str) -> None:
     model, x = build(family), batch(2, 47, 64)
-    fused = timm.models.reparameterize_model(model)
+    fused = timm.utils.reparameterize_model(model)
     assert (model.fused, fused.fused, fused._model_args["fused"]) == (False, True, True)
     assert relative_error(fused(x), model(x)) < 1e-12
     want = timm_nf.fuse(model).state_dict()
@@ -240,7 +240,7 @@ def test_timms_reparameterize_model_fuses_ours(family: str) -> None:
 
 
 @EACH_FAMILY
-@pytest.mark.parametrize("fuse", [timm_nf.fuse, timm.models.reparameterize_model], ids=["fuse", "reparameterize_model"])
+@pytest.mark.parametrize("fuse", [timm_nf.fuse, timm.utils.reparameterize_model], ids=["fuse", "reparameterize_model"])
 def test_state_dict_loads_strictly_into_the_fused_structure(family: str, fuse: Any) -> None:
     model, x = build(family), batch()
     other = create(family, fused=True).double().eval()

@@ -18,7 +18,7 @@ TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:Futur
 
 @TORCHSCRIPT
 @EACH_FAMILY
-@pytest.mark.parametrize("fuse", [timm_nf.fuse, timm.models.reparameterize_model], ids=["fuse", "reparameterize_model"])
+@pytest.mark.parametrize("fuse", [timm_nf.fuse, timm.utils.reparameterize_model], ids=["fuse", "reparameterize_model"])
 def test_scripts_saves_and_loads_at_any_size(family: str, fuse: Any) -> None:
     model = build(family)
     scripted = torch.jit.script(fuse(model))

@@ -3,7 +3,7 @@ import importlib
 
 import pytest
 
-MODULES = ("activations", "pool2d_same", "same_conv", "squeeze_excite", "standardize", "std_conv")
+MODULES = ("activations", "pool2d_same", "residual", "same_conv", "squeeze_excite", "standardize", "std_conv")
 
 
 @pytest.mark.parametrize("name", MODULES)

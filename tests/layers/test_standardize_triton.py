@@ -222,6 +222,7 @@ def test_rows_of_one_element_become_zero(shape: tuple[int, ...]) -> None:
     assert not grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in")  # NumPy's, in Triton's interpreter
 def test_half_precision_neither_overflows_in_the_sums_nor_hides_that_a_gain_does() -> None:
     weight = torch.full((2, 4, 3, 3), 6e4).half()
     weight[:, ::2] *= -1
@@ -230,6 +231,7 @@ def test_half_precision_neither_overflows_in_the_sums_nor_hides_that_a_gain_does
     assert standardize(weight, torch.full((2,), 6e4).half(), scale=40.0).isinf().all()
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in")  # NumPy's, in Triton's interpreter
 def test_without_a_floor_only_constant_rows_are_not_numbers() -> None:
     weight = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     weight[1] = 0.5

@@ -1,5 +1,7 @@
 """The scripts of docs/claims.md: their clippings, twin, plan and rule, and that the page says what the rows say."""
 
+import re
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
@@ -15,12 +17,16 @@ from torch import nn
 
 import timm_nf
 from scripts.claims import __main__ as claims
-from scripts.claims import grid, training
+from scripts.claims import grid, signals, training
+from scripts.claims import page as pages
+from scripts.claims.figures import FIGURES
 from scripts.claims.grid import LARGEST, PARTS, PHASES, QUICK_PHASES, SEEDS, TUNING, Phase, Rows, planned
+from scripts.claims.page import page, plan_commit
 from scripts.claims.parts import CLAIMS, Part
 from scripts.claims.parts import quick as quick_parts
 from scripts.claims.rule import Differences, decide, seeds_to_decide, simulate
 from scripts.claims.training import Result, Run, build, clip, clip_layerwise_, learning_rate, train
+from tests.support import ROOT
 
 ROWS = claims.read(claims.CSV)
 
@@ -158,14 +164,33 @@ def test_networks_of_the_plan_have_0_1_to_0_5_million_parameters():
     assert 0.1e6 < min(sizes) <= max(sizes) < 0.6e6
 
 
-def test_a_run_is_the_same_again_and_networks_of_a_seed_see_the_same_batches(monkeypatch: pytest.MonkeyPatch):
-    images = torch.randn(384, 1, 32, 32)  # the measures take as many
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """384 pictures of noise, as many as the measures take, and no test."""
+    images = torch.randn(384, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(training, "load", lambda train: (images, torch.arange(384) % 10))
     monkeypatch.setattr(training, "accuracy", lambda model: 50.0)
     monkeypatch.setattr(training.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(
-        training.np.random, "default_rng", lambda seed: SimpleNamespace(permutation=lambda n: np.arange(384))
-    )
+    order = SimpleNamespace(permutation=lambda n: np.arange(384))
+    monkeypatch.setattr(training.np.random, "default_rng", lambda seed: order)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_watching_a_run_changes_nothing_in_it_and_sees_every_part():
+    run = Run(clip="unit", factor=0.01, batch=32, images=64, epochs=2)
+    watch = signals.Watch(run)
+    assert replace(train(run, watch), seconds=0.0) == replace(train(run), seconds=0.0)
+    assert [row["step"] for row in watch.rows] == [
+        step for step in range(4) for _ in PARTS.keys() - {"the classifier's weight"}
+    ]
+    first = watch.rows[0]
+    assert (first["part"], first["lr"]) == ("first convolution", 0.1)
+    assert first["clipped"] > 0
+    assert watch.rows[1]["clipped"] < first["clipped"]  # behind a skip gain of 0 there are no gradients yet
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_the_same_again_and_networks_of_a_seed_see_the_same_batches(monkeypatch: pytest.MonkeyPatch):
     cross_entropy, seen, results = training.F.cross_entropy, [], []
 
     def watched(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -313,6 +338,44 @@ def test_a_missing_data_set_is_one_line_and_exit_code_1(monkeypatch: pytest.Monk
 
 def test_the_rows_of_the_first_experiment_are_kept():
     assert sum(run.plan == 1 for run in ROWS) == 270
+
+
+def test_the_committed_page_is_that_of_the_committed_rows_and_names_the_plans_commit():
+    text = (claims.FOLDER.parent / "claims.md").read_text()
+    assert text == page(ROWS, plan_commit(claims.FOLDER), signals.section(claims.FOLDER))
+    drawn = {f"{index}_{name}.png" for index, (name, each) in enumerate(FIGURES.items(), 1) if each.ready(ROWS)}
+    assert set(re.findall(r"\(claims/(\w+\.png)\)", text)) - {"ratios.png", "signals.png"} == drawn
+    assert {file.name for file in claims.FOLDER.glob("?_*.png")} == drawn
+
+
+def test_the_plans_commit_is_before_all_rows_of_plan_2():
+    at_plan = subprocess.run(
+        ["git", "show", f"{plan_commit(claims.FOLDER)}:docs/claims/runs.csv"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert {line.partition(",")[0] for line in at_plan.splitlines()} == {"plan", "1"}
+
+
+def test_a_page_of_a_complete_plan_decides_every_part_and_draws_every_figure(
+    complete: tuple[Rows, list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = {run: each for run, each in ROWS.items() if run.plan == 1} | complete[0]
+    monkeypatch.setattr(pages, "plan_commit", lambda folder: "a commit")
+    pages.write_page(rows, tmp_path / "claims")
+    text = (tmp_path / "claims.md").read_text()
+    assert "as a commit." in text
+    assert "not run yet" not in text
+    parts = [part for say in CLAIMS.values() for part in say(rows)]
+    assert len(re.findall(r"^\| \d \| .*(holds|does not hold|not decided)", text, re.MULTILINE)) == len(parts) > 50
+    assert len(list((tmp_path / "claims").glob("*.png"))) == len(FIGURES) == len(CLAIMS)
+    assert "Its comparison with a batch-normalised twin was unfair" in text
+
+
+def test_a_page_without_runs_says_so(tmp_path: Path):
+    text = page({run: each for run, each in ROWS.items() if run.plan == 1}, "a commit")
+    assert not re.search(r"^\| \d \| .*(holds|does not hold)", text, re.MULTILINE)
+    assert "not run yet: 0 of 22 runs" in text
+    assert ".png" not in text
 
 
 def test_the_plan_states_its_phases_and_the_power_of_its_rule():

@@ -110,6 +110,8 @@ class Hub:
         self.storage_requests: list[tuple[str, dict[str, str]]] = []  # of the other one
         self.faults: list[list[Any]] = []
         self.regular = False  # all files inside the commit, none by LFS
+        self.drop_commit = False  # as a proxy that passes on no header of the Hub's own
+        self.ignore_case = False  # answer a name in another case about the repository that is meant
         self.redirect = False  # large files are downloaded from the other origin
         self.part_size: int | None = None  # of multipart uploads
         self.lock = threading.RLock()
@@ -173,7 +175,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = len(body) != length
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(length), **answer.headers, **self.extra}.items():
-            self.send_header(name, value)
+            if not (self.hub.drop_commit and name == "X-Repo-Commit"):
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -233,6 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(400 if bad else 200, {"errors": bad, "warnings": []})
 
     def info(self, repo: str, rev: str = "main") -> None:
+        if self.hub.ignore_case:
+            repo = {name.lower(): name for name in self.hub.repos}.get(repo.lower(), repo)
         found = self.repo(repo)
         sha, files = self.tree(found, rev)
         siblings = [{"rfilename": path, **blob.describe()} for path, blob in files.items()]
@@ -241,6 +246,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def branch(self, repo: str, name: str) -> None:
         found = self.repo(repo, write=True)
+        if name.startswith("refs/"):
+            raise refuse(400, message=f"Invalid reference for a branch: {name}")
         if name in found.refs:
             raise refuse(409, message="Reference already exists")
         asked = json.loads(self.content or b"{}")
@@ -249,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo: str, rev: str) -> None:
         pr = "create_pr" in self.query
-        _, files = self.tree(self.repo(repo, write=not pr), rev)
+        _, files = self.tree(self.repo(repo, write=not (pr or rev.startswith("refs/pr/"))), rev)
         modes = []
         for path in (file["path"] for file in json.loads(self.content)["files"]):
             mode = {"path": path, "uploadMode": "lfs" if self.hub.is_large(path) else "regular", "shouldIgnore": False}
@@ -286,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo: str, rev: str) -> None:
         pr = "create_pr" in self.query
-        found = self.repo(repo, write=not pr)
+        found = self.repo(repo, write=not (pr or rev.startswith("refs/pr/")))
         sha, files = self.tree(found, rev)
         files, message = dict(files), ""
         for line in self.content.splitlines():

@@ -19,11 +19,15 @@ from .options import (
     Network,
     NetworkOption,
     Pictures,
+    RegisteredNetwork,
     UseEma,
+    any_path,
+    existing_folder,
     fastest,
     load_network,
+    note_left_out,
 )
-from .terminal import complain, console, examples, print_facts, print_table, track, typer
+from .terminal import complain, console, examples, note, print_facts, print_line, print_table, track, typer
 
 __all__ = ["commands"]
 
@@ -36,7 +40,16 @@ commands = typer.Typer()
 )
 def export(
     network: Network,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File: .onnx, .pt2 or .ts (TorchScript); else a folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="File: .onnx, .pt2 or .ts (TorchScript); else a folder.",
+            parser=any_path,
+        ),
+    ],
     checkpoint: CheckpointFile = None,
     use_ema: UseEma = False,
     license: License = None,
@@ -46,7 +59,9 @@ def export(
     dtype: Dtype = None,
     int8: Annotated[
         Path | None,
-        typer.Option("--int8", metavar="PICTURES", help="Convolutions in int8, by a folder of pictures.", exists=True),
+        typer.Option(
+            "--int8", metavar="PICTURES", help="Convolutions in int8, by a folder of pictures.", parser=existing_folder
+        ),
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Instead of the published: to time what is not trained yet.")
@@ -178,9 +193,11 @@ def _export_int8(
     from ..inference.images import find_images
     from ..inference.int8 import write
 
+    images = find_images([pictures])
+    note_left_out(images)
     found = write(
         network if getattr(network, "fused", False) else fuse(network),
-        find_images([pictures]),
+        images.pictures,
         out,
         size=size,
         dynamic_batch=dynamic_batch,
@@ -205,7 +222,9 @@ def _export_int8(
 
 @commands.command(epilog=examples("bench nfnet_f0", "bench nf_resnet50 --size 224 --batch 8 --json"))
 def bench(
-    network: Network,
+    network: RegisteredNetwork,
+    checkpoint: CheckpointFile = None,
+    use_ema: UseEma = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     size: Annotated[int, typer.Option(min=1, help="Their height and width.")] = 192,
     repeats: Annotated[int, typer.Option(min=3, help="Timed forward passes of each, in turn.")] = 11,
@@ -214,25 +233,30 @@ def bench(
 ) -> None:
     """Time inference on this machine: timm's network, ours, fused, in bfloat16, compiled, in onnxruntime, in int8.
 
-    The weights are random: they do not change the times. The network is one of ours, or of timm's with standardised
-    convolutions.
+    The weights are random: they do not change the times. With a --checkpoint, the network that was trained is timed,
+    with its classes and arguments. The network is one of ours, or of timm's with standardised convolutions.
     """
-    from timm.models import is_model
-
     from ..env import machine
     from ..inference.bench import contenders, time_inference
 
-    name = network.partition(".")[0]  # a tag names weights
-    if not is_model(name):
-        raise typer.BadParameter(f"bench builds networks with random weights, by name, got the place {network!r}")
     device = device or fastest()
-    timings = time_inference(contenders(name, batch, size, device), repeats, device, track)
+    trained = None
+    if checkpoint or use_ema:
+        trained = load_network(network, checkpoint, use_ema)
+    try:
+        work = contenders(network, batch, size, device, trained.network if trained else None)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    timings = time_inference(work, repeats, device, track)
+    weights = trained.weights if trained else "random"
     if as_json:
-        facts = {"model": name, "batch": batch, "size": size, "device": device, "machine": machine()}
+        facts = {"model": network, "weights": weights, "batch": batch, "size": size, "device": device}
+        facts["machine"] = machine()
         print(json.dumps(facts | {"milliseconds": {label: timing._asdict() for label, timing in timings.items()}}))
         return
     _print_timings(timings)
-    print_facts([("network", f"{name}, batch {batch}, {size} px, {device}"), ("machine", machine())])
+    shown = f"{network}, batch {batch}, {size} px, {device}"
+    print_facts([("network", shown), ("weights", weights), ("machine", machine())])
 
 
 def _print_timings(timings: Mapping[str, Timing]) -> None:
@@ -263,23 +287,26 @@ def classify(
 ) -> None:
     """Classify pictures.
 
-    A picture that cannot be read is reported on stderr and the others go on; the exit code is then 1.
+    All formats are read that Pillow opens by itself. The orientation in EXIF is applied, and what is transparent shows
+    white. Files of other kinds in a folder are counted on stderr. A picture that cannot be read is reported there and
+    the others go on; the exit code is then 1.
     """
     from ..inference.classify import classify
     from ..inference.images import find_images
 
-    paths = find_images(images)
+    found = find_images(images)
     loaded = load_network(model, checkpoint, use_ema)
+    note_left_out(found)
     if checkpoint:
-        console(stderr=True).print(f"weights: {loaded.weights}", soft_wrap=True)
+        note(f"weights: {loaded.weights}")
     failed = 0
-    for prediction in classify(loaded.network, paths, topk, device):
+    for prediction in classify(loaded.network, found.pictures, topk, device):
         if prediction.error is not None:
             failed += 1
-            complain(f"{prediction.path}: {prediction.error}")
+            complain(prediction.error)
             continue
-        console().print(str(prediction.path), style="bold", soft_wrap=True)
+        print_line(str(prediction.path), bold=True)
         for label, probability in prediction.classes:
-            console().print(f"  {100 * probability:5.1f} %  {label}", soft_wrap=True)
+            print_line(f"  {100 * probability:5.1f} %  {label}")
     if failed:
         raise typer.Exit(1)

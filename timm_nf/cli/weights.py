@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..checkpoint import Checkpoint, build, read
-from .options import Dtype, License, NetworkOption, UseEma
-from .terminal import console, examples, print_facts, print_table, typer
+from .options import Dtype, License, RegisteredOption, UseEma, any_path, existing_file
+from .terminal import console, examples, print_facts, print_table, print_text, typer
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -31,8 +31,16 @@ _RECIPE = (
     )
 )
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="One of the authors', a pickle for all its name's .npz.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, a new or an empty one.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="One of the authors', a pickle for all its name's .npz.", parser=existing_file
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, a new or an empty one.", parser=any_path),
+    ],
     license: License = None,
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish it there too.")] = None,
     dtype: Dtype = None,
@@ -70,17 +78,25 @@ def convert(
     )
 )
 def push(
-    checkpoint: Annotated[Path, typer.Argument(help="Of train.py, safetensors, a state dict, or the authors' .npz.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Of train.py, Lightning or DeepSpeed, safetensors or their index, a state dict, the authors' .npz.",
+            parser=existing_file,
+        ),
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository, made if it is not there.")],
-    model: NetworkOption,
+    model: RegisteredOption,
     license: Annotated[str, typer.Option(help="As the Hub spells it, apache-2.0 say. It is yours to choose.")],
     num_classes: Annotated[int | None, typer.Option(min=0, help="By default train.py's, or else the model's.")] = None,
     use_ema: UseEma = False,
     labels: Annotated[
-        Path | None, typer.Option(help="Names of the classes, one a line.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Names of the classes, one a line.", parser=existing_file),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="It was trained on, as the Hub names it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there, or refs/pr/N.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     dtype: Dtype = None,
@@ -113,7 +129,7 @@ def push(
     facts.append(("dry run", "nothing was uploaded") if dry_run else ("published", str(written.url)))
     print_facts(facts)
     if dry_run:
-        console().print(f"\n{written.card}", soft_wrap=True)
+        print_text(f"\n{written.card}")
 
 
 @commands.command(
@@ -142,8 +158,15 @@ def pull(
             ("parameters", f"{sum(p.numel() for p in network.parameters()):,} in {_dtype(network)}"),
             ("checked", hashes + (", the sha256 that was given" if sha256 else "") + ", names and shapes"),
             ("load it with", f'timm_nf.hub.pull("{pinned}")'),
+            ("or with timm", f'timm.create_model("hf-hub:{pinned}", pretrained=True){_first_import(network)}'),
         ]
     )
+
+
+def _first_import(network: Any) -> str:
+    from ..variants import VARIANTS
+
+    return ", after import timm_nf" if network.pretrained_cfg["architecture"] in VARIANTS else ""
 
 
 def _lines(file: Path) -> list[str]:

@@ -8,7 +8,7 @@ A tree is `{module: {name: array}}`, as haiku makes it. Shapes: convolutions HWI
 Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
-# torch types from_numpy in part.
+# torch's types of from_numpy are incomplete.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math

@@ -18,13 +18,14 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._progress import Progress, silent
-from ..checkpoint import fill, read
+from ..checkpoint import Checkpoint, fill
+from ..inference.images import picture_config
 from ..optim import agc
 from ..optim.exempt import classifier_weights
 from ..optim.gradients import parameters_with_gradient
@@ -144,7 +145,13 @@ class ClipRange:
 
 
 def network_and_batches(
-    name: str, data: Path, batch_size: int, img_size: int | None, pretrained: bool, checkpoint: Path | None, device: str
+    name: str,
+    data: Path,
+    batch_size: int,
+    img_size: int | None,
+    pretrained: bool,
+    checkpoint: Checkpoint | None,
+    device: str,
 ) -> tuple[nn.Module, Iterable[Batch]]:
     """A network and shuffled, augmented batches for it, as timm's train.py makes them by default.
 
@@ -161,7 +168,8 @@ def network_and_batches(
         The network, and batches of pictures (N, C, H, W) and labels (N,).
 
     Raises:
-        ValueError: There are fewer pictures than one batch, fewer than two classes, or weights of another network.
+        ValueError: There are fewer pictures than one batch, fewer than two classes, weights of another network, or a
+            network that takes no pictures.
     """
     dataset: Any = create_dataset("", root=str(data))
     classes = len(dataset.reader.class_to_idx)
@@ -175,12 +183,13 @@ def network_and_batches(
     if checkpoint is None:
         model: Any = timm.create_model(name, pretrained, num_classes=classes)
     else:
-        model = _trained(name, checkpoint)
+        model = fill(name, checkpoint).float()
         if model.num_classes != classes:
             model.reset_classifier(classes)
+    config = picture_config(model, use_test_size=False)
     model = model.to(device)
-    config: dict[str, Any] = resolve_model_data_config(model)
     channels, *size = config["input_size"]
+    dataset.input_img_mode = "RGB" if channels == 3 else "L"  # as in train.py
     loader: Any = create_loader(
         dataset,
         input_size=(channels, img_size or size[0], img_size or size[1]),
@@ -194,11 +203,6 @@ def network_and_batches(
         device=torch.device(device),
     )
     return model, loader
-
-
-def _trained(name: str, file: Path) -> nn.Module:
-    """The network with the weights of a file, and a classifier of the file's size."""
-    return fill(name, read(file)).float()
 
 
 def measure_clip_range(

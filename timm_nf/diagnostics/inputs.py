@@ -15,8 +15,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._gain_names import is_gain
+from ..checkpoint import Checkpoint
 from ..inference.classify import load_model
-from ..inference.images import find_images, reader
+from ..inference.images import reader
 
 __all__ = ["INPUTS", "input_batch", "named_network", "open_branches", "pick_pictures"]
 
@@ -41,16 +42,20 @@ def open_branches(model: nn.Module) -> int:
     return opened
 
 
-def named_network(name: str) -> tuple[nn.Module, str]:
+def named_network(name: str, checkpoint: Checkpoint | None = None) -> tuple[nn.Module, str]:
     """A network by name, and in words which weights it has.
 
     Args:
         name: A folder in Hub layout, or what `timm.create_model` takes. A bare name is the network at initialisation,
             seed 0, with its residual branches opened. A name with a tag has published weights.
+        checkpoint: Weights of this network, instead of those that its name stands for.
 
     Raises:
+        ValueError: if the checkpoint is another network's.
         RuntimeError: if it cannot be loaded; says what to do.
     """
+    if checkpoint is not None:
+        return load_model(name, checkpoint), f"those of {checkpoint.origin}"
     if Path(name).is_dir():
         return load_model(f"local-dir:{name}"), "its weights"
     if {".", ":"} & set(name):
@@ -62,15 +67,9 @@ def named_network(name: str) -> tuple[nn.Module, str]:
     return model, f"at initialisation, {opened} zero scales of residual branches set to 1"
 
 
-def pick_pictures(folder: Path) -> list[Path]:
-    """At most `INPUTS` of the pictures below a folder, at even steps, so that they are of many classes.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    found = find_images([folder])
-    step = math.ceil(len(found) / INPUTS)
-    return found[::step]
+def pick_pictures(found: Sequence[Path]) -> list[Path]:
+    """At most `INPUTS` of these pictures, at even steps, so that they are of many classes."""
+    return list(found[:: math.ceil(len(found) / INPUTS)])
 
 
 def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
@@ -84,7 +83,7 @@ def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
         (N, in_chans, H, W) in float32.
 
     Raises:
-        ValueError: if one of the pictures cannot be read.
+        ValueError: if one of the pictures cannot be read, or the network takes none.
     """
     if not pictures:
         input_size: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]
@@ -92,10 +91,4 @@ def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
         noise = torch.Generator().manual_seed(0)
         return torch.randn(INPUTS, getattr(model, "in_chans", channels), *size, generator=noise)
     read = reader(model)
-    batch: list[Tensor] = []
-    for path in pictures:
-        try:
-            batch.append(read(path))
-        except Exception as error:  # the decoders raise all kinds for broken files
-            raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); move it elsewhere") from error
-    return torch.stack(batch)
+    return torch.stack([read(path) for path in pictures])

@@ -5,7 +5,7 @@ branch. These numbers equal those that the authors' code reports (nfnets/base.py
 """
 
 # timm and torch type only a part of what they export.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 import math
 import re
@@ -21,6 +21,7 @@ from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from torch import Tensor, nn
 
 from .._wrappers import innermost
+from ..layers.residual import SkipInit
 from ..models.blocks import NormFreeBlock
 
 __all__ = ["DEAD", "EXPLODED", "PANELS", "SignalStats", "signal_stats", "troubles"]
@@ -77,6 +78,13 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from walk(name, module)
         elif held and _ALIKE.match(name) and isinstance(module, nn.Sequential | nn.ModuleList):
             raise TypeError(f"{type(model).__name__} has blocks in {name!r} as well, which signal_stats does not know")
+
+
+def _skips(model: nn.Module) -> dict[str, tuple[nn.Module, SkipInit]]:
+    """The blocks that end in a `SkipInit`, and these."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    ends = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, SkipInit)}
+    return {name: (modules[name], end) for name, end in ends.items()}
 
 
 def _channels_first(model: nn.Module, name: str, out: object) -> Tensor:
@@ -147,14 +155,16 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
     its initial mean 0 and variance 1 it would do nothing.
 
     Args:
-        model: A network of timm with blocks, wrapped or not. Parameters, buffers, modes and hooks are left as found.
-        x: (N, in_chans, H, W), on the model's device.
+        model: A network of timm with blocks, wrapped or not; or any network whose residual blocks end in `SkipInit`, as
+            those of `normalizer_free` do. Parameters, buffers, modes and hooks are left as found.
+        x: (N, in_chans, H, W), on the model's device; of any number of axes for blocks that end in `SkipInit`.
 
     Returns:
         One row for the stem and one for every block: `name`; `avg_sq_mean`, mean over channels of the squared channel
         mean; `avg_var`, mean channel variance; `res_avg_var`, that of the residual branch before stochastic depth and
         the skip gain, None for the stem and outside NFNets and ResNets; `expected_var`, 1 for the
-        stem and 1 + k alpha^2 for the k-th block of a stage, None outside NFNets. The variance follows it where skip
+        stem and 1 + k alpha^2 for the k-th block of a stage, None outside NFNets and blocks that `normalizer_free` has
+        converted, which have their own number. The variance follows it where skip
         gains are 1, as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
 
     Raises:
@@ -171,8 +181,9 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
         1.04
     """
     net = innermost(model)
-    blocks = list(_blocks(net))
-    if not blocks:
+    skips = _skips(net)
+    blocks = [] if skips else list(_blocks(net))
+    if not blocks and not skips:
         raise TypeError(
             f"expected a network with residual blocks in stages, blocks, layers, layer1 or s1, as timm names them, got "
             f"{type(net).__name__}"
@@ -181,6 +192,7 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
     with ExitStack() as undo:
         _evaluate(net, undo)
         recorder.attach(blocks, undo)
+        recorder.attach_skips(skips, undo)
         net(x)
     return recorder.rows
 
@@ -195,12 +207,29 @@ class _Recorder:
 
     def attach(self, blocks: list[tuple[str, nn.Module]], undo: ExitStack) -> None:
         """Register the hooks; `undo` removes them."""
-        undo.enter_context(blocks[0][1].register_forward_pre_hook(self.on_first_input))
         for name, block in blocks:
+            if block is blocks[0][1]:
+                undo.enter_context(block.register_forward_pre_hook(self.on_first_input))
             end, branch = _branch_end(block)
             if end is not None:
                 undo.enter_context(end.register_forward_hook(partial(self.on_branch, block, branch)))
             undo.enter_context(block.register_forward_hook(partial(self.on_block, name)))
+
+    def attach_skips(self, skips: dict[str, tuple[nn.Module, SkipInit]], undo: ExitStack) -> None:
+        """Likewise, for blocks that end in a `SkipInit`."""
+        for index, (name, (block, skip)) in enumerate(skips.items()):
+            if index == 0:
+                undo.enter_context(block.register_forward_pre_hook(self.on_first_signal))
+            undo.enter_context(skip.register_forward_hook(partial(self.on_skip, name, block)))
+
+    def on_first_signal(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.add("stem", args[0], None, None)
+
+    def on_skip(self, name: str, block: nn.Module, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        _, branch, *gate = args
+        if gate and gate[0] is not None:
+            branch = _gated((branch,), gate[0])
+        self.add(name, out, _channel_stats(branch)[1], getattr(block, "expected_var", None))
 
     def on_first_input(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         x = _channels_first(self.net, "the first block's input", args[0])

@@ -162,7 +162,7 @@ import torch
 model = timm.create_model("{facts.source}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.inference_mode():
-    logits = model(transform(Image.open("picture.png"))[None])
+    logits = model(transform(Image.open("picture.png").convert("RGB"))[None])
 ```{checked}"""
 
 

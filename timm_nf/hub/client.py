@@ -8,13 +8,14 @@ Weights are safetensors, never pickles. timm's `hf-hub:` and `local-dir:` load w
 
 import json
 import logging
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token, hf_hub_download
@@ -23,14 +24,31 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 
+from .._labels import own_labels
+from .._repository import Repository, repository
 from .._text import reason
 from ..checkpoint import assign, load_tensors, skeleton
 from ..version import __version__
 from .card import require_license
 from .errors import LOGIN_HINT, HubError, explained
-from .folder import CONFIG, README, WEIGHTS, Written, git_blob_id, sha256_of, write_folder
+from .folder import (
+    CONFIG,
+    README,
+    WEIGHTS,
+    Written,
+    first_not_finite,
+    git_blob_id,
+    sha256_of,
+    temporary_folder,
+    write_folder,
+)
 
-__all__ = ["pull", "push", "upload"]
+__all__ = ["pull", "push", "require_hub", "upload"]
+
+# Hashes of files that are in the cache under their own names, as where a system has no links.
+_HASHES = "timm_nf-hashes.json"
+_OTHER_CACHE = "give another cache_dir (or set HF_HOME), or local_files_only (HF_HUB_OFFLINE=1) for what it has already"
+_PULL_REQUEST = re.compile(r"refs/pr/(\d+)")
 
 _logger = logging.getLogger(__name__)
 
@@ -57,10 +75,10 @@ def push(
 
     Args:
         model: Any model that timm's factory made; not changed.
-        repo_id: `user/name`, made if it is missing.
+        repo_id: `user/name`, made if it is missing; also as `hf-hub:user/name` or its address.
         card: Fields of the card's metadata. The license is required, so there is no push without a card. The
             repository that `pull` recorded becomes the base model.
-        revision: A branch, made if it is missing.
+        revision: A branch, made if it is missing, or `refs/pr/N` for a pull request that is there.
         private: Make the repository private; an existing one has to be private already.
         create_pr: Propose the commit as a pull request to the main branch.
         commit_message: By default one that says what was done.
@@ -78,13 +96,15 @@ def push(
         HubError: if the Hub or the network did not allow it; says what to do.
     """
     require_license(card)
+    repo_id, revision = _named(repo_id, revision)
     if create_pr and revision:
         raise ValueError("a pull request is to the main branch; give create_pr or revision, not both")
-    if not dry_run:
-        _require_login(token)
-    with explained(repo_id, revision, token), TemporaryDirectory(prefix="timm_nf-") as temporary:
+    with explained(repo_id, revision, token):
         _require_name(repo_id)
-        folder = Path(temporary) / "repo"
+    if not dry_run:
+        require_hub(repo_id, token)
+    with explained(repo_id, revision, token), temporary_folder(Path(tempfile.gettempdir())) as temporary:
+        folder = temporary / "repo"
         written = write_folder(
             model, folder, card=card, dtype=dtype, architecture=architecture, repo_id=repo_id, recipe=recipe
         )
@@ -113,16 +133,20 @@ def upload(
     Raises:
         HubError: if the Hub or the network did not allow it; says what to do.
     """
-    token = _require_login(token)
+    repo_id, revision = _named(repo_id, revision)
+    token = require_hub(repo_id, token)
+    pull_request = _PULL_REQUEST.fullmatch(revision or "")
     with explained(repo_id, revision, token):
-        _require_name(repo_id)
         api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if not pull_request:  # which is there, or the revision is unknown
+            repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         info = api.model_info(repo_id)
+        _require_case(repo_id, info.id)
         if private and not info.private:
             raise HubError(f"{repo_id} is there already and public: make it private on the Hub, or push elsewhere")
         if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if not pull_request:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             info = api.model_info(repo_id, revision=revision)
         there = {file.rfilename for file in info.siblings or ()}
         names = [name for name in written.files if overwrite_card or name != README or README not in there]
@@ -135,7 +159,10 @@ def upload(
             parent_commit=info.sha,
         )
     files = {name: written.files[name] for name in names}
-    return replace(written, files=files, url=commit.pr_url or commit.commit_url, commit=commit.oid)
+    url = commit.pr_url or commit.commit_url
+    if pull_request:
+        url = f"{constants.ENDPOINT}/{repo_id}/discussions/{pull_request[1]}"
+    return replace(written, files=files, url=url, commit=commit.oid)
 
 
 def pull(
@@ -153,26 +180,24 @@ def pull(
     the memory of the file's size once, and some 50 MB for the client.
 
     Args:
-        repo_id: `user/name` or `user/name@revision`.
+        repo_id: `user/name` or `user/name@revision`; also with `hf-hub:` before it, or as its address.
         revision: A branch, a tag or a commit, the main branch by default.
         sha256: Required of model.safetensors, whatever the Hub says.
         token: By default the login's.
         cache_dir: By default the Hub client's cache.
-        local_files_only: Use the cache alone. Its files are compared with the hashes that name them there.
+        local_files_only: Use the cache alone. Its files are compared with the hashes that name them there, or that an
+            earlier pull recorded.
 
     Raises:
-        ValueError: if the arguments, the hash or the weights are not what was expected.
+        ValueError: if the arguments, the hash, the weights or the labels are not what was expected.
         HubError: if the Hub or the network did not allow it, or a file is damaged; says what to do.
     """
-    name, _, pinned = repo_id.partition("@")
-    if pinned and revision:
-        raise ValueError(f"expected one revision, got {pinned!r} in {repo_id!r} and {revision!r}")
-    revision = pinned or revision
+    name, revision = _named(repo_id, revision)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"expected a sha256 of 64 hexadecimal digits, got {sha256!r}")
     token = _clean(token)
     offline = local_files_only or constants.is_offline_mode()
-    with explained(name, revision, token):
+    with explained(name, revision, token, _OTHER_CACHE):
         _require_name(name)
         hashes: dict[str, str] = {}
         wanted = None
@@ -180,6 +205,7 @@ def pull(
             _clean(get_token())
             api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
             info = api.model_info(name, revision=revision, files_metadata=True)
+            _require_case(name, info.id)
             wanted = info.sha
             hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}
             _refuse_missing(name, hashes)
@@ -215,10 +241,34 @@ def _require_name(repo_id: str) -> None:
         raise HFValidationError("it has no user")
 
 
-def _require_login(token: str | None) -> str | None:
-    if not (_clean(token) or _clean(get_token())):
+def _named(repo_id: str, revision: str | None) -> Repository:
+    """The repository, and the revision that was given with it or beside it."""
+    name, pinned = repository(repo_id)
+    if pinned and revision:
+        raise ValueError(f"expected one revision, got {pinned!r} in {repo_id!r} and {revision!r}")
+    return Repository(name, pinned or revision)
+
+
+def _require_case(repo_id: str, found: str | None) -> None:
+    """Refuse a name in another case than the Hub's, under which the cache would hold it a second time."""
+    if found and found != repo_id and found.lower() == repo_id.lower():
+        raise HubError(f"the Hub has no {repo_id}, but {found}: write it so")
+
+
+def require_hub(repo_id: str, token: str | None) -> str | None:
+    """Refuse what no push can do, before anything is written; the token without white space.
+
+    Raises:
+        HubError: if `repo_id` is no name of a repository, there is no login, or the network is switched off.
+    """
+    with explained(repo_id, None, token):
+        _require_name(repository(repo_id).name)
+    if constants.is_offline_mode():
+        raise HubError("push needs a network, and HF_HUB_OFFLINE forbids it: unset that")
+    token = _clean(token)
+    if not (token or _clean(get_token())):
         raise HubError(f"not logged in: {LOGIN_HINT}")
-    return _clean(token)
+    return token
 
 
 def _refuse_missing(repo_id: str, files: Mapping[str, str]) -> None:
@@ -251,18 +301,55 @@ def _download(
                 library_name="timm_nf", token=token, cache_dir=cache_dir,
             )
         )  # fmt: skip
-        expected = hashes.get(name)
-        if not expected:
-            # Only the first link: a file that came through Xet is a link itself, named by another hash.
-            expected = path.readlink().name if path.is_symlink() else path.name
+        expected = hashes.get(name) or _known_hash(path)
         if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
-            raise HubError(f"{path} cannot be checked: this cache does not name its files by their hash; pull online")
+            raise HubError(f"{path} cannot be checked: no hash of it is known here; pull it once with a network")
         found = git_blob_id(path) if len(expected) == 40 else sha256_of(path)
         if found == expected:
+            if not offline and not path.is_symlink():
+                _record_hash(path, expected)
             return path
         _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
         _remove(path)  # timm does not look at hashes, and would load it
     raise HubError(f"{path} is damaged and was removed, its hash is not what the Hub says: pull again with a network")
+
+
+def _known_hash(path: Path) -> str:
+    """The hash of a file of a snapshot: the name that its link points to, or what an earlier pull recorded, or ''."""
+    if path.is_symlink():
+        # Only the first link: a file that came through Xet is a link itself, named by another hash.
+        return path.readlink().name
+    return _recorded(path).get(_in_snapshot(path), "")
+
+
+def _in_snapshot(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Hashes by `commit/file` that earlier pulls recorded beside the snapshots."""
+    try:
+        found: object = json.loads((path.parents[2] / _HASHES).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {str(key): str(value) for key, value in cast(dict[object, object], found).items()}
+
+
+def _record_hash(path: Path, hash: str) -> None:
+    """Note the Hub's hash of a file that no link names by it, for pulls without a network."""
+    known = _recorded(path)
+    if known.get(_in_snapshot(path)) == hash:
+        return
+    file = path.parents[2] / _HASHES
+    try:
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{_HASHES}")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(known | {_in_snapshot(path): hash}, stream)
+        os.replace(name, file)
+    except OSError as error:  # a cache that cannot be written has to be read online
+        _logger.warning("%s could not be written (%s): offline pulls will not work", file, reason(error))
 
 
 def _remove(path: Path) -> None:
@@ -287,4 +374,7 @@ def _load(folder: Path, origin: str) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} of {origin} is no safetensors file: {error}") from error
     assign(model, tensors, origin)
+    if name := first_not_finite(tensors):
+        raise ValueError(f"{name} of {origin} is NaN or infinite: such a network is of no use")
+    own_labels(model.pretrained_cfg, model.num_classes, f"{CONFIG} of {origin}")
     return model

@@ -7,10 +7,12 @@ import errno
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     BadRequestError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -34,8 +36,16 @@ class HubError(RuntimeError):
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None, token: str | None) -> Generator[None]:
+def explained(
+    repo_id: str, revision: str | None, token: str | None, other_folder: str = "name a folder that can be written"
+) -> Generator[None]:
     """Turn what the Hub's client raises inside into a `HubError`; everything else passes.
+
+    Args:
+        repo_id: The repository, as it was written.
+        revision: Of it; the main branch by default.
+        token: That was given.
+        other_folder: What to do where a folder cannot be written.
 
     Raises:
         HubError: in place of the client's error, with what to do.
@@ -44,10 +54,18 @@ def explained(repo_id: str, revision: str | None, token: str | None) -> Generato
         yield
     except HubError:
         raise
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise HubError(f"{error.filename or 'a folder'} cannot be written: {other_folder}") from error
+        _raise_explained(error, repo_id, revision, token)
     except Exception as error:
-        if message := _explain(error, repo_id, revision or "main", bool(token or get_token())):
-            raise HubError(message) from error
-        raise
+        _raise_explained(error, repo_id, revision, token)
+
+
+def _raise_explained(error: Exception, repo_id: str, revision: str | None, token: str | None) -> NoReturn:
+    if message := _explain(error, repo_id, revision or "main", bool(token or get_token())):
+        raise HubError(message) from error
+    raise error
 
 
 def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool) -> str | None:
@@ -70,6 +88,13 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
             return f"{repo_id} has no file {name} at {revision}: {url}/tree/{revision} lists its files"
         case HfHubHTTPError():
             return _explain_status(error, repo_id, logged_in)
+        case FileMetadataError():
+            return (
+                f"{constants.ENDPOINT} answers without headers that the Hub sends, such as X-Repo-Commit: a proxy or "
+                "mirror drops them. Have it pass them on, or set HF_ENDPOINT to one that does"
+            )
+        case LocalEntryNotFoundError(__cause__=FileMetadataError() as cause):
+            return _explain(cause, repo_id, revision, logged_in)
         case LocalEntryNotFoundError() | OfflineModeIsEnabled() if constants.is_offline_mode():
             return f"{repo_id} at {revision} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that"
         case LocalEntryNotFoundError() if not isinstance(error.__cause__, HTTPError):

@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import socket
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import safetensors
 import timm
@@ -24,14 +27,19 @@ from timm.data import resolve_model_data_config
 from timm.models._hub import save_config_for_hf  # timm.models has only save_for_hf, which writes weights too
 from torch import Tensor, nn
 
+from .._labels import own_labels
 from .._relative_error import relative_error
 from .._text import reason
+from .._versions import saved_arguments
 from .._wrappers import innermost
-from ..checkpoint import assign, fitted, skeleton
+from ..checkpoint import FLOATS, assign, fitted, skeleton
 from ..version import __version__
 from .card import Facts, metadata, network_card
 
-__all__ = ["CONFIG", "README", "WEIGHTS", "Written", "git_blob_id", "sha256_of", "write_folder"]
+__all__ = [
+    "CONFIG", "README", "WEIGHTS", "Written", "first_not_finite", "git_blob_id", "sha256_of", "temporary_folder",
+    "write_folder",
+]  # fmt: skip
 
 WEIGHTS = "model.safetensors"
 """The name of the file of weights in a Hub folder."""
@@ -103,19 +111,13 @@ def write_folder(
     data = None if card is None else metadata(card, name.rpartition("/")[2], base and base.partition("@")[0])
     tensors = _publishable(source, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        new = Path(temporary) / "new"
+    with temporary_folder(folder.parent) as temporary:
+        new = temporary / "new"
         new.mkdir()
         _write_config(source, new / CONFIG, architecture, str(data.license) if data else None)
         tensors = _as_loaded(tensors, new, architecture)
         _write_weights(tensors, new)
-        tensor_check = _compare_tensors(tensors, new / WEIGHTS)
-        features, logits = _deviations(source, tensors, new)
-        if architecture == own:
-            _require_equal(features, logits)
-            output_check = "features and logits of the network read back", "equal to the bit"
-        else:
-            output_check = f"logits as {architecture}, deviation", f"{logits:.1e}"
+        back = _read_back(source, tensors, new, None if architecture == own else architecture)
         facts = Facts(
             architecture=architecture,
             arguments=_unusual_arguments(new / CONFIG),
@@ -126,14 +128,47 @@ def write_folder(
             size=(new / WEIGHTS).stat().st_size,
             versions=_versions(),
             base=base,
-            deviation=None if architecture == own else logits,
+            deviation=back.deviation,
             recipe=recipe or {},
         )
         text = network_card(data, name, facts) if data else ""
         if data and (overwrite_card or not (folder / README).exists()):
             (new / README).write_text(text, encoding="utf-8")
         files = _move_into_place(new, folder)
-    return Written(files, facts.sha256, [tensor_check, output_check], text)
+    return Written(files, facts.sha256, back.checks, text)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Generator[Path]:
+    """A new folder in `parent` that is removed at the end, and with it those that killed processes have left there."""
+    _remove_leftovers(parent)
+    with TemporaryDirectory(dir=parent, prefix=f"{_writing()}{os.getpid()}-") as temporary:
+        yield Path(temporary)
+
+
+def _writing() -> str:
+    """How temporary folders of this machine begin; the process follows. Others may share the disk."""
+    return f".writing-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove temporary folders of processes that are gone."""
+    if os.name != "posix":  # elsewhere, asking whether a process runs would end it
+        return
+    for folder in parent.glob(f"{_writing()}*"):
+        process = folder.name.removeprefix(_writing()).partition("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def sha256_of(file: Path) -> str:
@@ -176,29 +211,53 @@ def _pinned_base(model: Any) -> str | None:
     return recorded if _PINNED.fullmatch(recorded) else None
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None if all are finite."""
+    for name, tensor in tensors.items():
+        # The extremes, which NaN passes on: a mask would need memory.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return None
+
+
 def _publishable(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors to write: on the CPU, contiguous, finite, and in one floating dtype.
+    """The tensors to write: on the CPU, contiguous, each in memory of its own, finite, and in one floating dtype.
 
     Raises:
-        ValueError: if they are not finite, of several floating dtypes, or on the meta device.
+        ValueError: if they are not finite, not dense, on the meta device, of several floating dtypes, or of one that
+            networks do not compute in.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"expected a floating dtype, got {dtype}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"expected a floating dtype ({', '.join(map(str, FLOATS))}), got {dtype}")
     tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError(f"expected a model with weights, {name} is on the meta device")
+        _require_numbers(name, tensor)
         rounded = tensor.detach().cpu()
         if dtype is not None and rounded.is_floating_point():
             rounded = rounded.to(dtype)
-        if not torch.isfinite(rounded).all():
+        rounded = rounded.contiguous()
+        if first_not_finite({name: rounded}):
             why = f"too large for {dtype}" if torch.isfinite(tensor).all() else "NaN or infinite"
             raise ValueError(f"{name} is {why}: such a network is not published")
-        tensors[name] = rounded.contiguous()
+        # Of tied weights and views, safetensors would write none.
+        memory = rounded.untyped_storage().data_ptr()
+        tensors[name] = rounded.clone() if memory in held else rounded
+        held.add(memory)
     dtypes = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()})
     if len(dtypes) > 1:
         raise ValueError(f"expected weights in one floating dtype, got {', '.join(dtypes)}: give dtype to choose one")
     return tensors
+
+
+def _require_numbers(name: str, tensor: Tensor) -> None:
+    """Refuse what is no dense tensor of numbers that networks compute in."""
+    if tensor.is_meta:
+        raise ValueError(f"expected a model with weights, {name} is on the meta device")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise ValueError(f"expected dense tensors, {name} is sparse, nested or quantised")
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
+        raise ValueError(f"expected weights in {', '.join(map(str, FLOATS))}, {name} is {tensor.dtype}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -213,14 +272,14 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
       classes then pass it twice. timm reads the one at the top level where `model_args` has none.
 
     Raises:
-        ValueError: if the network is fused and the architecture is another one.
+        ValueError: if the network is fused and the architecture is another one, or the labels do not fit.
     """
-    cfg = model.pretrained_cfg
-    labels: dict[str, Any] = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
-    if len(labels.get("label_names") or ()) != model.num_classes:
-        labels = {}  # the labels of the weights that this network started from
-    save_config_for_hf(model, str(file), labels)
+    labels = own_labels(model.pretrained_cfg, model.num_classes, "the model's config")
+    save_config_for_hf(model, str(file), labels, **saved_arguments(model))
     config: dict[str, Any] = json.loads(file.read_text())
+    for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has
+        if key in config["pretrained_cfg"]:
+            config["pretrained_cfg"][key][0] = getattr(model, "in_chans", config["pretrained_cfg"][key][0])
     config["architecture"] = architecture
     for key in ("tag", "license"):
         config["pretrained_cfg"].pop(key, None)
@@ -302,6 +361,33 @@ def _versions() -> dict[str, str]:
 
 
 # -- reading back ------------------------------------------------------------------------------------------------------
+
+
+class _ReadBack(NamedTuple):
+    """What was compared, in words, and the deviation of the logits where another architecture loads the files."""
+
+    checks: list[tuple[str, str]]
+    deviation: float | None
+
+
+def _read_back(model: Any, tensors: Mapping[str, Tensor], folder: Path, other: str | None) -> _ReadBack:
+    """Compare the tensors in a folder, and the network that timm makes of it, with the model.
+
+    Args:
+        model: The network that was written.
+        tensors: That were written.
+        folder: Where.
+        other: The architecture that loads the files, if it is not the model's own.
+
+    Raises:
+        RuntimeError: if the tensors differ, or the network does although the architecture is the model's own.
+    """
+    checks = [_compare_tensors(tensors, folder / WEIGHTS)]
+    features, logits = _deviations(model, tensors, folder)
+    if other is not None:
+        return _ReadBack([*checks, (f"logits as {other}, deviation", f"{logits:.1e}")], logits)
+    _require_equal(features, logits)
+    return _ReadBack([*checks, ("features and logits of the network read back", "equal to the bit")], None)
 
 
 def _compare_tensors(tensors: Mapping[str, Tensor], file: Path) -> tuple[str, str]:

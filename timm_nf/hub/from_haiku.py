@@ -17,7 +17,7 @@ from ..checkpoint import assign, load_tensors, skeleton
 from ..convert.haiku import haiku_to_timm, timm_to_haiku
 from ..convert.haiku_pickle import load_haiku
 from ..convert.infer import infer_variant
-from .client import upload
+from .client import require_hub, upload
 from .errors import explained
 from .folder import WEIGHTS, Written, write_folder
 
@@ -66,6 +66,8 @@ def convert(
     folder = Path(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, {folder} is there: remove it or name another")
+    if repo_id is not None:
+        require_hub(repo_id, None)
     was_there = folder.is_dir()
     params = load_haiku(file)
     name, overrides = infer_variant(params)

@@ -1,9 +1,10 @@
 """Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported."""
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
+import copy
 import json
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._progress import Progress, silent
 from .._seed import seeded
+from ..checkpoint import skeleton
 from ..variants import VARIANTS
 from . import export, int8
 from .fuse import fuse
@@ -64,34 +66,52 @@ def stock_name(name: str) -> str:
 
 
 def bfloat16_is_fast(device: str = "cpu") -> bool:
-    """Whether the device has instructions for bfloat16."""
+    """Whether the device has instructions for bfloat16. Without them a CPU takes longer in bfloat16 than in float32."""
     if torch.device(device).type != "cpu":
         return True
-    has = torch.cpu.get_capabilities()
-    return has.get("avx512_bf16", False) or has.get("amx_tile", False)
+    return any("bf16" in name for name in _cpu_instructions())
 
 
-def contenders(name: str, batch: int, size: int, device: str = "cpu") -> dict[str, Callable[[], Work]]:
-    """The versions of a network that can be timed here, with random weights.
+def _cpu_instructions() -> set[str]:
+    """Names of what this CPU can do: avx512_bf16 and amx_bf16 on x86, bf16 on ARM."""
+    if hasattr(torch.cpu, "get_capabilities"):  # older torch has none
+        return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # neither Linux nor a torch that can tell
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def contenders(
+    name: str, batch: int, size: int, device: str = "cpu", trained: nn.Module | None = None
+) -> dict[str, Callable[[], Work]]:
+    """The versions of a network that can be timed here, with random weights by default.
 
     Args:
         name: A network of ours, or one of timm's with standardised convolutions.
         batch: Images in a forward pass.
         size: Height and width of the images.
         device: The device, as torch names it.
+        trained: The network with its weights, on the CPU. By default one with random weights is made by name.
 
     Returns:
         `{label: function that builds the version and returns its work}`. The versions are `stock` (timm's network),
         `timm_nf` (ours, if there is one) and `fused`. Some are also timed in channels_last, in bfloat16, compiled by
         inductor with frozen weights, and in onnxruntime, in float32 and with convolutions in int8.
+
+    Raises:
+        ValueError: before anything is built, if the network has no standardised convolutions.
     """
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    fuse(skeleton(name) if trained is None else trained)  # refuses what cannot be fused
+    channels: int = getattr(trained, "in_chans", 3)
+    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stock() -> nn.Module:
-        return timm.create_model(stock_name(name)).eval()
+        return timm.create_model(stock_name(name), in_chans=channels).eval()
 
     def ours() -> nn.Module:
-        return timm.create_model(name).eval()
+        return timm.create_model(name).eval() if trained is None else copy.deepcopy(trained)
 
     def fused() -> nn.Module:
         return fuse(ours())

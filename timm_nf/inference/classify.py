@@ -14,7 +14,7 @@ from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset, re
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from .._text import reason
+from .._labels import own_labels
 from .images import reader
 from .named import load_model
 
@@ -23,7 +23,7 @@ __all__ = ["Prediction", "classify", "labels", "load_model", "preprocessing"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one file, as (label, probability), or the error that kept it from being read."""
+    """The most probable classes of one file, as (label, probability), or in one line why it could not be read."""
 
     path: Path
     classes: list[tuple[str, float]]
@@ -37,11 +37,14 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 def labels(model: Any) -> list[str]:
-    """What to call the classes: by the weights' own labels, ImageNet's descriptions, or else their numbers."""
+    """What to call the classes: by the weights' own labels, ImageNet's descriptions, or else their numbers.
+
+    Raises:
+        ValueError: if the model's config has labels that do not fit.
+    """
     info: CustomDatasetInfo | ImageNetInfo
-    cfg: dict[str, Any] = model.pretrained_cfg
-    if cfg.get("label_names"):
-        info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
+    if own := own_labels(model.pretrained_cfg, model.num_classes, "the network's config"):
+        info = CustomDatasetInfo(own["label_names"], own.get("label_descriptions"))
     elif subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)
     else:
@@ -58,15 +61,17 @@ def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str
         paths: Of picture files.
         topk: How many classes of each, at most all.
         device: Where to run, as torch names it.
+
+    Raises:
+        ValueError: before the first picture, if the model takes no pictures, or its labels do not fit.
     """
+    names, read = labels(model), reader(model)
     model = model.to(device)
-    names = labels(model)
-    read = reader(model)
     for path in paths:
         try:
             image = read(path)
-        except Exception as error:  # the decoders raise all kinds for broken files
-            yield Prediction(path, [], reason(error))
+        except ValueError as error:
+            yield Prediction(path, [], str(error))
             continue
         top = model(image[None].to(device)).softmax(-1)[0].topk(min(topk, len(names)))
         pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)

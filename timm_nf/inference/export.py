@@ -24,7 +24,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._relative_error import relative_error
-from .._text import reason
+from .._text import install_hint, reason
 from .classify import labels
 from .images import photographs
 from .named import is_known
@@ -187,7 +187,7 @@ def _write_torchscript(
 
 def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]) -> _ReadBack:
     if not onnx_is_installed():
-        raise RuntimeError("ONNX needs onnx, onnxscript and onnxruntime; pip install timm-nf[export]")
+        raise RuntimeError(f"ONNX needs onnx, onnxscript and onnxruntime: {install_hint('export')}")
     import onnx
     import onnxruntime
 

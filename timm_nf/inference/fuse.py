@@ -4,7 +4,7 @@ timm's `reparameterize_model` does the same to our layers, but it does not fuse 
 does not mark the model as fused.
 """
 
-# The layers of timm that are taken apart here have no types.
+# timm's layers have no types.
 # pyright: standard, reportPrivateImportUsage=false
 
 import copy
@@ -74,10 +74,11 @@ def fuse(model: nn.Module) -> nn.Module:
     """Copy a model and replace its standardised convolutions by plain ones with the same outputs. For inference.
 
     It works on our networks, on timm's networks with `ScaledStdConv2d`, `StdConv2d` or their SAME forms (NFNets, BiT,
-    hybrid vision transformers), and on modules that contain such networks.
+    hybrid vision transformers), on every layer of `timm_nf.layers` with a standardised weight, and on modules that
+    contain such networks or layers.
 
     Parameter names stay. Gains disappear. If the padding depends on the size of the input (SAME, with a stride and a
-    kernel larger than 1), the plain convolution is a subclass of nn.Conv2d that pads first.
+    kernel larger than 1), the plain convolution is a subclass of torch's that pads first.
 
     Saving: a fused network of ours is saved and created again with `create_model(name, fused=True)`. timm's
     architectures have no such argument, so `hub.write_folder` and `push` refuse them once fused. If timm itself saves

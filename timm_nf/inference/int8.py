@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._progress import Progress, silent
 from .._relative_error import relative_error
-from .._text import reason
 from . import export
-from .images import open_picture
+from .images import reader
 
 __all__ = ["FEWEST", "QUANTIZED", "Comparison", "quantize", "session", "split", "write"]
 
@@ -111,7 +110,8 @@ def write(
     if file.suffix != ".onnx":
         raise ValueError(f"int8 is for files that end in .onnx, got {file}")
     calibration, rest = split(pictures)
-    read = _reader(model, size)
+    height, width = resolve_model_data_config(model)["input_size"][1:]
+    read = reader(model, (size or height, size or width))
     with tempfile.TemporaryDirectory() as folder, export.replacing(file) as temporary:
         wide = Path(folder, "float32.onnx")
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
@@ -173,22 +173,6 @@ def session(file: Path) -> Callable[[Tensor], Tensor]:
 
 def _batch(images: Tensor) -> np.ndarray:
     return (images if images.ndim == 4 else images[None]).numpy()
-
-
-def _reader(model: Any, size: int | None) -> Callable[[Path], Tensor]:
-    """A function that reads a picture with the model's preprocessing, at the size of the exported file."""
-    data: dict[str, Any] = resolve_model_data_config(model)
-    channels, height, width = data["input_size"]
-    data["input_size"] = (channels, size or height, size or width)
-    transform: Any = create_transform(**data, is_training=False)
-
-    def read(path: Path) -> Tensor:
-        try:
-            return transform(open_picture(path, channels))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as a picture: {reason(error)}") from error
-
-    return read
 
 
 def _compare(

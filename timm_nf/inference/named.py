@@ -1,25 +1,68 @@
 """Creates networks by name, with weights from the Hub, from a file, or random ones."""
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
+import os
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
-from timm.models import is_model
+from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
+from .._repository import repository
 from .._seed import seeded
 from .._text import reason
 from ..checkpoint import Checkpoint, fill
 
-__all__ = ["is_known", "load_model", "random_model", "timm_name"]
+__all__ = ["canonical_name", "is_known", "load_model", "near_names", "random_model", "timm_name"]
+
+_PLACE = re.compile(r"hf[-_]hub:|https?:", re.IGNORECASE)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 
 
 def is_known(name: str) -> bool:
     """Whether timm can build this: a registered name with or without a tag, or a source such as `hf-hub:user/repo`."""
     return ":" in name or is_model(name.partition(".")[0])
+
+
+def canonical_name(name: str) -> str:
+    """A network's name as timm has it: case is ignored, `~` and the ways to write a repository are resolved.
+
+    Raises:
+        ValueError: if no network can have this name, with what may have been meant.
+    """
+    if _PLACE.match(name):
+        place = repository(name)
+        if not _REPOSITORY.fullmatch(place.name):
+            raise ValueError(f"expected a repository as hf-hub:user/name, got {name!r}")
+        return f"hf-hub:{place}"
+    is_place = name.startswith("local-dir:")
+    folder = Path(os.path.expanduser(name.removeprefix("local-dir:")))
+    if is_place or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            why = f"{folder} has no config.json" if folder.is_dir() else f"there is no folder {folder}"
+            raise ValueError(f"expected a folder in Hub layout, but {why}")
+        return f"local-dir:{folder}" if is_place else str(folder)
+    bare, _, tag = name.lower().partition(".")
+    if not is_model(bare):
+        hint = near_names(bare, timm.list_models())
+        if _REPOSITORY.fullmatch(name):
+            hint = f"; a repository of the Hub is written hf-hub:{name}"
+        raise ValueError(f"no network or folder is called {name!r}{hint}; `timm-nf list` shows ours")
+    if tag and f"{bare}.{tag}" not in (tagged := timm.list_models(f"{bare}.*", include_tags=True)):
+        held = ", ".join(full.partition(".")[2] for full in tagged[:5] if "." in full) or "none"
+        raise ValueError(f"{bare} has no weights with the tag {tag!r}; it has {held}")
+    return f"{bare}.{tag}" if tag else bare
+
+
+def near_names(name: str, names: list[str]) -> str:
+    """Names that may have been meant, as the next part of a message; empty without any."""
+    near = get_close_matches(name.lower(), names, 3)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def timm_name(name: str) -> str:
@@ -37,11 +80,18 @@ def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
             too.
 
     Raises:
-        ValueError: if the checkpoint belongs to another network.
-        RuntimeError: if there are no published weights, or they cannot be loaded. The message says what to do.
+        ValueError: if the checkpoint belongs to another network, or no weights of this name are published.
+        RuntimeError: if the weights cannot be loaded. The message says what to do.
     """
     if checkpoint is not None:
         return fill(timm_name(name), checkpoint).float()
+    if is_model(name.partition(".")[0]) and ":" not in name and not Path(name).is_dir():
+        cfg = get_pretrained_cfg(name)
+        if cfg is None or not cfg.has_weights:
+            raise ValueError(
+                f"no weights of {name} are published, `timm-nf list` shows what has weights: give yours by "
+                "--checkpoint FILE or as a folder in Hub layout"
+            )
     try:
         return timm.create_model(timm_name(name), pretrained=True).eval()
     except Exception as error:  # the Hub client, its HTTP library and timm have no common type of error

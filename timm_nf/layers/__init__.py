@@ -3,6 +3,7 @@
 from .activations import ACTIVATIONS, Activation, activation_gain, activation_name, create_activation
 from .drop import StochasticDepth
 from .pool2d_same import SameAvgPool2d, SameMaxPool2d
+from .residual import SkipInit
 from .same_conv import SameConv1d, SameConv2d, SameConv3d
 from .squeeze_excite import GateConv2d, SqueezeExcite
 from .standardize import destandardize_weight, standardize_weight
@@ -32,6 +33,7 @@ __all__ = [
     "ScaledStdConvTranspose2d",
     "ScaledStdConvTranspose3d",
     "ScaledStdLinear",
+    "SkipInit",
     "SqueezeExcite",
     "StochasticDepth",
     "activation_gain",

@@ -1,6 +1,6 @@
 """Tells whether operations on a tensor run now, or are recorded for a compiler or a file."""
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
 import torch
@@ -22,8 +22,9 @@ def is_eager(x: Tensor) -> bool:
 
 @torch.jit.unused
 def has_fixed_sizes(x: Tensor) -> bool:
-    """Whether the sizes of `x` are plain numbers, on which a choice may rest.
+    """Whether the sizes of `x` are plain numbers. If so, code may branch on them.
 
-    Where a computation is recorded they may be symbols. A choice by their parity would then hold for every later size.
+    If a compiler or exporter records the computation, sizes may be symbols. A branch on their parity then holds for
+    all sizes.
     """
     return is_eager(x) and all(type(size) is int for size in x.shape)

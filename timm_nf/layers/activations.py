@@ -54,7 +54,7 @@ def activation_name(name: str) -> str:
     choices = f"choose one of {', '.join(ACTIVATIONS)}"
     if key in _NOT_BUILT:
         raise ValueError(
-            f"act_layer {name!r} is in the authors' table, but not built here: it is not elementwise; {choices}"
+            f"act_layer {name!r} is in the authors' table but not built here: it is not elementwise; {choices}"
         )
     raise ValueError(f"act_layer must be the name of an activation with a known gamma, got {name!r}; {choices}")
 

@@ -23,15 +23,19 @@ class StochasticDepth(nn.Module):
         """Set the branch's coefficient to 0 for dropped examples.
 
         Args:
-            coefficient: Broadcastable to (N, 1, 1, 1).
-            x: The branch, (N, C, H, W). Only its shape and device are used.
+            coefficient: Broadcastable to (N, C, 1, ..., 1).
+            x: The branch, (N, ...), of any number of axes. Only its shape and device are used.
 
         Returns:
-            (N, 1, 1, 1) in training, otherwise `coefficient`.
+            In training (N, 1, ..., 1), as many axes as `x`, or more channels if the coefficient has them. Otherwise
+            `coefficient`.
         """
         if not self.training:
             return coefficient
-        remains = torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.rate
+        one = x
+        for axis in range(1, x.dim()):
+            one = one.narrow(axis, 0, 1)  # one element of every example
+        remains = torch.rand_like(one, dtype=torch.float32) >= self.rate
         return coefficient * remains
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Pooling under TensorFlow's SAME rule."""
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
 import torch

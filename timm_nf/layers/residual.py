@@ -7,17 +7,19 @@ backward pass takes 13: `mean` divides the expanded gradient instead of the smal
 Shapes: N examples, C channels, H height, W width.
 """
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._eager import is_eager
+from .drop import StochasticDepth
 
-__all__ = ["add_scaled", "global_mean"]
+__all__ = ["SkipInit", "add_scaled", "global_mean"]
 
 
 class _GlobalMean(torch.autograd.Function):
@@ -25,7 +27,7 @@ class _GlobalMean(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.mean((-2, -1), keepdim=True)
+        return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -33,18 +35,20 @@ class _GlobalMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return (grads[0] / (ctx.shape[-2] * ctx.shape[-1])).expand(ctx.shape)
+        return (grads[0] / math.prod(ctx.shape[2:])).expand(ctx.shape)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return tangents[0].mean((-2, -1), keepdim=True)
+        return tangents[0].mean(tuple(range(2, tangents[0].ndim)), keepdim=True)
 
 
 def global_mean(x: Tensor) -> Tensor:
-    """Mean over height and width, (N, C, H, W) -> (N, C, 1, 1)."""
+    """Mean over all axes behind the channels, (N, C, H, W) -> (N, C, 1, 1); of any number of axes."""
+    if x.dim() == 2:
+        return x
     if not torch.jit.is_scripting() and is_eager(x):
         return _GlobalMean.apply(x)
-    return x.mean((2, 3), keepdim=True)
+    return x.mean(list(range(2, x.dim())), keepdim=True)
 
 
 class _AddScaled(torch.autograd.Function):
@@ -98,7 +102,7 @@ def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None 
     """`shortcut + out * gain * gate`.
 
     Args:
-        shortcut: (N, C, H, W).
+        shortcut: (N, C, H, W), or any other number of axes.
         out: Output of the branch, (N, C, H, W).
         gain: (1,), or (N, 1, 1, 1) with one value per example.
         gate: (N, C, 1, 1). None stands for 1.
@@ -112,3 +116,55 @@ def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None 
     if torch.jit.is_tracing() or torch.compiler.is_compiling():  # some converters do not have addcmul
         return shortcut + out * coefficient
     return torch.addcmul(shortcut, out, coefficient)
+
+
+class SkipInit(nn.Module):
+    """The end of a residual block: `shortcut + alpha * gain * branch`, with a learnable gain (1,) that starts at 0.
+
+    The block starts as its shortcut. Where the branch has unit variance, a gain of 1 adds alpha^2 to the variance of
+    the shortcut. Stochastic depth does not rescale the examples that keep their branch.
+
+    Args:
+        alpha: The paper's 0.2.
+        drop_path_rate: Of stochastic depth.
+        device: Of the gain.
+        dtype: Of the gain.
+
+    Raises:
+        ValueError: if the rate is not between 0 and 1.
+
+    Examples:
+        >>> SkipInit()(torch.ones(1, 1, 2), torch.ones(1, 1, 2)).tolist()
+        [[[1.0, 1.0]]]
+
+    Source: arXiv:2002.10444, section 3; deepmind-research nfnets/nfnet.py at f5de0ede, NFBlock.
+    """
+
+    def __init__(self, alpha: float = 0.2, drop_path_rate: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path_rate <= 1.0:
+            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        self.alpha = alpha
+        self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
+        # One element, not a scalar: FSDP2 refuses to shard scalar parameters.
+        self.gain = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Gain 0."""
+        nn.init.zeros_(self.gain)
+
+    def forward(self, shortcut: Tensor, out: Tensor, gate: Tensor | None = None) -> Tensor:
+        """(N, C, ...), (N, C, ...) -> (N, C, ...), of any number of axes.
+
+        Args:
+            shortcut: What is added to.
+            out: Of the branch.
+            gate: (N, C, 1, ..., 1) of `SqueezeExcite`, which takes the authors' factor of 2 here.
+        """
+        gain = (self.alpha if gate is None else 2 * self.alpha) * self.gain
+        if self.drop_path is not None:
+            gain = self.drop_path(gain, out)
+        return add_scaled(shortcut, out, gain, gate)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"

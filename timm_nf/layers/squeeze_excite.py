@@ -1,6 +1,6 @@
 """The gate of squeeze-excite. timm's layer also multiplies it into the activations; here the block does that."""
 
-# torch types its constructors and hooks in part, timm its initialisers.
+# torch's types of constructors and hooks are incomplete, and so are those of timm's initialisers.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportPrivateImportUsage=false
 
 from typing import Any, Literal
@@ -22,7 +22,7 @@ class GateConv2d(nn.Conv2d):
     A matrix product uses the weight in its own layout. For a convolution, oneDNN copies the weight into another layout
     in every call; `python -m benchmarks.profile_inference` shows these copies for the other convolutions.
 
-    The arguments are those of nn.Conv2d, which tools copy from one layer to another. Most allow one value only.
+    The arguments are those of nn.Conv2d, so that tools can build such a layer from another one. Most allow one value.
 
     Args:
         in_channels: I.
@@ -80,7 +80,8 @@ class GateConv2d(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution with std 1 / sqrt(I), truncated at 2 std. Set the bias to 0."""
         std = self.in_channels**-0.5
-        trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)  # torch's own redraws, which fake tensors cannot
+        # torch's own trunc_normal_ draws again by value, and fake tensors have no values.
+        trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -118,10 +119,14 @@ class SqueezeExcite(nn.Module):
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, 1, 1).
+        """(N, C, H, W) -> (N, C, 1, 1); of any number of axes behind the channels.
 
         Examples:
-            >>> SqueezeExcite(6)(Tensor(2, 6, 5, 4)).shape
-            torch.Size([2, 6, 1, 1])
+            >>> [tuple(SqueezeExcite(6)(torch.zeros(2, 6, *size)).shape) for size in ((5, 4), (5,))]
+            [(2, 6, 1, 1), (2, 6, 1)]
         """
-        return self.gate(self.fc2(self.act(self.fc1(global_mean(x)))))
+        mean = global_mean(x)
+        if mean.dim() == 4:
+            return self.gate(self.fc2(self.act(self.fc1(mean))))
+        shape = list(mean.shape)
+        return self.gate(self.fc2(self.act(self.fc1(mean.flatten(1)[:, :, None, None])))).view(shape)

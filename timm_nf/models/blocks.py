@@ -7,7 +7,7 @@ No constant scales an activation, which would cost a pass over memory:
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
 """
 
-# torch types its constructors and hooks in part.
+# torch's types of constructors and hooks are incomplete.
 # pyright: reportUnknownMemberType=false
 
 from collections import OrderedDict

@@ -16,24 +16,20 @@ Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfne
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    reparameterize_model,
-)
+from timm.models import _registry as registry
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .._gain_names import is_gain
+from .._versions import build_network
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation
 from ..layers.standardize import destandardize_weight, standardize_weight
@@ -109,8 +105,9 @@ class NormFreeNet(nn.Module):
         self.num_features = final_chs or in_chs
         # No convolution follows that could carry gamma. forward_features returns the authors' tensor.
         self.final_act = Activation(cfg.act_layer)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        # timm's head takes device and dtype since 1.0.22, and knows its width after pooling since 1.0.31.
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
+        self.head_hidden_size = self._pooled_width()
         self._init_classifier()
         if fused:
             reparameterize_model(self, inplace=True)
@@ -284,11 +281,14 @@ class NormFreeNet(nn.Module):
         """Replace the classifier by a new one for `num_classes`. The pooling stays unless `global_pool` is given."""
         self.num_classes = num_classes
         reference = next(self.parameters())
-        self.head.reset(
-            num_classes, global_pool, in_features=self.num_features, device=reference.device, dtype=reference.dtype
-        )
-        self.head_hidden_size = self.head.num_features
+        self.head.in_features = self.num_features  # which pruning changes
+        self.head.reset(num_classes, global_pool)
+        self.head.to(device=reference.device, dtype=reference.dtype).train(self.head.training)
+        self.head_hidden_size = self._pooled_width()
         self._init_classifier()
+
+    def _pooled_width(self) -> int:
+        return self.num_features * self.head.global_pool.feat_mult()
 
     def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
@@ -450,14 +450,14 @@ Entrypoint = Callable[..., nn.Module]
 
 def _entrypoint(name: str) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
+        return build_network(
             NormFreeNet,
             name,
             pretrained,
             model_cfg=VARIANTS[name].cfg,
             feature_cfg={"flatten_sequential": True},
             pretrained_filter_fn=checkpoint_filter_fn,
-            **kwargs,
+            asked=kwargs,
         )
 
     create.__name__ = create.__qualname__ = name
@@ -498,8 +498,54 @@ dm_nf_regnet_b6: Entrypoint
 dm_nf_regnet_b7: Entrypoint
 dm_nf_regnet_b8: Entrypoint
 
-with warnings.catch_warnings():
-    # timm warns that these replace its own nfnet_f0 to f7, which are other networks and have no weights.
-    warnings.filterwarnings("ignore", "Overwriting nfnet_f[0-7] in registry")
-    for _name in VARIANTS:
-        globals()[_name] = register_model(_entrypoint(_name))
+for _name in VARIANTS:
+    globals()[_name] = _entrypoint(_name)
+
+_replaced: dict[str, Entrypoint | None] = {}  # what each name stood for before it was ours: timm's nfnet_f0 to f7
+
+
+def register_networks() -> None:
+    """Put the networks into timm's registry, in the place of timm's of the same name. Safe to repeat.
+
+    Nothing is done to a name that somebody else has registered since.
+    """
+    for name in VARIANTS:
+        if name not in _replaced:
+            _replaced[name] = registry._model_entrypoints.get(name)
+            _forget(name)
+            register_model(globals()[name])
+
+
+def unregister_networks() -> list[str]:
+    """Put back what `register_networks` replaced, and take out the rest. Networks that exist go on working.
+
+    Returns:
+        Names that somebody else has registered since. Those stay.
+    """
+    left: list[str] = []
+    while _replaced:
+        name, before = _replaced.popitem()
+        if registry._model_entrypoints.get(name) is not globals()[name]:
+            left.insert(0, name)
+            continue
+        _forget(name)
+        if before is not None:
+            register_model(before)
+    return left
+
+
+def _forget(name: str) -> None:
+    """Take a name out of timm's registry, which older timm would keep in part when another network takes it."""
+    registry._model_entrypoints.pop(name, None)
+    registry._model_default_cfgs.pop(name, None)
+    for full_name in (name, *registry._model_with_tags.pop(name, ())):
+        registry._model_pretrained_cfgs.pop(full_name, None)
+        registry._model_has_pretrained.discard(full_name)
+    module = registry._model_to_module.pop(name, None)
+    if module is not None:
+        registry._module_to_models[module].discard(name)
+        if not registry._module_to_models[module]:
+            del registry._module_to_models[module]
+
+
+register_networks()

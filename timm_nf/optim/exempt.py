@@ -221,9 +221,9 @@ def split_group(group: dict[str, Any], key: Callable[[Tensor], Any]) -> list[tup
 
 
 def warn_caller(message: str) -> None:
-    """Warn at the caller's line: the last one outside the code of optimizers."""
+    """Warn at the caller's line: the last one outside the code of optimizers and of their registration."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    inside = ("timm_nf.optim", "timm.optim", "torch.", "contextlib")
+    inside = ("timm_nf.optim", "timm_nf.registration", "timm.optim", "torch.", "contextlib")
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -76,9 +76,14 @@ def unregister() -> list[str]:
     optimizers = factory.default_registry._optimizers
     for name in [name for name in optimizers if _bare_name(name) is not None]:
         del optimizers[name]
+    warn_of(left)
+    return left
+
+
+def warn_of(left: list[str]) -> None:
+    """Name on the caller's line what stays in timm after undoing, if anything does."""
     if left:
         warn_caller(f"{', '.join(left)}: replaced by others since timm_nf was imported, so these stay as they are")
-    return left
 
 
 def _install(owner: Any, name: str, ours: Any) -> None:

@@ -1,6 +1,6 @@
 """The authors' golden numbers, and the synthetic parameters and images that they were computed from."""
 
-# torch types from_numpy in part.
+# torch's types of from_numpy are incomplete.
 # pyright: reportUnknownMemberType=false
 
 import importlib.resources

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_model_data_config
+from timm.data import ImageNetInfo, create_dataset, create_loader
 from timm.models import is_model
 from torch import nn
 
 from .. import checkpoint, convert
 from .._progress import Progress
 from ..convert.infer import infer_variant
+from ..inference.images import picture_config
 
 __all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
@@ -95,9 +96,9 @@ def compare(
         track: Shows progress.
 
     Raises:
-        ValueError: if the subfolders are neither.
+        ValueError: if the subfolders are neither, or the networks take no pictures.
     """
-    data = resolve_model_data_config(ours, use_test_size=True)
+    data = picture_config(ours)
     synsets: list[str] = ImageNetInfo().label_names()
     classes = {path.name for path in Path(folder).iterdir() if path.is_dir()}
     is_imagenet = ours.num_classes == len(synsets) and classes <= set(synsets)
@@ -107,6 +108,7 @@ def compare(
         )
     class_map: Any = {name: i for i, name in enumerate(synsets)} if is_imagenet else ""
     dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
+    dataset.input_img_mode = "RGB" if data["input_size"][0] == 3 else "L"
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
     count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
     for x, labels in track(loader, f"{len(dataset)} images"):

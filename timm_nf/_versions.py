@@ -1,0 +1,80 @@
+"""The oldest torch and timm that the package works with, and what releases of timm before the newest lack.
+
+docs/compatibility.md says what is lost on which. Everything that depends on timm's version is here.
+"""
+
+# timm's model builder has no types.
+# pyright: standard, reportPrivateImportUsage=false
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import timm.models
+import torch
+from torch import nn
+from torch.torch_version import TorchVersion
+
+__all__ = ["OLDEST", "build_network", "require_versions", "saved_arguments"]
+
+OLDEST = {"torch": "2.6", "timm": "1.0.20"}
+
+# Since 1.0.31 timm's factory records a network's arguments, and its loader asks the network which stem to convert.
+_TIMM_RECORDS = hasattr(timm.models, "get_model_args")
+_NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls"}
+_NO_ARGUMENTS |= {"device", "dtype"}  # what a saved network does not depend on, or cannot say
+
+
+def require_versions() -> None:
+    """Look at the packages that were imported. pip looked at those that it installed, which may be others.
+
+    `python train.py` in a clone of timm's repository imports the clone.
+
+    Raises:
+        ImportError: if one is too old.
+    """
+    for package in (torch, timm):
+        _require(package)
+
+
+def _require(package: ModuleType) -> None:
+    name, found, needed = package.__name__, str(package.__version__), OLDEST[package.__name__]
+    if TorchVersion(found) < needed:
+        folder = Path(str(package.__file__)).parent
+        raise ImportError(
+            f"timm_nf needs {name} {needed} or newer, but {name} {found} was imported from {folder}: upgrade it with "
+            f"`pip install --upgrade {name}`, or, if that is a clone of its repository, update the clone"
+        )
+
+
+def build_network(
+    network: type[nn.Module], name: str, pretrained: bool, *, asked: dict[str, Any], **kwargs: Any
+) -> Any:
+    """A network from timm's builder, with its arguments recorded and its stem left to its own filter.
+
+    timm below 1.0.31 converts the stem that the config names to other numbers of input channels. It does that behind
+    the filter that has converted it already, and draws it at random where the weights have not 3 channels. So the
+    config names none until the network is there.
+
+    Args:
+        network: Its class, an nn.Module.
+        name: In timm's registry.
+        pretrained: Load weights.
+        asked: The caller's keywords, for the builder and the network.
+        **kwargs: The builder's, which are not the caller's.
+    """
+    options = dict(asked)
+    if not _TIMM_RECORDS:
+        options["pretrained_cfg_overlay"] = {**(asked.get("pretrained_cfg_overlay") or {}), "first_conv": None}
+    made = cast(Any, timm.models.build_model_with_cfg(network, name, pretrained, **kwargs, **options))
+    if not _TIMM_RECORDS:
+        cfg: Any = timm.models.get_pretrained_cfg(name)
+        made.pretrained_cfg["first_conv"] = cfg.first_conv
+        if isinstance(made, network):
+            cast(Any, made)._model_args = {key: value for key, value in asked.items() if key not in _NO_ARGUMENTS}
+    return made
+
+
+def saved_arguments(model: nn.Module) -> dict[str, Any]:
+    """What timm's writer of configs has to be told of a network's arguments; nothing where its factory records them."""
+    return {} if _TIMM_RECORDS else {"model_args": dict(getattr(model, "_model_args", {}))}

@@ -1,0 +1,404 @@
+"""What is in a file of weights: its kind by its first bytes, the entry that is meant, names without wrappers.
+
+Nothing read here can run code. torch files are read with `weights_only=True`, safetensors hold only tensors, and the
+authors' pickles are read by `timm_nf.convert`.
+"""
+
+# torch and safetensors type only a part of what they export.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import convert
+from ._text import reason
+
+__all__ = ["Weights", "load_tensors", "pick_weights", "read_content"]
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ZIP, _PICKLE = b"PK\3\4", b"\x80"
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")  # as the Hub's clients name the parts of a large file
+# Entries that hold tensors by name and are no weights.
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|rng|random|hyper|config|args", re.IGNORECASE)
+_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)", re.IGNORECASE)
+# What wraps a network and leaves its name in front of all others.
+_OUTER = {
+    "module", "model", "net", "network", "timm_model", "ema", "model_ema", "ema_model", "averaged_model", "student",
+    "teacher",
+}  # fmt: skip
+# What wraps layers, too; no layer is called so.
+_INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_COUNTER = re.compile(r"(^|\.)n_averaged$")  # of updates, beside the `module` of torch's AveragedModel
+# Packages whose objects lie beside the weights: hyper-parameters, paths, numbers, settings. They are not needed.
+_PASSED_OVER = {
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
+    "deepspeed",
+    "pathlib", "numpy", "typing", "datetime",
+}  # fmt: skip
+_PASSED_OVER_NAMES = {
+    "collections.defaultdict",
+    *(f"builtins.{kind}" for kind in ("dict", "list", "int", "float", "str")),
+}
+
+
+class Weights(NamedTuple):
+    """One set of weights in a file.
+
+    Attributes:
+        entry: Where it lies in the file, from outside to inside; () for the file itself.
+        tensors: By name, without wrappers; no two share memory.
+        averaged: Whether they are an average over training steps.
+    """
+
+    entry: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    averaged: bool
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def read_content(file: Path) -> object:
+    """What a file holds: of safetensors and the authors' files tensors by name, of torch files whatever was saved.
+
+    Args:
+        file: Its first bytes say what it is. The authors' files end in `.npz`, an index of several files in `.json`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is none of these, or needs code to be run.
+    """
+    if not file.is_file():
+        found = "a folder, name a file in it" if file.is_dir() else "none"
+        raise FileNotFoundError(f"expected a file of weights at {file}, found {found}")
+    with file.open("rb") as stream:
+        start = stream.read(512)
+    _refuse_placeholders(file, start)
+    suffix = file.suffix.lower()
+    if suffix == ".npz":
+        return _read_authors(file)
+    if suffix == ".json":
+        return _read_shards(file)
+    shard = _SHARD.fullmatch(file.name)
+    if shard and int(shard[3]) > 1:
+        index = f"{shard[1]}{shard[4]}.index.json"
+        raise ValueError(f"{file} is one of {int(shard[3])} parts of a network: give {index}, which lists them")
+    return _read_one(file, start)
+
+
+def _refuse_placeholders(file: Path, start: bytes) -> None:
+    """Refuse what a download leaves where the weights should be."""
+    if not start:
+        raise ValueError(f"{file} is empty: download or save it again")
+    if start.startswith(_LFS_POINTER):
+        raise ValueError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{file} is a web page, not the weights: download the file itself, on the Hub by its resolve link"
+        )
+
+
+def _read_one(file: Path, start: bytes) -> object:
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length < 100_000_000:  # safetensors' own limit
+        return _read_safetensors(file)
+    if file.suffix.lower() == ".safetensors" and not start.startswith((_ZIP, _PICKLE)):
+        return _read_safetensors(file)
+    return _read_torch(file, is_zip=start.startswith(_ZIP))
+
+
+def _read_authors(file: Path) -> dict[str, Tensor]:
+    params = convert.load_haiku(file)
+    try:
+        return convert.haiku_to_timm(params)
+    except ValueError as error:
+        raise ValueError(f"{file} has not the parameters of one of the authors' networks: {error}") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(file)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read, it may be incomplete: {reason(error)}") from error
+
+
+def load_tensors(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own that is allocated once.
+
+    safetensors' own reader maps the file. That leaves tensors unaligned, for which the CPU has other kernels: logits
+    differ in the last bits. Copies of mapped tensors would need the memory twice.
+
+    Raises:
+        SafetensorError: if the file is none, or loses bytes meanwhile.
+    """
+    mapped = load_file(file)  # checks the whole header
+    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in mapped.items()}
+    del mapped  # half of the file's pages were seen to count as memory as long as it is mapped
+    with Path(file).open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name, tensor in tensors.items():
+            stream.seek(8 + length + header[name]["data_offsets"][0])
+            memory: Any = tensor.view(-1).view(torch.uint8).numpy()
+            if stream.readinto(memory) != tensor.nbytes:
+                raise SafetensorError(f"{file} became shorter while it was read")
+    return tensors
+
+
+def _read_shards(file: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index lists."""
+    try:
+        places: dict[str, str] = json.loads(file.read_text("utf-8"))["weight_map"]
+        shards = {shard: [name for name, at in places.items() if at == shard] for shard in sorted(set(places.values()))}
+        paths = {shard: PurePosixPath(shard) for shard in shards}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"expected an index of weights in {file}, with a weight_map of names and files: {reason(error)}"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    for shard, path in paths.items():
+        if path.is_absolute() or ".." in path.parts or "\\" in shard or ":" in shard:
+            raise ValueError(f"{file} names {shard!r}, expected files in its own folder")
+        part = file.parent / path
+        if not part.is_file():
+            raise FileNotFoundError(f"{file} lists {shard}, which is not there: download all {len(shards)} files")
+        with part.open("rb") as stream:
+            start = stream.read(512)
+        _refuse_placeholders(part, start)
+        content = _read_one(part, start)
+        held = cast(dict[Any, Any], content) if isinstance(content, dict) else {}
+        missing = [name for name in shards[shard] if not isinstance(held.get(name), Tensor)]
+        if missing:
+            raise ValueError(f"{part} has not all tensors that {file.name} lists, say {missing[0]!r}")
+        tensors |= {name: held[name] for name in shards[shard]}
+    return tensors
+
+
+# -- torch files -------------------------------------------------------------------------------------------------------
+
+
+class _PassedOver:
+    """Stands for an object of another package, and keeps nothing of it."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _PassedOverDict:
+    """Stands for a kind of dict: torch sets items of plain dicts alone."""
+
+    def __new__(cls, *_: object) -> dict[Any, Any]:  # pyright: ignore[reportInconsistentConstructor]
+        return {}
+
+
+def _stand_in(name: str) -> tuple[type, str]:
+    """What is made instead of an object, and the name under which torch's reader looks for it."""
+    is_dict = name.endswith(".AttributeDict") or name == "collections.defaultdict"
+    return (_PassedOverDict if is_dict else _PassedOver), name
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.partition(".")[0] in _PASSED_OVER or name in _PASSED_OVER_NAMES
+
+
+def _read_torch(file: Path, is_zip: bool) -> object:
+    asked: set[str] = set()  # classes and functions that the file names
+    try:
+        if is_zip:
+            _require_torch_zip(file)
+            asked |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        while True:
+            passed_over = [_stand_in(name) for name in sorted(asked) if _is_passed_over(name)]
+            try:
+                # train.py's arguments are a Namespace. torch warns of a protocol before it refuses the content.
+                with (
+                    torch.serialization.safe_globals([argparse.Namespace, *passed_over]),
+                    warnings.catch_warnings(action="ignore"),
+                    file.open("rb") as stream,  # of a path, torch would believe the suffix
+                ):
+                    return torch.load(stream, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                named: list[str] = re.findall(r"GLOBAL (\S+)", str(error))
+                new = {name if "." in name else f"builtins.{name}" for name in named} - asked
+                asked |= new
+                if not any(map(_is_passed_over, new)):
+                    raise
+    except pickle.UnpicklingError as error:
+        refused = sorted(name for name in asked if not _is_passed_over(name) and name != "argparse.Namespace")
+        why = f"it asks for {', '.join(refused[:3])}" if refused else "it is no torch file of tensors alone"
+        if any(name.startswith(("torch.nn.modules.", "timm.", "timm_nf.")) for name in refused):
+            why += ": it is a whole model and not its weights"
+        raise ValueError(
+            f"{file} is not read, because {why}; expected a checkpoint of timm's train.py, safetensors or a state "
+            "dict: load what you trust yourself and save its state dict with safetensors"
+        ) from error
+    except Exception as error:  # torch raises all kinds for broken files
+        if isinstance(error, _NotTorchError):
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{file} cannot be read, it may be incomplete: {reason(error)}") from error
+
+
+class _NotTorchError(Exception):
+    """A zip archive that holds something else."""
+
+
+def _require_torch_zip(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise _NotTorchError(f"{file} is a TorchScript program: load it yourself and save its state dict")
+    if not any(name.endswith("/data.pkl") for name in names):
+        held = ", ".join(name[:60] for name in names[:2]) or "nothing"
+        raise _NotTorchError(f"{file} is a zip archive of other things than weights ({held}): unpack it, or save again")
+
+
+# -- the entry ---------------------------------------------------------------------------------------------------------
+
+
+def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
+    """The weights in what `read_content` returned: the only ones there are, or the only ones of the kind asked for.
+
+    Args:
+        file: Where it is from, for messages.
+        content: What the file holds.
+        use_ema: Weights averaged over training steps. Otherwise those of the last step, or averaged ones where a file
+            has no others.
+
+    Raises:
+        ValueError: if there are none, or several; lists what the file holds.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected a state dict or a checkpoint in {file}, got {type(content).__name__}")
+    entries = cast(Mapping[Any, Any], content)
+    found = [Weights(entry, tensors, _is_averaged(entry)) for entry, tensors in _sets(entries)]
+    averaged = [weights for weights in found if weights.averaged]
+    if use_ema and not averaged:
+        raise ValueError(f"{file} has no averaged weights (state_dict_ema, say): leave out --use-ema")
+    wanted = averaged if use_ema else [weights for weights in found if not weights.averaged] or averaged
+    if not wanted:
+        raise ValueError(
+            f"expected dense tensors by name in {file}, or in an entry such as state_dict; it holds "
+            f"{_inventory(entries)}: save the network's state dict"
+        )
+    if len(wanted) > 1:
+        names = ", ".join(f"{_name(w.entry)} ({len(w.tensors)} tensors)" for w in wanted)
+        hint = "; averaged ones are had by --use-ema" if averaged and not use_ema else ""
+        raise ValueError(
+            f"{file} holds several sets of weights: {names}{hint}. Save the one that is meant as a file of its own"
+        )
+    (weights,) = wanted
+    _refuse_what_is_not_dense(weights, file)
+    return weights._replace(tensors=_apart(weights.tensors))
+
+
+def _sets(entries: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """All sets of weights in a file, each with its entry."""
+    found = list(_nested(entries, ()))
+    own = _tensors(entries)
+    if own and (not found or _is_network(own)):
+        found.append(((), own))
+    for entry, tensors in found:
+        for prefix, part in _unwrapped(tensors):
+            yield (*entry, *prefix), part
+
+
+def _nested(entries: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    for key, value in entries.items():
+        if type(key) is not str or not isinstance(value, Mapping) or _NO_WEIGHTS.search(key):
+            continue
+        inner = cast(Mapping[Any, Any], value)
+        tensors = _tensors(inner)
+        if _is_network(tensors):
+            yield (*path, key), tensors
+        elif len(path) < 3:
+            yield from _nested(inner, (*path, key))
+
+
+def _tensors(entries: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in entries.items() if type(key) is str and isinstance(value, Tensor)}
+
+
+def _is_network(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is a matrix or a kernel: counters and best scores are tensors by name, too."""
+    return any(tensor.is_nested or tensor.ndim >= 2 for tensor in tensors.values())
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Tensors without the prefixes that wrappers leave; several sets where every name has one of several prefixes."""
+    named = {_INNER.sub("", name): tensor for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in named.items() if not _COUNTER.search(name)}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in named.items():
+        prefix, _, rest = name.partition(".")
+        groups.setdefault(prefix if rest else "", {})[rest] = tensor
+    if not groups or not groups.keys() <= _OUTER:
+        yield (), named
+    elif len(groups) == 1:
+        (inner,) = groups.values()
+        yield from _unwrapped(inner)
+    else:
+        for prefix, inner in groups.items():
+            for deeper, part in _unwrapped(inner):
+                yield (prefix, *deeper), part
+
+
+def _is_averaged(entry: tuple[str, ...]) -> bool:
+    return any(_AVERAGED.search(part) for part in entry)
+
+
+def _name(entry: tuple[str, ...]) -> str:
+    return ", ".join(part[:60] for part in entry) or "the file's own names"
+
+
+def _inventory(entries: Mapping[Any, Any]) -> str:
+    """The first entries of a file in words."""
+    words = [f"{str(key)[:60]} ({type(value).__name__})" for key, value in list(entries.items())[:8]]
+    if len(entries) > 8:
+        words.append(f"and {len(entries) - 8} more")
+    return ", ".join(words) or "nothing"
+
+
+def _refuse_what_is_not_dense(weights: Weights, file: Path) -> None:
+    origin = ", ".join([str(file), *weights.entry])
+    for name, tensor in weights.tensors.items():
+        kind = None
+        if tensor.is_meta:
+            kind = "on the meta device, so that it has no values"
+        elif tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "sparse, nested or quantised"
+        if kind:
+            raise ValueError(f"expected dense tensors by name in {origin}, but {name[:100]} is {kind}")
+    if weights.tensors and all(tensor.numel() == 0 for tensor in weights.tensors.values()):
+        raise ValueError(
+            f"all tensors in {origin} are empty, as DeepSpeed leaves them where it shards parameters: join them with "
+            "its zero_to_fp32.py first"
+        )
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own: of a tensor under two names, training would change both."""
+    held: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        # Views have more memory than they need, expanded tensors less.
+        if storage.data_ptr() in held or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        held.add(storage.data_ptr())
+        apart[name] = tensor
+    return apart

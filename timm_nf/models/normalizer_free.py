@@ -1,0 +1,625 @@
+"""Normalizer-free networks out of other people's: convolutions swapped, or a residual network rebuilt without norms.
+
+`replace_convs` swaps layers and nothing else. `normalizer_free` follows the signal's variance through a network of
+convolutions, batch normalisation, activations and residual additions, as torchvision's and timm's ResNets are, and puts
+beta, alpha, gamma and skip gains where the paper has them.
+
+Sources: arXiv:2101.08692, section 4; arXiv:2102.06171, section 3.
+"""
+
+# Graphs of torch.fx and timm's layers have no types.
+# pyright: standard, reportPrivateImportUsage=false
+
+import copy
+import operator
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import timm.layers as timm_layers
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropBlock2d
+from timm.layers.pool2d_same import MaxPool2dSame
+from torch import Tensor, fx, nn
+
+from ..layers.activations import ACTIVATIONS, Activation, activation_gain, create_activation
+from ..layers.residual import SkipInit
+from ..layers.std_conv import (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    bake,
+)
+
+__all__ = ["ResidualBlock", "normalizer_free", "replace_convs"]
+
+ALPHA = 0.2  # arXiv:2102.06171, section 3
+
+_TWINS: dict[type, Any] = {
+    nn.Conv1d: ScaledStdConv1d,
+    nn.Conv2d: ScaledStdConv2d,
+    nn.Conv3d: ScaledStdConv3d,
+    nn.ConvTranspose1d: ScaledStdConvTranspose1d,
+    nn.ConvTranspose2d: ScaledStdConvTranspose2d,
+    nn.ConvTranspose3d: ScaledStdConvTranspose3d,
+    # timm's: those that standardise by another formula, and those that pad SAME
+    timm_layers.StdConv2d: ScaledStdConv2d,
+    timm_layers.Conv2dSame: ScaledStdConv2d,
+    timm_layers.StdConv2dSame: ScaledStdConv2d,
+}
+_SAME = (timm_layers.Conv2dSame, timm_layers.StdConv2dSame)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
+_NORM_ACTS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.GroupNormAct)
+_ANY_NORM = (*_NORMS, *_NORM_ACTS, nn.LayerNorm, nn.modules.instancenorm.InstanceNorm2d, nn.LocalResponseNorm)
+_GATES = (timm_layers.SEModule, timm_layers.EcaModule)  # a sigmoid, which is a half at first
+_PASSING = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ConstantPad2d),
+    *(timm_layers.AvgPool2dSame, MaxPool2dSame, DropBlock2d),
+)
+_MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, MaxPool2dSame: 2}
+_PASSING_FUNCTIONS = (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool2d, F.dropout, torch.max_pool2d)
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu"}
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_hooks(module: nn.Module, name: str) -> None:
+    if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
+        raise ValueError(f"{name} has hooks, which would be lost: remove them, convert, and put them on the copy")
+
+
+def _standardised(conv: Any, name: str, scale: float = 1.0) -> Any:
+    """The standardised twin of a convolution: its weight and bias, gain 1.
+
+    Raises:
+        ValueError: if it cannot have one.
+    """
+    _refuse_hooks(conv, name)
+    if prod(conv.weight.shape) == conv.out_channels:
+        raise ValueError(f"{name} has a fan-in of 1, and nothing is left of one weight less its mean")
+    transposed = {"output_padding": conv.output_padding} if conv.transposed else {}
+    twin: Any = _TWINS[type(conv)](
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        "same" if type(conv) in _SAME else conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        device="meta",
+        dtype=conv.weight.dtype,
+        scale=scale,
+        **transposed,
+    )
+    bake(twin, conv, conv.weight)
+    device = conv.weight.device
+    if conv.bias is None:
+        twin.bias = nn.Parameter(torch.zeros(conv.out_channels, dtype=conv.weight.dtype, device=device))
+    twin.gain = nn.Parameter(torch.ones_like(twin.gain, device=device))
+    return twin
+
+
+def replace_convs(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions are standardised, and nothing else.
+
+    Weights and biases stay, gains are 1, convolutions without a bias get one of zero. The classifier stays plain. This
+    is enough where normalisation stays (Weight Standardization beside GroupNorm) or where there was none. In a residual
+    network without normalisation the variance grows block by block, and activations need their gamma:
+    `normalizer_free`.
+
+    Args:
+        model: Any module with torch's or timm's convolutions, plain or transposed; not changed.
+
+    Returns:
+        The copy; no tensors are shared.
+
+    Raises:
+        ValueError: if there is no convolution, or one that cannot be standardised.
+    """
+    spared = _classifier(model)
+    convs = {n: m for n, m in model.named_modules() if type(m) in _TWINS and m not in spared}
+    if not convs:
+        raise ValueError(f"{type(model).__name__} has no convolution to replace: expected torch's or timm's layers")
+    return copy.deepcopy(model, {id(conv): _standardised(conv, name) for name, conv in convs.items()})
+
+
+def _classifier(model: Any) -> set[nn.Module]:
+    found = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else ()
+    heads = [found] if isinstance(found, nn.Module) else list(found or ())
+    return {module for head in heads for module in head.modules()}
+
+
+class ResidualBlock(nn.Module):
+    """`shortcut + alpha * skip_gain * branch(act(x) / beta)`, out of the layers of another network's block.
+
+    Args:
+        act: Activation before the branch; its gamma and 1 / beta are in the scale of the next convolutions.
+        branch: (N, I, ...) -> (N, O, ...).
+        shortcut: Likewise, of the activated input; None for the input itself.
+        skip: What adds them.
+        expected_var: Of the sum, where the skip gain is 1 and the input is noise.
+
+    Attributes:
+        final_act: What follows the sum: nothing but in the last block of a network whose blocks end in activations.
+    """
+
+    def __init__(
+        self, act: nn.Module, branch: nn.Module, shortcut: nn.Module | None, skip: SkipInit, expected_var: float
+    ) -> None:
+        super().__init__()
+        self.act, self.branch, self.shortcut, self.skip = act, branch, shortcut, skip
+        self.expected_var = expected_var
+        self.final_act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, ...) -> (N, O, ...)."""
+        out = self.act(x)
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.final_act(self.skip(shortcut, self.branch(out)))
+
+    def extra_repr(self) -> str:
+        return f"expected_var={self.expected_var:.4f}"
+
+
+# -- what modules are --------------------------------------------------------------------------------------------------
+
+
+def _is_gate(module: nn.Module) -> bool:
+    name = type(module)  # told by its name: torchvision is timm's dependency, not ours
+    return (
+        isinstance(module, _GATES) or f"{name.__module__}.{name.__name__}" == "torchvision.ops.misc.SqueezeExcitation"
+    )
+
+
+def _drop_rate(module: Any) -> float | None:
+    """Of stochastic depth."""
+    return module.drop_prob if isinstance(module, timm_layers.DropPath) else None
+
+
+@torch.no_grad()
+def _gamma(module: nn.Module) -> float | None:
+    """Gamma of an activation that computes what one of the authors' does; exact gelu is 5e-4 off the tanh form."""
+    if (
+        not type(module).__module__.rpartition(".")[2].startswith("activation")
+        or next(module.parameters(), None) is not None
+    ):
+        return None
+    z = torch.linspace(-8, 8, 161)
+    try:
+        got = module(z.clone())
+    except (TypeError, RuntimeError, IndexError):  # a softmax over channels, a gate of two halves
+        return None
+    for name in ACTIVATIONS:
+        if name != "identity" and got.shape == z.shape and torch.allclose(got, create_activation(name)(z), 0, 1e-3):
+            return activation_gain(name)
+    return None
+
+
+def _own_act(module: Any) -> nn.Module:
+    """A copy of an activation that leaves its input alone: in front of a block, the shortcut needs it too."""
+    act = copy.deepcopy(module)
+    if hasattr(act, "inplace"):
+        act.inplace = False
+    return act
+
+
+def _scaled(act: nn.Module, gain: float) -> Activation:
+    found = Activation("identity", gain)
+    found.act = act
+    return found
+
+
+class _Op(NamedTuple):
+    """One step of a chain: a module, or a function that stands for one."""
+
+    name: str
+    module: nn.Module
+
+
+def _expand(name: str, module: Any) -> list[_Op]:
+    """Normalisation with an activation in it is two steps."""
+    if not isinstance(module, _NORM_ACTS):
+        return [_Op(name, module)]
+    norm = nn.BatchNorm2d(1, device="meta")  # stands for what goes
+    act: Any = module.act
+    return [_Op(name, norm), _Op(name, act)]
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Goes into modules down to the layers that a conversion knows, or to blocks."""
+
+    def __init__(self, blocks: set[str], spared: set[nn.Module]) -> None:
+        super().__init__()
+        self.blocks, self.spared = blocks, spared
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.blocks or m in self.spared or _is_gate(m) or type(m) in _TWINS:
+            return True
+        if isinstance(m, (nn.Sequential, nn.ModuleList)):
+            return False
+        inside = [x for x in m.modules() if x is not m]
+        if type(m).__module__.startswith(("torch.nn", "timm.layers")):
+            return not any(type(x) in _TWINS or isinstance(x, _ANY_NORM) for x in inside) or isinstance(m, _ANY_NORM)
+        return False
+
+
+def _graph(module: nn.Module, name: str, blocks: set[str], spared: set[nn.Module]) -> fx.Graph:
+    try:
+        return _Tracer(blocks, spared).trace(module)
+    except Exception as error:  # whatever a forward does with what is no tensor
+        raise ValueError(
+            f"{name} cannot be followed ({type(error).__name__}: {error}): its forward depends on values or sizes"
+        ) from error
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    return list(node.all_input_nodes)
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS and len(_inputs(node)) == 2
+
+
+def _find_blocks(network: nn.Module, graph: fx.Graph) -> set[str]:
+    """The modules whose forward adds a branch to a shortcut."""
+    found: Counter[str] = Counter()
+    for node in filter(_is_addition, graph.nodes):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        found[stack[-1][0] if stack else ""] += 1
+    for path, count in found.items():
+        name = path or f"the forward of {type(network).__name__} itself"
+        if not path or count > 1:
+            raise ValueError(f"{name} has {count} residual additions: expected one, in a module of its own")
+    return set(found)
+
+
+def _chain(node: fx.Node, block: nn.Module, name: str) -> list[_Op]:
+    """The steps from the block's input to a node."""
+    steps: list[_Op] = []
+    while node.op != "placeholder":
+        if node.op == "call_module":
+            steps = _expand(str(node.target), block.get_submodule(str(node.target))) + steps
+        elif node.target in _FUNCTIONS:
+            steps = [_Op(_FUNCTIONS[node.target], create_activation(_FUNCTIONS[node.target])), *steps]
+        else:
+            raise ValueError(f"{name} computes {node.name}, which has no counterpart without normalisation")
+        if len(_inputs(node)) != 1:
+            raise ValueError(f"{name} joins signals at {node.name}: expected one addition at the end of two chains")
+        node = _inputs(node)[0]
+    return steps
+
+
+# -- variance ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """How a signal is distributed, if the network's input is noise: the largest of normal numbers, plus normal ones."""
+
+    window: int = 1  # of a max pooling since the last convolution: how many unit normal numbers
+    added: float = 0.0  # variance of what residual branches have added
+
+    def after_block(self, projects: bool) -> "_Noise":
+        """Of the sum: a shortcut with a convolution starts from unit variance again."""
+        return _Noise(added=ALPHA**2) if projects else replace(self, added=self.added + ALPHA**2)
+
+    def var(self, act: nn.Module | None = None) -> float:
+        """Of the signal, or of its activation."""
+        z = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        normal = torch.exp(-z.square() / 2)
+        largest = normal * torch.special.ndtr(z) ** (self.window - 1)
+        weights = torch.outer(largest / largest.sum(), normal / normal.sum())
+        x = z[:, None] + self.added**0.5 * z
+        x = x if act is None else act(x)
+        return ((x - (x * weights).sum()).square() * weights).sum().item()
+
+    def gain(self, act: nn.Module | None) -> float:
+        """The factor that gives the activation of this signal unit variance, as the authors count: gamma / beta.
+
+        They count a max pooling as if it left the variance alone. That is right for the activation of its output alone:
+        gamma * std(relu(largest of 9)) is 1.02. Where sums follow without a convolution it is computed.
+        """
+        if self.window == 1:
+            return (1.0 if act is None else _gamma(act) or 1.0) * (1 + self.added) ** -0.5
+        return self.var(act) ** -0.5
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+class _Sequence(NamedTuple):
+    """A converted chain."""
+
+    module: nn.Sequential
+    pending: float  # factor that no convolution of the chain has taken
+    convs: int
+    drop_path_rate: float
+
+
+def _convert_chain(steps: list[_Op], pending: float, block: str) -> _Sequence:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    convs, rate = 0, 0.0
+    for name, module in steps:
+        kept: nn.Module | None = module
+        if type(module) in _TWINS:
+            kept, pending = _standardised(module, f"{block}.{name}", pending), 1.0
+            convs += 1
+        elif isinstance(module, _NORMS) or type(module) is nn.Identity:
+            kept = None
+        elif (gamma := _gamma(module)) is not None:
+            kept, pending = _own_act(module), pending * gamma
+        elif _is_gate(module):
+            pending *= 2
+        elif (drop := _drop_rate(module)) is not None:
+            kept, rate = None, drop
+        elif not isinstance(module, _PASSING):
+            raise ValueError(f"{block}.{name} is a {type(module).__name__}, which has no counterpart here")
+        if kept is not None:
+            key = name.replace(".", "_")
+            layers[key if key not in layers else f"{key}_{len(layers)}"] = kept
+    return _Sequence(nn.Sequential(layers), pending, convs, rate)
+
+
+def _is_conv(step: _Op) -> bool:
+    return type(step.module) in _TWINS
+
+
+def _lead(steps: list[_Op]) -> list[_Op]:
+    """What stands before the first convolution."""
+    first = next((i for i, step in enumerate(steps) if _is_conv(step)), len(steps))
+    return steps[:first]
+
+
+def _activation_of(steps: list[_Op], block: str) -> nn.Module:
+    """The one activation among steps that may hold nothing else but norms and layers that pass."""
+    acts = [step for step in steps if _gamma(step.module) is not None]
+    others = [s for s in steps if s not in acts and not isinstance(s.module, (*_NORMS, nn.Identity, nn.Dropout))]
+    if others or len(acts) > 1:
+        step = (others or acts)[-1]
+        raise ValueError(
+            f"{block}.{step.name} is a {type(step.module).__name__} outside of the branch: expected one activation"
+        )
+    return _own_act(acts[0].module) if acts else nn.Identity()
+
+
+class _Converted(NamedTuple):
+    """A converted block."""
+
+    block: ResidualBlock
+    noise: _Noise  # the distribution of its sum
+    post_activation: bool  # whether the original had its activation after the addition
+
+
+def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
+    """A block for inputs that are distributed like this."""
+    graph = _graph(block, name, set(), set())
+    (addition,) = filter(_is_addition, graph.nodes)
+    post: list[_Op] = []
+    node = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(node, fx.Node):
+        raise ValueError(f"{name} returns more than one tensor")
+    while node is not addition:
+        if node.op == "call_module":
+            post = _expand(str(node.target), block.get_submodule(str(node.target))) + post
+        elif node.target in _FUNCTIONS:
+            post = [_Op(_FUNCTIONS[node.target], create_activation(_FUNCTIONS[node.target])), *post]
+        else:
+            raise ValueError(f"{name} computes {node.name} after its addition, which has no counterpart here")
+        node = _inputs(node)[0]
+    shortcut, branch = sorted(
+        (_chain(each, block, name) for each in _inputs(addition)),
+        key=lambda steps: (sum(map(_is_conv, steps)), len(steps)),
+    )
+    if not any(map(_is_conv, branch)):
+        raise ValueError(f"{name} adds two signals, neither of which a convolution has computed")
+    lead = _lead(branch)
+    pre_activation = any(not isinstance(step.module, nn.Identity) for step in lead)
+    act = _activation_of(lead if pre_activation else post, name)
+    if pre_activation:
+        if shortcut and [s.name for s in _lead(shortcut)][: len(lead)] != [s.name for s in lead]:
+            raise ValueError(f"{name} takes its shortcut from an input that is not activated, unlike its branch")
+        if any(type(step.module) is not nn.Identity for step in post):
+            raise ValueError(f"{name} has {post[-1].name} after its addition, and {lead[-1].name} before its branch")
+        branch, shortcut = branch[len(lead) :], shortcut[len(lead) :] if shortcut else []
+    scale = noise.gain(None if isinstance(act, nn.Identity) else act)
+    converted = _convert_chain(branch, scale, name)
+    projected = _convert_chain(shortcut, scale, name) if shortcut else None
+    if projected is not None and not projected.convs:
+        if len(projected.module):
+            raise ValueError(f"{name} has a shortcut without a convolution, whose variance is not known")
+        projected = None
+    after = noise.after_block(projected is not None)
+    parameter = next(block.parameters())
+    skip = SkipInit(ALPHA * converted.pending, converted.drop_path_rate, device=parameter.device, dtype=parameter.dtype)
+    new = ResidualBlock(act, converted.module, projected.module if projected else None, skip, after.var())
+    return _Converted(new.train(block.training), after, not pre_activation)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """What is known of a tensor between blocks."""
+
+    noise: _Noise = _Noise()
+    act: nn.Module | None = None  # what it has passed, or what is due, without its gamma
+    pending: float = 1.0  # another factor that it lacks
+    carrier: str | ResidualBlock | None = None  # what can be given all factors, where no convolution takes them
+    due: bool = False  # whether `act` is still to come, behind the carrier
+    activated: bool = False  # whether it has its activation for good, since others take it too
+    follows: str | None = None  # what stands before, from where on nothing is known
+
+    @property
+    def gain(self) -> float:
+        """What a convolution has to make good."""
+        return self.pending * self.noise.gain(self.act)
+
+
+class _Walk:
+    """Follows the signal through a network and converts it in place."""
+
+    def __init__(self, network: nn.Module, spared: set[nn.Module]) -> None:
+        self.network, self.spared = network, spared
+        self.name = type(network).__name__
+        first = _graph(network, self.name, set(), spared)
+        self.blocks = _find_blocks(network, first)
+        self.graph = _graph(network, self.name, self.blocks, spared)
+        self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        self.signals: dict[fx.Node, _Signal] = {}
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            sources = [self.signals[n] for n in _inputs(node)]
+            signal = sources[0] if sources else _Signal()
+            if node.op == "call_module" and len(sources) == 1:
+                signal = self.step(str(node.target), signal)
+            elif node.target in _FUNCTIONS and signal.follows is None:
+                signal = self.activated(signal, create_activation(_FUNCTIONS[node.target]), None)
+            elif node.op not in ("placeholder", "get_attr") and node.target not in _PASSING_FUNCTIONS:
+                for each in sources:
+                    self.settled(each)
+                signal = _Signal(follows=node.name)
+            if len(node.users) > 1:
+                signal = self.settled(signal)
+            self.signals[node] = signal
+
+    def step(self, path: str, signal: _Signal) -> _Signal:
+        module: Any = self.network.get_submodule(path)
+        known = path in self.blocks or type(module) in _TWINS or isinstance(module, _ANY_NORM)
+        if known and module not in self.spared:
+            if signal.follows is not None:
+                raise ValueError(f"{path} stands behind {signal.follows}, from where on the variance is not known")
+            if self.calls[path] > 1:
+                raise ValueError(f"{path} is called {self.calls[path]} times, with signals of other variance each time")
+        if signal.follows is not None:
+            return signal
+        if path in self.blocks:
+            return self.block(path, signal)
+        if module in self.spared:
+            return self.other(path, signal)
+        if type(module) in _TWINS:
+            signal = self.with_activation(signal)
+            self.replace(path, _standardised(module, path, signal.gain))
+            return _Signal()
+        if isinstance(module, _ANY_NORM):
+            return self.norm(path, module, signal)
+        if _gamma(module) is not None:
+            return self.activated(signal, module, path)
+        if _is_gate(module):
+            return replace(self.with_activation(signal), pending=signal.pending * 2, carrier=None)
+        if type(module) in _MAX_POOLS:
+            size: Any = module.kernel_size
+            window = size ** _MAX_POOLS[type(module)] if isinstance(size, int) else prod(size)
+            return replace(signal, noise=replace(signal.noise, window=signal.noise.window * window))
+        return signal if isinstance(module, _PASSING) else self.other(path, signal)
+
+    def other(self, path: str, signal: _Signal) -> _Signal:
+        self.settled(signal)
+        return _Signal(follows=f"{path} ({type(self.network.get_submodule(path)).__name__})")
+
+    def activated(self, signal: _Signal, act: nn.Module, path: str | None) -> _Signal:
+        signal = self.with_activation(signal)
+        if signal.act is not None:
+            raise ValueError(f"{path or act} follows another activation: expected a convolution between them")
+        return replace(signal, act=_own_act(act), carrier=path)
+
+    def norm(self, path: str, module: Any, signal: _Signal) -> _Signal:
+        steps = _expand(path, module)
+        if not isinstance(steps[0].module, _NORMS):
+            raise ValueError(f"{path} is a {type(module).__name__}: expected batch or group normalisation")
+        act = steps[1].module if len(steps) == 2 else nn.Identity()
+        self.replace(path, act)
+        if isinstance(act, nn.Identity):
+            return signal  # what comes divides by the variance
+        if _gamma(act) is None:
+            raise ValueError(f"{path} ends in a {type(act).__name__}, whose gamma is not known")
+        return self.activated(signal, act, path)
+
+    def block(self, path: str, signal: _Signal) -> _Signal:
+        original = self.network.get_submodule(path)
+        new, noise, post_activation = _convert_block(original, path, signal.noise)
+        if not post_activation:
+            signal = self.with_activation(signal)
+            if signal.act is not None:
+                signal = self.settled(signal)
+                new, noise, _ = _convert_block(original, path, signal.noise)
+        elif signal.activated:
+            raise ValueError(f"{path} shares its input with something that takes it activated, as it would itself")
+        elif isinstance(signal.carrier, str):  # the block begins with the activation that stood before it
+            self.replace(signal.carrier, nn.Identity())
+        self.replace(path, new)
+        act = None if isinstance(new.act, nn.Identity) or not post_activation else new.act
+        return _Signal(noise, act=act, carrier=new, due=act is not None)
+
+    def with_activation(self, signal: _Signal) -> _Signal:
+        """The signal behind a block whose activation comes after its sum, for what does not begin with one itself."""
+        return self.settled(signal) if signal.due else signal
+
+    def settled(self, signal: _Signal) -> _Signal:
+        """The signal with its activation and unit variance, for what takes it as it is."""
+        gain = signal.gain
+        if isinstance(signal.carrier, ResidualBlock) and (signal.due or gain != 1.0):
+            act = signal.act if signal.due and signal.act is not None else nn.Identity()
+            signal.carrier.final_act = _scaled(_own_act(act), gain)
+        elif isinstance(signal.carrier, str) and gain != 1.0:
+            self.replace(signal.carrier, _scaled(_own_act(self.network.get_submodule(signal.carrier)), gain))
+        elif signal.act is not None or signal.pending != 1.0:
+            raise ValueError(
+                f"{self.name} activates by a function in its forward where no convolution follows: use a module, "
+                "which can carry gamma"
+            )
+        return _Signal(activated=signal.act is not None)
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        _refuse_hooks(self.network.get_submodule(path), path)
+        if self.calls[path] > 1:
+            raise ValueError(f"{path} is called {self.calls[path]} times, and would have to change in one place only")
+        self.network.set_submodule(path, module)
+
+
+def normalizer_free(model: nn.Module) -> nn.Module:
+    """A normalizer-free network with the convolutions of a normalised one.
+
+    For networks made of convolutions, batch (or group) normalisation, activations and residual additions, as ResNets,
+    RegNets and pre-activation ResNets of torchvision and timm. Convolutions become standardised, normalisation goes,
+    activations get their gamma, residual blocks their beta, alpha = 0.2 and skip gain. Beta is the square root of the
+    variance that the signal is expected to have there: 1 after a convolution, 1 + k alpha^2 at the k-th block since a
+    shortcut had one. Squeeze-excite gates count twice, stochastic depth does not rescale.
+
+    Blocks that end in an activation become blocks that begin with it, since the sum of a residual block has to stay as
+    it is. **This is another network, not the same function**: train it. Convolutions' weights are copied, but those
+    that were trained together with normalisation are no more than a start. The classifier stays as it is.
+
+    Args:
+        model: Not changed. Its residual additions are found by following its forward with torch.fx; each has to be in a
+            module of its own.
+
+    Returns:
+        A copy whose blocks are `ResidualBlock`s. It shares no tensors with `model`.
+
+    Raises:
+        ValueError: if something in the network has no counterpart; names it.
+    """
+    network: Any = copy.deepcopy(model)
+    if not any(isinstance(module, _ANY_NORM) for module in network.modules()):
+        raise ValueError(f"{type(model).__name__} has no normalisation to do without: expected batch normalisation")
+    _Walk(network, _classifier(network)).run()
+    for name, module in network.named_modules():
+        if isinstance(module, _ANY_NORM):
+            raise ValueError(f"{name} is a {type(module).__name__} that the signal was not followed to")
+    if hasattr(network, "_model_args"):  # stock timm does not know the key and stops before it loads other weights
+        network._model_args = network._model_args | {"normalizer_free": True}
+    return network
