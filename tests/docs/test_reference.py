@@ -8,6 +8,7 @@ import itertools
 import re
 
 import pytest
+
 from scripts.site import reference
 
 

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from scripts.site.snippets import Snippet, run, snippets, written
 
+from scripts.site.snippets import Snippet, run, snippets, written
 from tests.support import GOLDEN, ROOT
 from timm_nf.cli import app
 
