@@ -162,4 +162,6 @@ recipe recipe_small_batch nfnet_f0 small-batch SGD 0
 recipe recipe_regnet dm_nf_regnet_b0 scratch SGD 0
 recipe recipe_resnet dm_nf_resnet50 small-batch SGD 0
 TIMM_DIR=$timm_dir "$python" -m pytest -q "$root/tests/test_recipes.py" || failed=1
+# the guide that trains: its commands, one after the other
+TIMM_DIR=$timm_dir "$python" -m pytest -q -m slow -k finetune "$root/tests/docs/test_snippets.py" || failed=1
 exit "$failed"

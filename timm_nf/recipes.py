@@ -135,6 +135,10 @@ def purposes(name: str) -> list[str]:
 
     Raises:
         ValueError: if there is no such network.
+
+    Examples:
+        >>> purposes("nfnet_f0")
+        ['scratch', 'finetune', 'small-batch']
     """
     if name not in VARIANTS:
         raise ValueError(f"no network is called {name!r}; `timm-nf list` shows all {len(VARIANTS)}")
@@ -153,6 +157,10 @@ def settings(name: str, purpose: str = "scratch", world_size: int = 1, batch_siz
 
     Raises:
         ValueError: if there is no such recipe, or the batch cannot be divided between the processes.
+
+    Examples:
+        >>> settings("nfnet_f0", "scratch", world_size=8)["batch_size"]  # of each process
+        512
     """
     recipe = _recipe(name, purpose)
     batch_size = recipe.batch_size if batch_size is None else batch_size

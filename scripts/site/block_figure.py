@@ -5,6 +5,7 @@ python -m scripts.site.block_figure
 The right half is not drawn by hand: it is the expectation that the network of the zoo states for its blocks.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import timm
@@ -30,7 +31,7 @@ def box(axes: Axes, x: float, y: float, width: float, text: str, color: str = BL
 
 
 def arrow(axes: Axes, *points: tuple[float, float]) -> None:
-    for start, end in zip(points[:-2], points[1:-1], strict=True):
+    for start, end in pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), color=GREY, lw=1.3)
     axes.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=11, color=GREY, lw=1.3))
 
@@ -47,7 +48,7 @@ def draw_block(axes: Axes) -> None:
     axes.text(0.0, -0.9, "h", fontsize=13, style="italic", ha="center", va="center")
     axes.text(10.4, -0.9, "+", fontsize=17, ha="center", va="center")
     arrow(axes, (0.15, -0.9), (0.3, -0.9), (0.3, 0.9), (0.73, 0.9))
-    for (x, width, *_), (after, other, *_) in zip(steps, steps[1:], strict=False):
+    for (x, width, *_), (after, other, *_) in pairwise(steps):
         arrow(axes, (x + width / 2 + 0.02, 0.9), (after - other / 2 - 0.02, 0.9))
     arrow(axes, (9.67, 0.9), (10.4, 0.9), (10.4, -0.6))
     arrow(axes, (0.3, -0.9), (10.2, -0.9))

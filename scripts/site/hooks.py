@@ -21,7 +21,15 @@ from scripts.site import reference
 ROOT = reference.ROOT
 START = "README.md"
 LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )([^)\s#]+)", re.MULTILINE)
-LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".csv": "text", ".txt": "text", ".cff": "yaml", "": "text"}
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "bash",
+    ".toml": "toml",
+    ".csv": "text",
+    ".txt": "text",
+    ".cff": "yaml",
+    "": "text",
+}
 
 
 def on_config(config: MkDocsConfig) -> None:

@@ -7,9 +7,9 @@ In a page, `<!-- run -->` stands above a block that is run, `<!-- run slow -->` 
 `<!-- output -->` stands above a block with what the block before it printed; --write puts there what it prints now.
 
 Blocks of Python share their names, but for those with a package, which are processes of their own. A block whose lines
-all begin with `timm-nf` runs in this process as well, any other block of commands in bash, with `python` and `timm-nf` of
-this environment. Where a page pushes, the Hub is the stand-in of the tests. train.py and validate.py come from the folder
-in the environment variable TIMM_DIR.
+all begin with `timm-nf` runs in this process as well. Any other block of commands runs in bash, with `python` and
+`timm-nf` of this environment. Where a page pushes, the Hub is the stand-in of the tests. train.py and validate.py come
+from the folder in the environment variable TIMM_DIR.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from tests.support import stand_in_hub
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train.py", "validate.py")
 _BLOCK = re.compile(
-    r"^<!-- (?P<mark>run|output)(?: (?P<how>slow)| with (?P<packages>[^>]+))? -->\n(?P<fence>`{3,})(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
+    r"^<!-- (?P<mark>run|output)(?: (?P<how>slow)| with (?P<packages>[^>]+))? -->\n"
+    r"(?P<fence>`{3,})(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
     re.DOTALL | re.MULTILINE,
 )
 

@@ -1,12 +1,14 @@
 """The reference has every public name, and says of it what a user has to know."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import itertools
 import re
 
 import pytest
+
 from scripts.site import reference
 
 
@@ -69,3 +71,20 @@ def test_a_function_that_raises_says_so(full: str):
     assert "Raises:" in doc
     section = doc.split("Raises:")[1]
     assert not [kind for kind in raised(FUNCTIONS[full]) if f"{kind}:" not in section.replace("`", "")]
+
+
+# What a reader meets first: the functions of the package itself, and of the modules that it hands on.
+FIRST = [
+    *("adaptive_clip_grad_", "fuse", "param_groups_agc", "standardize_weight", "unitwise_norm"),
+    *("diagnostics.agc_stats", "diagnostics.signal_stats", "recipes.purposes", "recipes.settings"),
+]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_examples_of_the_first_names_give_what_they_show(name: str):
+    module, _, function = f"timm_nf.{name}".rpartition(".")
+    each = getattr(importlib.import_module(module), function)
+    tests = doctest.DocTestFinder(recurse=False).find(each, name, globs=dict(vars(inspect.getmodule(each))))  # type: ignore[arg-type]
+    results = [doctest.DocTestRunner().run(test) for test in tests]
+    assert sum(result.attempted for result in results) > 0
+    assert sum(result.failed for result in results) == 0

@@ -55,7 +55,11 @@ def any_path(text: str | Path) -> Path:
 
 
 def existing_file(text: str | Path) -> Path:
-    """Refuse a file that is not there, before anything is built or fetched."""
+    """Refuse a file that is not there, before anything is built or fetched.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
     path = any_path(text)
     if not path.is_file():
         raise typer.BadParameter(f"expected a file, {path} {'is a directory' if path.is_dir() else 'is not there'}")
@@ -63,7 +67,11 @@ def existing_file(text: str | Path) -> Path:
 
 
 def existing_folder(text: str | Path) -> Path:
-    """Refuse a folder that is not there, before anything is built or fetched."""
+    """Refuse a folder that is not there, before anything is built or fetched.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
     path = any_path(text)
     if not path.is_dir():
         raise typer.BadParameter(f"expected a folder, {path} {'is a file' if path.exists() else 'is not there'}")
@@ -204,7 +212,11 @@ class Loaded(NamedTuple):
 
 
 def read_checkpoint(checkpoint: Path | None, use_ema: bool) -> Checkpoint | None:
-    """The weights that --checkpoint and --use-ema name; None without a file."""
+    """The weights that --checkpoint and --use-ema name; None without a file.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
     if checkpoint is not None:
         return read(checkpoint, use_ema)
     if use_ema:

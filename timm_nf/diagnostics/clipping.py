@@ -80,6 +80,12 @@ def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = C
 
     Raises:
         ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
+
+    Examples:
+        >>> layer = nn.Linear(2, 3, bias=False)
+        >>> layer.weight.grad = torch.ones(3, 2)
+        >>> agc_stats(layer)[0]["units"]
+        3
     """
     clip_factor = agc.checked_setting("clip_factor", clip_factor)
     eps = agc.checked_setting("eps", eps)

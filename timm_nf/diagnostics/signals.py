@@ -170,6 +170,15 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
     Raises:
         TypeError: if the model has no blocks, or some in parts with other names, or if its blocks return neither images
             nor tokens.
+
+    Examples:
+        >>> import timm, timm_nf
+        >>> model = timm.create_model(
+        ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
+        ... )
+        >>> rows = signal_stats(model, torch.randn(2, 3, 32, 32))
+        >>> rows[1]["expected_var"]
+        1.04
     """
     net = innermost(model)
     skips = _skips(net)

@@ -97,6 +97,14 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is nothing to fuse, or if something cannot be fused: a traced graph, a subclass or
             parametrisation of a known layer, or a layer with hooks.
+
+    Examples:
+        >>> import timm, timm_nf
+        >>> model = timm.create_model(
+        ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
+        ... )
+        >>> type(fuse(model).stages[0][0].conv1)
+        <class 'torch.nn.modules.conv.Conv2d'>
     """
     if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
         raise ValueError(

@@ -133,8 +133,9 @@ class SkipInit(nn.Module):
     Raises:
         ValueError: if the rate is not between 0 and 1.
 
-    >>> SkipInit()(torch.ones(1, 1, 2), torch.ones(1, 1, 2)).tolist()
-    [[[1.0, 1.0]]]
+    Examples:
+        >>> SkipInit()(torch.ones(1, 1, 2), torch.ones(1, 1, 2)).tolist()
+        [[[1.0, 1.0]]]
 
     Source: arXiv:2002.10444, section 3; deepmind-research nfnets/nfnet.py at f5de0ede, NFBlock.
     """

@@ -48,6 +48,11 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
         device of `x`.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
+
+    Examples:
+        >>> unitwise_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5.],
+                [2.]])
     """
     layout = layout_of(x.shape, axis)
     view = layout.view(x)
@@ -97,6 +102,13 @@ def adaptive_clip_grad_(
             has been written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # one unit of norm 5
+        >>> weight.grad = torch.tensor([[0.0, 1.0]])
+        >>> _ = adaptive_clip_grad_(weight, clip_factor=0.01)
+        >>> weight.grad
+        tensor([[0.0000, 0.0500]])
     """
     clip_factor, eps = checked_setting("clip_factor", clip_factor), checked_setting("eps", eps)
     axis = checked_axis(axis)

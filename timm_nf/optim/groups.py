@@ -59,6 +59,15 @@ def param_groups_agc(
         ValueError: Something in `clip_exempt` is not in the model.
 
     Source: arXiv:2102.06171, section 4 and A.1; deepmind-research nfnets/experiment_nfnets.py@f5de0ede.
+
+    Examples:
+        >>> import timm, timm_nf
+        >>> model = timm.create_model(
+        ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
+        ... )
+        >>> groups = param_groups_agc(model, weight_decay=2e-5)
+        >>> [(group["weight_decay"], group.get("clip_factor", "clipped")) for group in groups]
+        [(0.0, 'clipped'), (2e-05, 'clipped'), (2e-05, None)]
     """
     exemption = exemption_of(model, clip_exempt)
     exempt = {id(p) for p in exemption.parameters()}
