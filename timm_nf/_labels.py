@@ -6,26 +6,28 @@ from typing import Any, cast
 __all__ = ["own_labels"]
 
 
-def own_labels(cfg: Mapping[str, Any], num_classes: int, origin: str) -> dict[str, Any]:
+def own_labels(model: Any, origin: str) -> dict[str, Any]:
     """The `label_names` of a network, and the `label_descriptions` if there are any.
 
-    Labels of the weights that a network with other classes started from are left out.
+    Labels of the weights that it started from are left out, and those of a classifier that was replaced.
 
     Args:
-        cfg: The network's `pretrained_cfg`.
-        num_classes: Of the network.
-        origin: What has this config, for messages.
+        model: The network, as timm's factory makes it.
+        origin: What has its config, for messages.
 
     Raises:
         ValueError: if the labels do not fit, are no texts, or only some have descriptions.
     """
+    cfg: Mapping[str, Any] = model.pretrained_cfg
+    num_classes: int = model.num_classes
+    built_with: object = getattr(model, "_model_args", {}).get("num_classes")
     names: object = cfg.get("label_names")
     if not names:
         return {}
     if not isinstance(names, list | tuple):
         raise ValueError(f"expected label_names of {origin} as a list, got {type(names).__name__}")
     listed = list(cast(list[object], names))
-    if len(listed) == cfg.get("num_classes") != num_classes:
+    if len(listed) != num_classes and len(listed) in (cfg.get("num_classes"), built_with):
         return {}
     if len(listed) != num_classes:
         raise ValueError(f"expected {num_classes} labels in {origin}, one for each class, got {len(listed)}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-__all__ = ["OLDEST", "build_network", "require_versions", "saved_arguments"]
+__all__ = ["OLDEST", "build_network", "make_head", "require_versions", "reset_head", "saved_arguments"]
 
 OLDEST = {"torch": "2.6", "timm": "1.0.20"}
 
@@ -73,6 +73,23 @@ def build_network(
         if isinstance(made, network):
             cast(Any, made)._model_args = {key: value for key, value in asked.items() if key not in _NO_ARGUMENTS}
     return made
+
+
+def make_head(in_features: int, num_classes: int, pool_type: str, drop_rate: float, device: Any, dtype: Any) -> Any:
+    """A `ClassifierHead` of timm, which takes device and dtype since 1.0.22."""
+    head_class = timm.layers.ClassifierHead
+    if _TIMM_RECORDS:
+        return head_class(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
+    return head_class(in_features, num_classes, pool_type, drop_rate).to(device=device, dtype=dtype)
+
+
+def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, dtype: Any) -> None:
+    """Replace the classifier of timm's head. Its `reset` takes device and dtype since 1.0.31."""
+    if _TIMM_RECORDS:
+        head.reset(num_classes, pool_type, device=device, dtype=dtype)
+    else:
+        head.reset(num_classes, pool_type)
+        head.to(device=device, dtype=dtype).train(head.training)
 
 
 def saved_arguments(model: nn.Module) -> dict[str, Any]:

@@ -226,22 +226,26 @@ def test_the_channel_axis_of_tokens_is_the_last():
 
 # Narrow stems scatter by some percent, and where maps are small the zeros of the padding take away a few.
 @pytest.mark.parametrize(
-    ("name", "size", "tolerance", "kwargs"),
+    ("name", "size", "draws", "tolerance", "kwargs"),
     [
-        ("dm_nf_resnet50", 224, 0.06, {}),
-        ("nfnet_f0", 192, 0.05, {"avg_down": False}),
-        ("dm_nf_regnet_b0", 192, 0.08, {"avg_down": False}),
+        ("dm_nf_resnet50", 224, 1, 0.06, {}),
+        ("nfnet_f0", 192, 1, 0.05, {"avg_down": False}),
+        ("dm_nf_regnet_b0", 192, 4, 0.08, {"avg_down": False}),  # narrow: one draw is up to 12 % off
     ],
 )
-def test_at_initialisation_with_skip_gains_of_1_the_variance_follows_the_analytic_one(name, size, tolerance, kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs)
-    assert open_branches(model) == sum(model.cfg.depths)
-    rows = signal_stats(model, torch.randn(4, 3, size, size))[1:]
-    expected = [1 + (k + 1) * 0.2**2 for depth in model.cfg.depths for k in range(depth)]
-    assert [row["expected_var"] for row in rows] == pytest.approx(expected)
-    for row in rows:
-        assert row["avg_var"] == pytest.approx(row["expected_var"], rel=tolerance), row["name"]
+def test_at_initialisation_with_skip_gains_of_1_the_variance_follows_the_analytic_one(
+    name, size, draws, tolerance, kwargs
+):
+    variances = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, **kwargs)
+        assert open_branches(model) == sum(model.cfg.depths)
+        rows = signal_stats(model, torch.randn(4, 3, size, size))[1:]
+        expected = [1 + (k + 1) * 0.2**2 for depth in model.cfg.depths for k in range(depth)]
+        assert [row["expected_var"] for row in rows] == pytest.approx(expected)
+        variances.append([row["avg_var"] for row in rows])
+    assert torch.tensor(variances).mean(0).tolist() == pytest.approx(expected, rel=tolerance)
 
 
 def test_a_pooling_shortcut_divides_the_variance_of_noise_by_four():

@@ -151,7 +151,8 @@ def test_an_unknown_network_is_one_line(capsys):
         main(["bench", "nfnet_f99"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no network or folder is called 'nfnet_f99'; `timm-nf list` shows ours" in line
+    assert "no network or folder is called 'nfnet_f99' (did you mean nfnet_f7" in line
+    assert "`timm-nf list` shows ours" in line
 
 
 @pytest.mark.slow

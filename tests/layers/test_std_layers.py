@@ -424,7 +424,7 @@ def test_a_block_ends_alike_in_every_dimension(axes: int) -> None:
     assert torch.equal(skip(shortcut, branch), shortcut)
     nn.init.constant_(skip.gain, 3.0)
     torch.testing.assert_close(skip(shortcut, branch), shortcut + 0.6 * branch)
-    se: Any = layers.SqueezeExcite(6, dtype=torch.float64)
+    se: Any = layers.SqueezeExcite(6, dtype=torch.float64, axes=axes)
     mean = branch.flatten(2).mean(2) if axes else branch
     fc1, fc2 = ((fc.weight.flatten(1), fc.bias) for fc in (se.fc1, se.fc2))
     gate = F.linear(F.linear(mean, *fc1).relu(), *fc2).sigmoid().view(3, 6, *[1] * axes)

@@ -376,5 +376,5 @@ def _load(folder: Path, origin: str) -> nn.Module:
     assign(model, tensors, origin)
     if name := first_not_finite(tensors):
         raise ValueError(f"{name} of {origin} is NaN or infinite: such a network is of no use")
-    own_labels(model.pretrained_cfg, model.num_classes, f"{CONFIG} of {origin}")
+    own_labels(model, f"{CONFIG} of {origin}")
     return model

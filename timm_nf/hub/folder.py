@@ -274,7 +274,7 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
     Raises:
         ValueError: if the network is fused and the architecture is another one, or the labels do not fit.
     """
-    labels = own_labels(model.pretrained_cfg, model.num_classes, "the model's config")
+    labels = own_labels(model, "the model's config")
     save_config_for_hf(model, cast(Any, file), labels, **saved_arguments(model))  # typed str, opened as a Path
     config: dict[str, Any] = json.loads(file.read_text())
     for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has

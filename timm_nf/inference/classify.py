@@ -43,7 +43,7 @@ def labels(model: Any) -> list[str]:
         ValueError: if the model's config has labels that do not fit.
     """
     info: CustomDatasetInfo | ImageNetInfo
-    if own := own_labels(model.pretrained_cfg, model.num_classes, "the network's config"):
+    if own := own_labels(model, "the network's config"):
         info = CustomDatasetInfo(own["label_names"], own.get("label_descriptions"))
     elif subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)

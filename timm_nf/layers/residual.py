@@ -42,13 +42,18 @@ class _GlobalMean(torch.autograd.Function):
         return tangents[0].mean(tuple(range(2, tangents[0].ndim)), keepdim=True)
 
 
-def global_mean(x: Tensor) -> Tensor:
-    """Mean over all axes behind the channels, (N, C, H, W) -> (N, C, 1, 1); of any number of axes."""
-    if x.dim() == 2:
+def global_mean(x: Tensor, axes: int = 2) -> Tensor:
+    """Mean over all axes behind the channels, (N, C, H, W) -> (N, C, 1, 1).
+
+    Args:
+        x: (N, C, ...), with this many axes behind the channels. Symbolic tracing could not ask `x` for them.
+        axes: How many.
+    """
+    if axes == 0:
         return x
     if not torch.jit.is_scripting() and is_eager(x):
         return _GlobalMean.apply(x)
-    return x.mean(list(range(2, x.dim())), keepdim=True)
+    return x.mean(list(range(2, 2 + axes)), keepdim=True)
 
 
 class _AddScaled(torch.autograd.Function):

@@ -101,12 +101,16 @@ class SqueezeExcite(nn.Module):
         rd_ratio: Hidden width over `channels`, see `squeeze_chs`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        axes: Number of axes behind the channels.
 
     Source: nfnets/base.py, SqueezeExcite. The code has a relu, arXiv:2102.06171 writes gelu.
     """
 
-    def __init__(self, channels: int, rd_ratio: float = 0.5, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, rd_ratio: float = 0.5, device: Any = None, dtype: Any = None, *, axes: int = 2
+    ) -> None:
         super().__init__()
+        self.axes = axes
         hidden = squeeze_chs(channels, rd_ratio)
         self.fc1 = GateConv2d(channels, hidden, device=device, dtype=dtype)
         self.act = nn.ReLU()
@@ -119,14 +123,16 @@ class SqueezeExcite(nn.Module):
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, 1, 1); of any number of axes behind the channels.
+        """(N, C, H, W) -> (N, C, 1, 1), or as many axes as there are.
 
         Examples:
-            >>> [tuple(SqueezeExcite(6)(torch.zeros(2, 6, *size)).shape) for size in ((5, 4), (5,))]
-            [(2, 6, 1, 1), (2, 6, 1)]
+            >>> SqueezeExcite(6)(torch.zeros(2, 6, 5, 4)).shape
+            torch.Size([2, 6, 1, 1])
+            >>> SqueezeExcite(6, axes=1)(torch.zeros(2, 6, 5)).shape
+            torch.Size([2, 6, 1])
         """
-        mean = global_mean(x)
-        if mean.dim() == 4:
+        mean = global_mean(x, self.axes)
+        if self.axes == 2:
             return self.gate(self.fc2(self.act(self.fc1(mean))))
-        shape = list(mean.shape)
-        return self.gate(self.fc2(self.act(self.fc1(mean.flatten(1)[:, :, None, None])))).view(shape)
+        gate = self.gate(self.fc2(self.act(self.fc1(mean.flatten(1)[:, :, None, None]))))
+        return gate.view(list(mean.shape))

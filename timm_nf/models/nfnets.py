@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead
 from timm.models import _registry as registry
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -29,7 +28,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .._gain_names import is_gain
-from .._versions import build_network
+from .._versions import build_network, make_head, reset_head
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation
 from ..layers.standardize import destandardize_weight, standardize_weight
@@ -105,8 +104,7 @@ class NormFreeNet(nn.Module):
         self.num_features = final_chs or in_chs
         # No convolution follows that could carry gamma. forward_features returns the authors' tensor.
         self.final_act = Activation(cfg.act_layer)
-        # timm's head takes device and dtype since 1.0.22, and knows its width after pooling since 1.0.31.
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
+        self.head = make_head(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self._pooled_width()
         self._init_classifier()
         if fused:
@@ -282,8 +280,7 @@ class NormFreeNet(nn.Module):
         self.num_classes = num_classes
         reference = next(self.parameters())
         self.head.in_features = self.num_features  # which pruning changes
-        self.head.reset(num_classes, global_pool)
-        self.head.to(device=reference.device, dtype=reference.dtype).train(self.head.training)
+        reset_head(self.head, num_classes, global_pool, reference.device, reference.dtype)
         self.head_hidden_size = self._pooled_width()
         self._init_classifier()
 
