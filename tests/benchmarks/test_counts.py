@@ -94,6 +94,7 @@ def test_views_products_and_allocations_are_free_and_the_rest_counts_what_it_rea
     assert got == counts.Counts(2, 4 * (32 + 48), 4 * (16 + 8))
 
 
+@pytest.mark.slow  # the table counts six steps
 def test_the_page_holds_the_table_that_the_command_writes() -> None:
     page = counts.PAGE.read_text()
     table = page.split(counts.START)[1].split(counts.END)[0]

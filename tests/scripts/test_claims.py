@@ -21,7 +21,7 @@ from scripts.claims import grid, signals, training
 from scripts.claims import page as pages
 from scripts.claims.figures import FIGURES
 from scripts.claims.grid import LARGEST, PARTS, PHASES, QUICK_PHASES, SEEDS, TUNING, Phase, Rows, planned
-from scripts.claims.page import page, plan_commit
+from scripts.claims.page import PLAN_COMMIT, page
 from scripts.claims.parts import CLAIMS, Part
 from scripts.claims.parts import quick as quick_parts
 from scripts.claims.rule import Differences, decide, seeds_to_decide, simulate
@@ -342,17 +342,20 @@ def test_the_rows_of_the_first_experiment_are_kept():
 
 def test_the_committed_page_is_that_of_the_committed_rows_and_names_the_plans_commit():
     text = (claims.FOLDER.parent / "claims.md").read_text()
-    assert text == page(ROWS, plan_commit(claims.FOLDER), signals.section(claims.FOLDER))
+    assert text == page(ROWS, PLAN_COMMIT, signals.section(claims.FOLDER))
     drawn = {f"{index}_{name}.png" for index, (name, each) in enumerate(FIGURES.items(), 1) if each.ready(ROWS)}
     assert set(re.findall(r"\(claims/(\w+\.png)\)", text)) - {"ratios.png", "signals.png"} == drawn
     assert {file.name for file in claims.FOLDER.glob("?_*.png")} == drawn
 
 
-def test_the_plans_commit_is_before_all_rows_of_plan_2():
-    at_plan = subprocess.run(
-        ["git", "show", f"{plan_commit(claims.FOLDER)}:docs/claims/runs.csv"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+@pytest.mark.slow  # not slow, but needs the history, which a shallow clone lacks
+def test_the_plans_commit_added_the_plan_and_is_before_all_rows_of_plan_2():
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    added = git("log", "--diff-filter=A", "--format=%H", "--", "docs/claims/plan.md").split()
+    assert added == [PLAN_COMMIT]
+    at_plan = git("show", f"{PLAN_COMMIT}:docs/claims/runs.csv")
     assert {line.partition(",")[0] for line in at_plan.splitlines()} == {"plan", "1"}
 
 
@@ -360,7 +363,7 @@ def test_a_page_of_a_complete_plan_decides_every_part_and_draws_every_figure(
     complete: tuple[Rows, list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rows = {run: each for run, each in ROWS.items() if run.plan == 1} | complete[0]
-    monkeypatch.setattr(pages, "plan_commit", lambda folder: "a commit")
+    monkeypatch.setattr(pages, "PLAN_COMMIT", "a commit")
     pages.write_page(rows, tmp_path / "claims")
     text = (tmp_path / "claims.md").read_text()
     assert "as a commit." in text
