@@ -275,7 +275,7 @@ def test_shapes_that_do_not_fit_their_data_are_named(tmp_path: Path) -> None:
     assert "expected an array of shape (2,) and type float32, got 4 bytes for it" in str(message)
 
 
-@pytest.mark.parametrize("opcode", [b"}", b"(", b"}\x94"])
+@pytest.mark.parametrize("opcode", [b"}", *(pytest.param(code, marks=pytest.mark.slow) for code in (b"(", b"}\x94"))])
 def test_memory_for_small_objects_is_bounded_whatever_the_size_of_the_file(opcode: bytes, tmp_path: Path) -> None:
     data = program(opcode * 2 * _MAX_OPCODES)
     assert f"at most {_MAX_OPCODES} opcodes" in str(check(data, tmp_path))

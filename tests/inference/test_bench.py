@@ -108,6 +108,7 @@ def test_peak_memory_is_that_of_the_highest_point():
     assert bench.peak_memory(run) == pytest.approx(2 * 4 << 20, rel=1e-3)  # and a few bytes for the scalars
 
 
+@pytest.mark.slow
 def test_int8_is_timed_beside_float32(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create("test_nfnet", **kwargs))

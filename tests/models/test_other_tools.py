@@ -213,7 +213,9 @@ def test_exported_graphs_add_products_where_eager_blocks_fuse_them(family: str, 
     assert "addcmul" not in str(program.graph)
 
 
-@EACH_FAMILY
+@pytest.mark.parametrize(
+    "family", [name if name == "NFNet" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 @BOTH
 def test_fx_quantisation_prepares_observes_and_converts(family: str, fused: bool) -> None:
     with warnings.catch_warnings():

@@ -5,6 +5,15 @@ from torch import Tensor, nn
 
 __all__ = ["StochasticDepth"]
 
+torch.fx.wrap("_first_elements")  # symbolic tracing records one call of it, as it knows no number of axes
+
+
+def _first_elements(x: Tensor) -> Tensor:
+    """(N, ...) -> (N, 1, ..., 1)."""
+    for axis in range(1, x.dim()):
+        x = x.narrow(axis, 0, 1)
+    return x
+
 
 class StochasticDepth(nn.Module):
     """Drops the residual branch of random examples in training. The other branches are not rescaled.
@@ -32,10 +41,7 @@ class StochasticDepth(nn.Module):
         """
         if not self.training:
             return coefficient
-        one = x
-        for axis in range(1, x.dim()):
-            one = one.narrow(axis, 0, 1)  # one element of every example
-        remains = torch.rand_like(one, dtype=torch.float32) >= self.rate
+        remains = torch.rand_like(_first_elements(x), dtype=torch.float32) >= self.rate
         return coefficient * remains
 
     def extra_repr(self) -> str:
