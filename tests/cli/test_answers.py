@@ -221,7 +221,9 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "timm_nf_command", "list"]
+    # Where the tests run in the background of a shell, SIGINT is ignored, also in what they start.
+    listens = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listens}; runpy.run_module('timm_nf_command', run_name='__main__')", "list"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes) as process:
         assert process.stdout is not None

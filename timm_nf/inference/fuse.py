@@ -17,16 +17,7 @@ from timm.layers import ScaledStdConv2d as StockScaledStdConv2d
 from timm.layers import ScaledStdConv2dSame, StdConv2d, StdConv2dSame, create_conv2d
 from torch import nn
 
-from ..layers.std_conv import (
-    ScaledStdConv1d,
-    ScaledStdConv2d,
-    ScaledStdConv3d,
-    ScaledStdConvTranspose1d,
-    ScaledStdConvTranspose2d,
-    ScaledStdConvTranspose3d,
-    ScaledStdLinear,
-    bake,
-)
+from ..layers.std_conv import STANDARDIZED_LAYERS, bake
 
 __all__ = ["fuse"]
 
@@ -52,17 +43,8 @@ def _fuse_stock(conv: Any) -> nn.Conv2d:
     return bake(plain, conv, weight)
 
 
-_OURS = (
-    ScaledStdConv1d,
-    ScaledStdConv2d,
-    ScaledStdConv3d,
-    ScaledStdConvTranspose1d,
-    ScaledStdConvTranspose2d,
-    ScaledStdConvTranspose3d,
-    ScaledStdLinear,
-)
 _FUSE: dict[type, Callable[[Any], nn.Module]] = {
-    **{layer: layer.fuse for layer in _OURS},
+    **{layer: layer.fuse for layer in STANDARDIZED_LAYERS},
     StockScaledStdConv2d: _fuse_stock,
     ScaledStdConv2dSame: _fuse_stock,
     StdConv2d: _fuse_stock,

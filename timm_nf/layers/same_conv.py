@@ -101,9 +101,6 @@ class SamePadding:
         """(O, I, *K), what the input is convolved with."""
         return self.weight
 
-    def _convolve(self, input: Tensor, padding: list[int]) -> Tensor:
-        raise NotImplementedError
-
     def forward(self, input: Tensor) -> Tensor:
         """(N, I * groups, *size) -> (N, O, *ceil(size / stride)) under the SAME rule."""
         if not self.same_pad:

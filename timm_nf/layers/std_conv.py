@@ -25,6 +25,7 @@ from .standardize import standardize_weight
 from .standardize_triton import standardize, takes_kernel
 
 __all__ = [
+    "STANDARDIZED_LAYERS",
     "SameConv2d",
     "ScaledStdConv1d",
     "ScaledStdConv2d",
@@ -427,3 +428,15 @@ class ScaledStdLinear(_Standardized, nn.Linear):
         """Torch's linear layer of the same output; timm's `reparameterize_model` looks for this name."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         return bake(plain, self, self._standardized_weight())
+
+
+STANDARDIZED_LAYERS = (
+    ScaledStdConv1d,
+    ScaledStdConv2d,
+    ScaledStdConv3d,
+    ScaledStdConvTranspose1d,
+    ScaledStdConvTranspose2d,
+    ScaledStdConvTranspose3d,
+    ScaledStdLinear,
+)
+"""Every layer with a standardised weight. Each has `fuse`."""
