@@ -204,6 +204,22 @@ def test_a_layer_scripts(name: str) -> None:
         torch.testing.assert_close(script(layer)(*inputs), layer(*inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [1, 3])
+@BOTH
+def test_layers_along_other_axes_script_trace_and_export_to_onnx(axes: int, form: Any) -> None:
+    torch.manual_seed(0)
+    conv, transposed = (getattr(layers, f"ScaledStd{kind}{axes}d") for kind in ("Conv", "ConvTranspose"))
+    gate = layers.SqueezeExcite(8, axes=axes)
+    model = form(nn.Sequential(conv(2, 8, 3, 2, "same"), transposed(8, 8, 4, 2, 1, groups=2), gate)).eval()
+    x, file = torch.randn(2, 2, *[8] * axes), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about this exporter
+        torch.onnx.export(script(model), (x,), file, dynamo=False, input_names=["x"])
+    (got,) = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})
+    assert relative_error(got, model(x)) < 1e-5
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_every_layer_is_scripted_here_or_with_the_standardised_ones() -> None:
     classes = {name for name in layers.__all__ if isinstance(getattr(layers, name), type)}
     assert {name for name in classes if not name.startswith("ScaledStd")} == set(LAYERS)

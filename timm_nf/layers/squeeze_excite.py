@@ -135,4 +135,4 @@ class SqueezeExcite(nn.Module):
         if self.axes == 2:
             return self.gate(self.fc2(self.act(self.fc1(mean))))
         gate = self.gate(self.fc2(self.act(self.fc1(mean.flatten(1)[:, :, None, None]))))
-        return gate.view(list(mean.shape))
+        return gate.view(mean.shape)

@@ -296,10 +296,18 @@ class _ScaledStdConvTranspose(_Standardized):
         self._add_gain(out_channels, scale, eps)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups, self.in_channels // self.groups)).transpose(1, 2).flatten(0, 1)
+        return self._swapped(weight, self.in_channels // self.groups, self.out_channels // self.groups)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self.groups, self.out_channels // self.groups)).transpose(1, 2).flatten(0, 1)
+        weight = self._swapped(rows, self.out_channels // self.groups, self.in_channels // self.groups)
+        return weight.view(self.weight.shape)
+
+    def _swapped(self, x: Tensor, first: int, second: int) -> Tensor:
+        """(groups * first, second, *K) -> (groups * second, first, product of K)."""
+        taps = 1
+        for size in self.kernel_size:
+            taps *= size
+        return x.reshape(self.groups, first, second, taps).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As torch's layer: (N, in_channels, *size) -> (N, O, *output size).
