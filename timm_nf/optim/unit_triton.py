@@ -3,6 +3,16 @@
 torch's foreach functions know whole tensors only, and take turns where shapes differ: clipping NFNet-F0 by them is 400
 kernels. Both of ours are operations of torch's dispatcher, with an implementation for meta tensors, and exist without
 Triton as well. A device that has no Triton goes the way of the CPU.
+
+Examples:
+    >>> from timm_nf.optim.units import layout_of
+    >>> weight, grad = torch.ones(4, 3, device="meta"), torch.ones(4, 3, device="meta")
+    >>> takes_kernel(torch.ones(4, 3), torch.ones(4, 3), layout_of((4, 3), axis=0))  # tensors on the CPU
+    False
+    >>> weight_norms, grad_norms = unit_norms([weight], [grad], counts=[4])
+    >>> scale_units_([grad], [4], scales=weight_norms)
+    >>> weight_norms.shape
+    torch.Size([4])
 """
 
 # torch.library has no types.
