@@ -1,4 +1,4 @@
-"""Shows the value of a default in the reference where the source has the name of a constant. mkdocstrings loads this."""
+"""Shows the value of a default in the reference where the source names a constant. mkdocstrings loads this."""
 
 from typing import Any
 
