@@ -43,7 +43,7 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
         title: Of the picture.
         file: To write, in the format that its suffix names.
     """
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         _draw_panel(axes, measured, key)
         axes.set_title(words, fontsize=10)
