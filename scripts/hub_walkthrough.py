@@ -74,20 +74,22 @@ TEXT = """\
 # Weights: converting, pushing, pulling
 
 `python -m scripts.hub_walkthrough` ran these commands and wrote this page, so everything printed below is real output.
-Its Hub is the stand-in of the tests, on 127.0.0.1, with its port written as PORT. So links lead nowhere, and commits are
-not the Hub's. The user `alice` is logged in there. Without HF_ENDPOINT the same commands talk to https://huggingface.co.
+Its Hub is the stand-in of the tests, on 127.0.0.1, with its port written as PORT. So links lead nowhere, and commits
+are not the Hub's. The user `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
+https://huggingface.co.
 
 ## The authors' checkpoints
 
 The authors' checkpoints are pickles, although their names end in .npz. To unpickle a file is to run what it asks for.
 timm_nf does not unpickle: its own reader builds numpy arrays, dicts and the wrappers of haiku and jax, and refuses all
-else. jax, haiku and dill need not be installed. `T0_haiku_flatmap.npz` is a tiny network in the authors' format. Names and
-shapes say which network it is, also if its depths and widths are not the paper's:
+else. jax, haiku and dill need not be installed. `T0_haiku_flatmap.npz` is a tiny network in the authors' format. Names
+and shapes say which network it is, also if its depths and widths are not the paper's:
 
 {convert}
 
 `--license` adds the card. Without it there is no README.md, as a license is never guessed. `--dtype bf16` rounds the
-weights. `--push user/name` publishes the folder. The folder has to be new or empty. After an error it is as it was before.
+weights. `--push user/name` publishes the folder. The folder has to be new or empty. After an error it is as it was
+before.
 
 timm loads the folder as any other. The network gives the logits that the authors' code gives with these weights:
 
@@ -103,8 +105,8 @@ in float32, float16 or float64, as numpy has no bfloat16.
 index of a network in several files. It recognises a file by its content, entries such as `model` or `state_dict`, and
 prefixes such as `module.` or `_orig_mod.`. If a file has several candidates, the error lists them. Torch files are read
 with `weights_only=True`, and nothing beside the weights is built. From a checkpoint of train.py, the command takes the
-weights of the last step. `--use-ema` takes their average instead. `classify`, `export`, `diagnose`, `clip-range`, `bench`
-and `verify` read `--checkpoint FILE` in the same way.
+weights of the last step. `--use-ema` takes their average instead. `classify`, `export`, `diagnose`, `clip-range`,
+`bench` and `verify` read `--checkpoint FILE` in the same way.
 
 Here timm's CheckpointSaver wrote `model_best.pth.tar`, as at the end of a training of the tiny network with
 `--model-ema`. Its metric of 50 is invented:
@@ -118,13 +120,13 @@ measured with these very weights, the recipe from the checkpoint, versions, and 
 {push}
 
 One commit uploads model.safetensors, config.json and README.md, and no pickle. Before it, the weights are read back and
-compared. timm loads the network, which has to give the same features and logits. If anything fails, the repository stays
-as it was. If somebody else commits in the meantime, the push is refused, and nothing is overwritten. An existing README
-stays, unless you give `--overwrite-card`.
+compared. timm loads the network, which has to give the same features and logits. If anything fails, the repository
+stays as it was. If somebody else commits in the meantime, the push is refused, and nothing is overwritten. An existing
+README stays, unless you give `--overwrite-card`.
 
 config.json states the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it
-in `model_args`, and then transformers' `AutoModelForImageClassification.from_pretrained` stops with "multiple values for
-keyword argument 'num_classes'". timm loads both forms.
+in `model_args`, and then transformers' `AutoModelForImageClassification.from_pretrained` stops with "multiple values
+for keyword argument 'num_classes'". timm loads both forms.
 
 | option | what it does |
 | --- | --- |
@@ -133,7 +135,7 @@ keyword argument 'num_classes'". timm loads both forms.
 | `--private` | makes the repository private |
 | `--dtype bf16` | rounds the weights, also to `fp16` or `fp32` |
 | `--num-classes N`, `--labels FILE` | say what the checkpoint does not say |
-| `--architecture dm_nfnet_f0` | saves the network so that timm alone loads it; the card states the measured error of its logits |
+| `--architecture dm_nfnet_f0` | stock timm loads the network; the card states the measured error of its logits |
 
 From Python: `timm_nf.hub.push(model, "user/name", card={{"license": ...}})`, and `timm_nf.hub.write_folder` for the
 files alone.
@@ -143,10 +145,10 @@ files alone.
 {pull}
 
 The Hub's client compares only the size of what it downloads. `pull` also compares the file's sha256 with the Hub's, and
-with `--sha256` if you give it. Before it assigns any weight, it compares names, shapes and dtypes with the architecture's.
-If a file in the cache is damaged, `pull` names it and fetches it once more. The cache names files by their hashes. Without
-a network (`HF_HUB_OFFLINE=1`) the files are compared with those. On a system without links, an earlier pull has recorded
-them:
+with `--sha256` if you give it. Before it assigns any weight, it compares names, shapes and dtypes with the
+architecture's. If a file in the cache is damaged, `pull` names it and fetches it once more. The cache names files by
+their hashes. Without a network (`HF_HUB_OFFLINE=1`) the files are compared with those. On a system without links, an
+earlier pull has recorded them:
 
 {offline}
 
