@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ROOT / "tests" / "public_names.txt"
 PACKAGE = "timm_nf"
 
-# Said at the end of every page.
+# Said at the top of every page.
 IN_SCOPE = """*The examples assume that `torch`, `timm`, `timm_nf` and the names of the module are imported. A test runs
 all of them.*"""
 
@@ -99,7 +99,7 @@ def pages() -> dict[str, str]:
 
 def _page(wing: str, modules: list[str]) -> str:
     title = wing if wing == PACKAGE else f"{PACKAGE}.{wing}"
-    return "\n\n".join([f"# {title}", *(_section(module, module == title) for module in modules), IN_SCOPE]) + "\n"
+    return "\n\n".join([f"# {title}", IN_SCOPE, *(_section(module, module == title) for module in modules)]) + "\n"
 
 
 @cache
