@@ -122,6 +122,7 @@ def _section(module: str, is_title: bool) -> str:
     parts.append(_as_markdown(ast.get_docstring(ast.parse(source(module).read_text())) or ""))
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
+    parts.append(_made_classes(module))
     parts += [f"::: {homes[name]}" for name in here]
     return "\n\n".join(part for part in parts if part)
 
@@ -136,6 +137,17 @@ def _as_markdown(docstring: str) -> str:
         for block in textwrap.dedent(examples).split("\n\n")
     ]
     return "\n\n".join([text.rstrip(), *blocks])
+
+
+def _made_classes(module: str) -> str:
+    """A table of the classes that a module makes of other classes: only its stub has their names."""
+    stub = source(module).with_suffix(".pyi")
+    if not stub.is_file():
+        return ""
+    classes = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ClassDef)]
+    rows = [f"| `{node.name}` | `{ast.unparse(node.bases[-1])}` |" for node in classes]
+    made = "Classes with clipping. Each takes the arguments of the class that it extends, and those of `agc_class`:"
+    return "\n".join([made, "", "| class | extends |", "| --- | --- |", *rows])
 
 
 def _is_ours(where: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 import timm_nf
 from scripts.site import reference
+from tests.support import ROOT
 
 
 def test_every_public_name_is_in_the_reference():
@@ -141,6 +142,14 @@ def test_every_public_name_that_is_called_has_an_example():
     modules = {section(full): importlib.import_module(section(full)).__doc__ or "" for full in CALLED}
     names = {(section(full), full.rpartition(".")[2]): inspect.getdoc(each) or "" for full, each in CALLED.items()}
     assert not without_example(names, modules), "write an example at the name, or at the top of its module"
+
+
+def test_every_optimizer_class_is_in_the_reference():
+    stub = (ROOT / "timm_nf" / "optim" / "__init__.pyi").read_text()
+    classes = re.findall(r"^class (Agc\w+)\(", stub, re.MULTILINE)
+    page = reference.pages()["reference/optim.md"]
+    assert len(classes) > 30
+    assert not [name for name in classes if f"| `{name}` | `" not in page]
 
 
 def test_an_example_at_the_top_of_a_module_is_a_block_of_its_section():
