@@ -19,13 +19,11 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from ._dtypes import FLOATS
 from ._text import reason
 from ._weights_file import load_tensors, pick_weights, read_content
 
 __all__ = ["FLOATS", "Checkpoint", "assign", "build", "fill", "fitted", "load_tensors", "read", "skeleton"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not 8 bits
-"""The dtypes in which networks compute."""
 
 # Arguments of timm.create_model that would load weights from elsewhere.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}

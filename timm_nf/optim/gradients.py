@@ -6,12 +6,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .._dtypes import FLOATS, dtype_name
 from .sharded import PLAIN, local_part, placements_of
 from .units import Axis, axis_problem
 
 __all__ = ["gradient_problem", "parameters_with_gradient"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def gradient_problem(p: Tensor, g: Tensor) -> str | None:
@@ -22,10 +21,9 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
         return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
     if g.shape != p.shape:
         return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
-        return (
-            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
-        )
+    if p.dtype not in FLOATS or g.dtype not in FLOATS:
+        known = ", ".join(map(dtype_name, FLOATS))
+        return f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes {known}"
     if not (type(p) in PLAIN and type(g) in PLAIN and not hasattr(p, "_fsdp_flattened")):
         if problem := _placement_problem(p, g):
             return problem
