@@ -106,7 +106,9 @@ def compare(
         raise ValueError(
             f"expected a folder of pictures in {folder} for each of {ours.num_classes} classes, got {len(classes)}"
         )
-    class_map: Any = {name: i for i, name in enumerate(synsets)} if is_imagenet else ""
+    class_map: Any = ""
+    if is_imagenet:
+        class_map = {name: i for i, name in enumerate(synsets)}
     dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
     dataset.input_img_mode = image_mode(data["input_size"][0])
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
