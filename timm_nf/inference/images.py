@@ -1,20 +1,4 @@
-"""Finding pictures, and reading them as a model takes them.
-
-Examples:
-    >>> from pathlib import Path
-    >>> from PIL import Image
-    >>> Image.new("L", (40, 30)).save("grey.png")
-    >>> found = find_images([Path(".")])
-    >>> isinstance(found, Found), found.pictures
-    (True, [PosixPath('grey.png')])
-    >>> open_picture("grey.png").mode, open_picture("grey.png", channels=1).mode
-    ('RGB', 'L')
-    >>> model = timm.create_model("test_resnet")
-    >>> picture_config(model)["input_size"]
-    (3, 160, 160)
-    >>> reader(model)("grey.png").shape, photographs(model, size=64, count=2).shape
-    (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
-"""
+"""Finds pictures, and reads them as a model takes them."""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -38,7 +22,7 @@ from torch import Tensor
 
 from .._text import reason
 
-__all__ = ["Found", "find_images", "open_picture", "photographs", "picture_config", "reader"]
+__all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
 # Pillow starts Ghostscript for EPS, and only recognises MPEG.
 _NOT_READ = {"EPS", "MPEG"}
@@ -229,6 +213,11 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         if len(data[key]) != channels:  # timm's loader does that with a colour network's on grey
             data[key] = (statistics.fmean(data[key]),) * channels
     return data
+
+
+def image_mode(channels: int) -> str:
+    """The mode in which timm's data sets open pictures for this many input channels, as train.py sets it."""
+    return "RGB" if channels == 3 else "L"
 
 
 def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | Path], Tensor]:
