@@ -45,6 +45,14 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     The optimizer remembers parameters by their places and holds no other reference. Tools that shard a network replace
     the parameters, and must be able to free the old ones.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = timm.optim.create_optimizer_v2(layer, "agcsgd", lr=0.1, clip_exempt=())
+        >>> layer(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> isinstance(optimizer, AdaptiveClipping), sum(row["units"] for row in optimizer.clip_stats())
+        (True, 4)
     """
 
     __module__ = "timm_nf.optim"  # where pickles look for all classes of this kind
