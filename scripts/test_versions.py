@@ -69,7 +69,7 @@ def measure(name: str, pins: dict[str, str], arguments: list[str]) -> dict[str, 
         run(python, *PIP_INSTALL, "-e", f"{ROOT}[test]", *pinned, cwd=ROOT)
         versions = json.loads(run(python, "-c", VERSIONS % (SHOWN,), cwd=ROOT))
         report = folder / "report.xml"
-        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), "--dist=loadgroup", *arguments]
+        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), *arguments]
         show(*command)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*map(str, command), f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
