@@ -136,7 +136,7 @@ def _section(module: str, is_title: bool) -> str:
     parts: list[str] = []
     if not is_title:
         parts.append(f"## {module}")
-    parts.append(ast.get_docstring(ast.parse(source(module).read_text())) or "")
+    parts.append(_as_markdown(ast.get_docstring(ast.parse(source(module).read_text())) or ""))
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
     parts.append(_made_classes(module))
