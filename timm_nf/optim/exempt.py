@@ -64,9 +64,11 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
         given: The ids of the parameters that count; all of them by default.
     """
     network = innermost(model)
-    if _has_classifier(network):
-        return Classifier(network, _own_classifier(network), None)
     trained = {id(p) for p in model.parameters() if p.requires_grad and (given is None or id(p) in given)}
+    if _has_classifier(network):
+        weights = _own_classifier(network)
+        if weights or trained <= set(map(id, network.parameters())):  # what is beside it may be a head of its own
+            return Classifier(network, weights, None)
     found: dict[frozenset[int], tuple[str, nn.Module, list[nn.Parameter]]] = {}
     frozen: list[tuple[nn.Module, list[nn.Parameter]]] = []
     without: dict[str, nn.Module] = {}
