@@ -43,7 +43,7 @@ def is_private(name: str) -> bool:
 def private_names(source: Path, ours: set[str]) -> set[str]:
     """Private names of others in a file: attributes, and parts of the modules that it imports from."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ours:
             found.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:

@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ._text import reason
+from ._versions import input_channels
 from ._weights_file import load_tensors, pick_weights, read_content
 
 __all__ = ["FLOATS", "Checkpoint", "assign", "build", "fill", "fitted", "load_tensors", "read", "skeleton"]
@@ -191,8 +192,9 @@ def _follow_preprocessing(model: Any, args: Mapping[str, Any]) -> None:
     """Note on the model the size, mean, interpolation, ... that train.py's arguments state."""
     cfg = model.pretrained_cfg
     size = cfg["input_size"][1:]
-    cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
-    cfg["input_size"] = (model.in_chans, *cfg["input_size"][1:])
+    channels = input_channels(model)
+    cfg.update(resolve_data_config({"in_chans": channels, **args}, cfg))
+    cfg["input_size"] = (channels, *cfg["input_size"][1:])
     if cfg["input_size"][1:] != size:
         cfg.update(test_input_size=None, pool_size=None)  # belong to the other size
 

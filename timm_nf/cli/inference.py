@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
+from .._text import quoted
 from ..inference.bench import Timing
 from .options import (
     CheckpointFile,
@@ -27,7 +28,7 @@ from .options import (
     load_network,
     note_left_out,
 )
-from .terminal import complain, console, examples, note, print_facts, print_line, print_table, track, typer
+from .terminal import complain, console, examples, note, print_facts, print_line, print_table, track, typer, warn
 
 __all__ = ["commands"]
 
@@ -145,7 +146,7 @@ def _export_folder(network: nn.Module, weights: str, out: Path, license: str | N
             ("weights", weights),
             *written.checks,
             *(("file", f"{name}, {size:,} bytes") for name, size in written.files.items()),
-            ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True)'),
+            ("load it with", f"timm.create_model({quoted(f'local-dir:{out}')}, pretrained=True)"),
         ]
     )
 
@@ -160,9 +161,12 @@ def _export_file(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
+    from ..inference.bench import bfloat16_is_fast
     from ..inference.export import SUFFIXES, write
     from ..inference.fuse import fuse
 
+    if dtype is torch.bfloat16 and not bfloat16_is_fast():
+        warn("this CPU has no bfloat16 instructions, and takes longer in bfloat16 than in float32")
     with console(stderr=True).status("exporting"):
         if not getattr(network, "fused", False):
             network = fuse(network)
@@ -237,7 +241,7 @@ def bench(
     with its classes and arguments. The network is one of ours, or of timm's with standardised convolutions.
     """
     from ..env import machine
-    from ..inference.bench import contenders, time_inference
+    from ..inference.bench import contenders, left_out, time_inference
 
     device = device or fastest()
     trained = None
@@ -247,6 +251,8 @@ def bench(
         work = contenders(network, batch, size, device, trained.network if trained else None)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    for label, why in left_out(device).items():
+        note(f"left out: {label}: {why}")
     timings = time_inference(work, repeats, device, track)
     weights = trained.weights if trained else "random"
     if as_json:

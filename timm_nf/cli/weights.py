@@ -1,9 +1,10 @@
 """The commands of `timm-nf` that move weights."""
 
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any
 
+from .._text import quoted
 from ..checkpoint import Checkpoint, build, read
 from .options import Dtype, License, RegisteredOption, UseEma, any_path, existing_file
 from .terminal import console, examples, print_facts, print_table, print_text, typer
@@ -66,7 +67,7 @@ def convert(
             ("sha256", made.written.sha256),
             *([] if license else [("card", "none: give --license to have one, it is never guessed")]),
             *([("published", str(made.written.url))] if push else []),
-            ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True), after import timm_nf'),
+            ("load it with", f"timm.create_model({quoted(f'local-dir:{out}')}, pretrained=True), after import timm_nf"),
         ]
     )
 
@@ -209,7 +210,8 @@ def _fields(content: Checkpoint, license: str, dataset: str | None) -> tuple[dic
     if content.metric is None or metric not in ("top1", "top5"):
         return fields, "none: the checkpoint has none of these weights"
     args = content.args
-    name = dataset or stated or Path(str(args.get("data_dir") or args.get("data") or "unknown")).name
+    # A file may come from Windows; its paths have either separator.
+    name = dataset or stated or PureWindowsPath(str(args.get("data_dir") or args.get("data") or "unknown")).name
     split = str(args["val_split"])
     fields["eval_results"] = [_result(name, split, metric, content.metric)]
     return fields, f"{metric} {content.metric:.3f} on {name}, split {split}, by train.py in epoch {content.epoch}"

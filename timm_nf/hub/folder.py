@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .._labels import own_labels
 from .._relative_error import relative_error
 from .._text import reason
-from .._versions import saved_arguments
+from .._versions import input_channels, saved_arguments
 from .._wrappers import innermost
 from ..checkpoint import FLOATS, assign, fitted, skeleton
 from ..version import __version__
@@ -276,10 +276,10 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
     """
     labels = own_labels(model, "the model's config")
     save_config_for_hf(model, cast(Any, file), labels, **saved_arguments(model))  # typed str, opened as a Path
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has
         if key in config["pretrained_cfg"]:
-            config["pretrained_cfg"][key][0] = getattr(model, "in_chans", config["pretrained_cfg"][key][0])
+            config["pretrained_cfg"][key][0] = input_channels(model)
     config["architecture"] = architecture
     for key in ("tag", "license"):
         config["pretrained_cfg"].pop(key, None)

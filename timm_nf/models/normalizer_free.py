@@ -193,7 +193,7 @@ def _gamma(module: nn.Module) -> float | None:
         or next(module.parameters(), None) is not None
     ):
         return None
-    z = torch.linspace(-8, 8, 161)
+    z = torch.linspace(-8, 8, 161, device="cpu")  # also inside `with torch.device("meta")`
     try:
         got = module(z.clone())
     except (TypeError, RuntimeError, IndexError):  # a softmax over channels, a gate of two halves
@@ -317,7 +317,7 @@ class _Noise:
 
     def var(self, act: nn.Module | None = None) -> float:
         """Of the signal, or of its activation."""
-        z = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        z = torch.linspace(-8, 8, 801, dtype=torch.float64, device="cpu")
         normal = torch.exp(-z.square() / 2)
         largest = normal * torch.special.ndtr(z) ** (self.window - 1)
         weights = torch.outer(largest / largest.sum(), normal / normal.sum())
