@@ -24,7 +24,7 @@ demo: $(DEMO_READY)  ## train, save, reload and plot on real images; minutes, no
 
 test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
 	$(PYTHON) tests/conformance/run.py --fetch  # the one thing that needs the network, before minutes of tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 
 test-all: test  ## also the slow tests, and timm's tests on larger models
@@ -32,14 +32,14 @@ test-all: test  ## also the slow tests, and timm's tests on larger models
 	$(PYTHON) tests/conformance/run.py --large
 
 test-fast: $(READY)  ## our tests alone, as on macOS and Windows
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2
 
 test-versions: $(READY)  ## our tests on the oldest torch, timm and others, into docs/compatibility.md; ROW= for one; hours
 	$(PYTHON) -m scripts.test_versions $(if $(ROW),--only "$(ROW)")
 
 test-timm-main: $(READY)  ## our tests on timm's main branch; needs the network
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/timm-main https://github.com/huggingface/pytorch-image-models/archive/main.zip
-	PYTHONPATH=.cache/timm-main $(PYTHON) -m pytest -n 2 --dist loadgroup
+	PYTHONPATH=.cache/timm-main $(PYTHON) -m pytest -n 2
 
 dist: $(READY)  ## sdist and wheel, checked, and the wheel used in an empty environment
 	$(PYTHON) -m scripts.check_dist

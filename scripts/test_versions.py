@@ -74,7 +74,7 @@ def measure(name: str, pins: dict[str, str], arguments: list[str]) -> dict[str, 
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{ROOT}[test]", *pinned)
         versions = json.loads(run(python, "-c", VERSIONS % (SHOWN,)))
         report = folder / "report.xml"
-        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), "--dist=loadgroup", *arguments]
+        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), *arguments]
         print("$", *command, file=sys.stderr, flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*map(str, command), f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
