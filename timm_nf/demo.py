@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ._clip_defaults import CLIP_FACTOR
 from ._progress import Progress, silent
 from ._text import install_hint
+from ._versions import saved_arguments
 from .env import machine
 
 __all__ = ["DemoResult", "Training", "load_digits", "rule_lr", "run"]
@@ -149,8 +150,9 @@ def run(
         seconds=0.0,
         machine=machine(),
     )
-    # model_args, with which timm builds the network again, are in config.json: the factory recorded them
-    save_for_hf(network, str(model_dir), {"label_names": [str(i) for i in range(10)]}, safe_serialization=True)
+    # model_args, with which timm builds the network again, are in config.json: the factory recorded them, or we did
+    labels = {"label_names": [str(i) for i in range(10)]}
+    save_for_hf(network, str(model_dir), labels, safe_serialization=True, **saved_arguments(network))
     (model_dir / "README.md").write_text(_readme(facts), encoding="utf-8")
     loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
     if not torch.allclose(_logits(loaded, test[0]), logits, rtol=0, atol=0, equal_nan=True):
