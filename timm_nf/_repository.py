@@ -2,6 +2,7 @@
 
 import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 __all__ = ["Repository", "repository"]
 
@@ -28,6 +29,6 @@ def repository(text: str) -> Repository:
     if bare != text or bare.count("/") > 1:
         bare = bare.partition("?")[0].partition("#")[0]
     if shown := _TREE.fullmatch(bare):
-        return Repository(shown[1], shown[2])
+        return Repository(shown[1], unquote(shown[2]))  # a browser shows refs%2Fpr%2F1
     name, _, revision = bare.partition("@")
     return Repository(name.removesuffix("/") if name.count("/") > 1 else name, revision.removesuffix("/") or None)

@@ -150,7 +150,7 @@ def fill(
     assign(model, checkpoint.state_dict, checkpoint.origin)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(f"expected {model.num_classes} labels, one for each class, got {len(labels)}")
-    _follow_preprocessing(model, checkpoint.args)
+    _follow_preprocessing(model, checkpoint.args, checkpoint.origin)
     if labels is not None:
         model.pretrained_cfg["label_names"] = list(labels)
     return model.eval()
@@ -187,11 +187,15 @@ def _other_classes(name: str, checkpoint: Checkpoint) -> int | None:
     return len(weight)
 
 
-def _follow_preprocessing(model: Any, args: Mapping[str, Any]) -> None:
+def _follow_preprocessing(model: Any, args: Mapping[str, Any], origin: str) -> None:
     """Note on the model the size, mean, interpolation, ... that train.py's arguments state."""
     cfg = model.pretrained_cfg
     size = cfg["input_size"][1:]
-    cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
+    try:
+        cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
+    except Exception as error:  # whatever the arguments in a checkpoint make timm raise, some without a word
+        stated = {key: args[key] for key in ("img_size", "input_size", "mean", "std") if args.get(key) is not None}
+        raise ValueError(f"{origin} states a preprocessing that timm does not understand: {stated}"[:500]) from error
     cfg["input_size"] = (model.in_chans, *cfg["input_size"][1:])
     if cfg["input_size"][1:] != size:
         cfg.update(test_input_size=None, pool_size=None)  # belong to the other size
@@ -243,7 +247,7 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], expected: Map
     if not wrong:
         return
     classifier = {f"{name}.{part}" for name in _classifiers(model) for part in ("weight", "bias")}
-    if set(wrong) <= classifier:
+    if set(wrong) <= classifier and all(tensors[name].ndim == expected[name].ndim for name in wrong):
         sizes = f"{len(tensors[wrong[0]])} classes, the network {len(expected[wrong[0]])}"
         raise ValueError(f"the classifier of {origin} has {sizes}: give the number of classes of the weights")
     name = min(wrong)

@@ -62,7 +62,8 @@ def existing_file(text: str | Path) -> Path:
     """
     path = any_path(text)
     if not path.is_file():
-        raise typer.BadParameter(f"expected a file, {path} {'is a directory' if path.is_dir() else 'is not there'}")
+        found = "is a directory" if path.is_dir() else "is a pipe or a device" if path.exists() else "is not there"
+        raise typer.BadParameter(f"expected a file, {path} {found}")
     return path
 
 

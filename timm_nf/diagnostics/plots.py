@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from .._temporary import replacing
 from .clipping import AT_REST, SHARES, ClipRange
 from .signals import PANELS, SignalStats, Statistic
 
@@ -51,7 +52,8 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(file, dpi=130)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: Statistic) -> None:
@@ -109,4 +111,5 @@ def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.legend(title="clip factor that clips", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=11)
-    figure.savefig(file, dpi=150, bbox_inches="tight", pad_inches=0.15)  # names of stages may be long
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight", pad_inches=0.15)  # names of stages may be long

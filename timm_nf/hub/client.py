@@ -8,9 +8,7 @@ Weights are safetensors, never pickles. timm's `hf-hub:` and `local-dir:` load w
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +24,7 @@ from torch import nn
 
 from .._labels import own_labels
 from .._repository import Repository, repository
+from .._temporary import replacing, temporary_folder
 from .._text import reason
 from ..checkpoint import assign, load_tensors, skeleton
 from ..version import __version__
@@ -39,7 +38,6 @@ from .folder import (
     first_not_finite,
     git_blob_id,
     sha256_of,
-    temporary_folder,
     write_folder,
 )
 
@@ -103,7 +101,7 @@ def push(
         _require_name(repo_id)
     if not dry_run:
         require_hub(repo_id, token)
-    with explained(repo_id, revision, token), temporary_folder(Path(tempfile.gettempdir())) as temporary:
+    with explained(repo_id, revision, token), temporary_folder() as temporary:
         folder = temporary / "repo"
         written = write_folder(
             model, folder, card=card, dtype=dtype, architecture=architecture, repo_id=repo_id, recipe=recipe
@@ -344,10 +342,8 @@ def _record_hash(path: Path, hash: str) -> None:
         return
     file = path.parents[2] / _HASHES
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{_HASHES}")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(known | {_in_snapshot(path): hash}, stream)
-        os.replace(name, file)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(known | {_in_snapshot(path): hash}), encoding="utf-8")
     except OSError as error:  # a cache that cannot be written has to be read online
         _logger.warning("%s could not be written (%s): offline pulls will not work", file, reason(error))
 

@@ -8,13 +8,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import socket
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import safetensors
@@ -29,6 +25,7 @@ from torch import Tensor, nn
 
 from .._labels import own_labels
 from .._relative_error import relative_error
+from .._temporary import temporary_folder
 from .._text import reason
 from .._versions import saved_arguments
 from .._wrappers import innermost
@@ -37,8 +34,7 @@ from ..version import __version__
 from .card import Facts, metadata, network_card
 
 __all__ = [
-    "CONFIG", "README", "WEIGHTS", "Written", "first_not_finite", "git_blob_id", "sha256_of", "temporary_folder",
-    "write_folder",
+    "CONFIG", "README", "WEIGHTS", "Written", "first_not_finite", "git_blob_id", "sha256_of", "write_folder",
 ]  # fmt: skip
 
 WEIGHTS = "model.safetensors"
@@ -136,39 +132,6 @@ def write_folder(
             (new / README).write_text(text, encoding="utf-8")
         files = _move_into_place(new, folder)
     return Written(files, facts.sha256, back.checks, text)
-
-
-@contextmanager
-def temporary_folder(parent: Path) -> Generator[Path]:
-    """A new folder in `parent` that is removed at the end, and with it those that killed processes have left there."""
-    _remove_leftovers(parent)
-    with TemporaryDirectory(dir=parent, prefix=f"{_writing()}{os.getpid()}-") as temporary:
-        yield Path(temporary)
-
-
-def _writing() -> str:
-    """How temporary folders of this machine begin; the process follows. Others may share the disk."""
-    return f".writing-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove temporary folders of processes that are gone."""
-    if os.name != "posix":  # elsewhere, asking whether a process runs would end it
-        return
-    for folder in parent.glob(f"{_writing()}*"):
-        process = folder.name.removeprefix(_writing()).partition("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's
-        return True
-    return True
 
 
 def sha256_of(file: Path) -> str:

@@ -10,11 +10,8 @@ the arithmetic of standardised weights, which exporters keep for every inference
 
 import copy
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +21,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._relative_error import relative_error
+from .._temporary import replacing
 from .._text import install_hint, reason
 from .classify import labels
 from .images import photographs
@@ -141,19 +139,6 @@ def _dims(model: Any, dynamic_batch: bool, dynamic_size: bool) -> _Dims:
 @torch.inference_mode()
 def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([run(images) for images in batches])
-
-
-@contextmanager
-def replacing(file: Path) -> Generator[Path]:
-    """A path beside the file that takes its place if nothing is raised, and goes if something is."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.stem}.", suffix=file.suffix, dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[FileCheck]:

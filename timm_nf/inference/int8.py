@@ -11,7 +11,6 @@ with a scale per tensor. `python -m benchmarks.int8` measures other types of nod
 import math
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from .._progress import Progress, silent
 from .._relative_error import relative_error
+from .._temporary import replacing, temporary_folder
 from . import export
 from .images import reader
 
@@ -112,8 +112,8 @@ def write(
     calibration, rest = split(pictures)
     height, width = resolve_model_data_config(model)["input_size"][1:]
     read = reader(model, (size or height, size or width))
-    with tempfile.TemporaryDirectory() as folder, export.replacing(file) as temporary:
-        wide = Path(folder, "float32.onnx")
+    with temporary_folder() as folder, replacing(file) as temporary:
+        wide = folder / "float32.onnx"
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
         quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), op_types)
         _describe(temporary, op_types, metadata or {})
@@ -145,8 +145,8 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], op_types: Se
         def get_next(self) -> Any:
             return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder, "prepared.onnx")
+    with temporary_folder() as folder:
+        prepared = folder / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
