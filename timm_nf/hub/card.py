@@ -257,7 +257,6 @@ Not intended for decisions about people. The ImageNet weights inherit that data 
 """,
     "Limits": """
 - Training NFNets at large batch sizes needs adaptive gradient clipping; `--opt agcsgd` has the paper's policy.
-- `torch.jit.trace` takes every network. `torch.jit.script` takes fused ones only (`timm_nf.fuse(model)`).
 - At an output stride of 8 or 16, convolutions are dilated in place of strided. The authors have no such networks: the
   weights load, but the function is an approximation.
 - Pretrained weights converted to one input channel (grey images) or to a multiple of three keep their function. With

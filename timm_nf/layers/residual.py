@@ -53,6 +53,8 @@ def global_mean(x: Tensor, axes: int = 2) -> Tensor:
         return x
     if not torch.jit.is_scripting() and is_eager(x):
         return _GlobalMean.apply(x)
+    if axes == 2:  # torch's older ONNX exporter knows no list that a loop makes
+        return x.mean((2, 3), keepdim=True)
     return x.mean(list(range(2, 2 + axes)), keepdim=True)
 
 

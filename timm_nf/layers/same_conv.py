@@ -109,10 +109,11 @@ class SamePadding:
         if not torch.jit.is_scripting() and self._cuts(input, before, after):
             return self._unpadded(input, before, after)
         pads: list[int] = []
-        for axis in range(len(before)):
-            pads += [before[-1 - axis], after[-1 - axis]]  # the last axis first
+        for axis, _ in enumerate(self.kernel_size):  # TorchScript unrolls loops over tuples, exporters know no others
+            pads.append(before[-1 - axis])  # the last axis first
+            pads.append(after[-1 - axis])
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self._convolve(F.pad(input, pads, mode), [0] * len(before))
+        return self._convolve(F.pad(input, pads, mode), [0, 0, 0][: len(before)])
 
     def _margins(self, input: Tensor) -> tuple[list[int], list[int]]:
         """What the SAME rule pads before and after each axis."""

@@ -33,6 +33,7 @@ __all__ = ["standardize", "takes_kernel"]
 _NO_PROJECTION = 1e9  # its square is lost in float64
 
 
+@torch.jit.unused
 def takes_kernel(weight: Tensor) -> bool:
     """Whether `standardize` is the way for this weight: eager, and on a device other than the CPU.
 

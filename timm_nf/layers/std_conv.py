@@ -42,6 +42,7 @@ torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; 
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
 
+@torch.jit.unused
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """In which autocast would convolve with the weight, if a kernel can write that."""
     # autocast leaves float64 alone and knows no meta tensors
@@ -84,10 +85,11 @@ class _Standardized:
 
         On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
         """
-        if (dtype := _autocast_dtype(self.weight)) is not None:
-            return self._from_rows(
-                standardize(self._rows(self.weight), self.gain, self.eps, out_dtype=dtype, scale=self.scale)
-            )
+        if not torch.jit.is_scripting():
+            dtype = _autocast_dtype(self.weight)
+            if dtype is not None:
+                rows = standardize(self._rows(self.weight), self.gain, self.eps, out_dtype=dtype, scale=self.scale)
+                return self._from_rows(rows)
         return self._standardized_weight()
 
     def _standardized_weight(self) -> Tensor:
@@ -296,12 +298,10 @@ class _ScaledStdConvTranspose(_Standardized):
         self._add_gain(out_channels, scale, eps)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
-        return weight.view(groups, ins, outs, *self.kernel_size).transpose(1, 2).flatten(0, 1)
+        return weight.unflatten(0, (self.groups, self.in_channels // self.groups)).transpose(1, 2).flatten(0, 1)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
-        return rows.view(groups, outs, ins, *self.kernel_size).transpose(1, 2).flatten(0, 1)
+        return rows.unflatten(0, (self.groups, self.out_channels // self.groups)).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As torch's layer: (N, in_channels, *size) -> (N, O, *output size).
@@ -311,7 +311,7 @@ class _ScaledStdConvTranspose(_Standardized):
             output_size: Of the axes of the kernel, or of all; says what a stride leaves open.
         """
         output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, self.axes, self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         weight = self.effective_weight()
         return self._transposed(

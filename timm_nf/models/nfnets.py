@@ -287,9 +287,6 @@ class NormFreeNet(nn.Module):
     def _pooled_width(self) -> int:
         return self.num_features * self.head.global_pool.feat_mult()
 
-    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -298,7 +295,7 @@ class NormFreeNet(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the features of the stem (index 0) and of every stage (index 1 and up), and the final features.
 
         Args:
@@ -317,24 +314,24 @@ class NormFreeNet(nn.Module):
             ValueError: if `output_fmt` is not NCHW.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
-        intermediates = []
-        stem = self.stem[: self.stem_feature_index + 1] if stop_early and last == 0 else self.stem
-        for index, module in enumerate(stem):
-            x = module(x)
+        intermediates: list[Tensor] = []
+        for index, module in enumerate(self.stem):  # TorchScript cannot slice it
+            if not stop_early or last > 0 or index <= self.stem_feature_index:
+                x = module(x)
             if index == self.stem_feature_index and 0 in take:
                 intermediates.append(x)
-        stages = self.stages[:last] if stop_early else self.stages
-        for index, stage in enumerate(stages, start=1):
-            x = self._stage(stage, x)
-            if index == len(self.stages):
-                x = self.final_conv(x)
+        for index, stage in enumerate(self.stages, start=1):
+            if not stop_early or index <= last:
+                x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
+                if index == len(self.stages):
+                    x = self.final_conv(x)
             if index in take:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        if len(stages) == len(self.stages):
+        if not stop_early or last == len(self.stages):
             x = self.final_act(x)
         return x, intermediates
 
@@ -366,11 +363,8 @@ class NormFreeNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, ceil(H / stride), ceil(W / stride)), after the final activation."""
         x = self.stem(x)
-        if torch.jit.is_scripting():  # TorchScript cannot pass a module to `_stage`
-            x = self.stages(x)
-        else:
-            for stage in self.stages:
-                x = self._stage(stage, x)
+        for stage in self.stages:
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
         return self.final_act(self.final_conv(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -452,7 +446,7 @@ def _entrypoint(name: str) -> Entrypoint:
             name,
             pretrained,
             model_cfg=VARIANTS[name].cfg,
-            feature_cfg={"flatten_sequential": True},
+            feature_cfg={"flatten_sequential": True} | kwargs.pop("feature_cfg", {}),
             pretrained_filter_fn=checkpoint_filter_fn,
             asked=kwargs,
         )
