@@ -199,8 +199,10 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     if values.get("pretrained") and not variant.hf_hub_id:
         head.append("This network has no published weights: give yours by --pretrained-path FILE.")
     head += ["", "What train.py cannot express, or does in its own way:"]
-    texts = [*([] if purpose == "finetune" else [_pace(values, world_size)]), *_differences(variant, values)]
-    for text in texts:
+    differences = list(_differences(variant, values))
+    if purpose != "finetune":
+        differences.insert(0, _pace(values, world_size))
+    for text in differences:
         if text.startswith("python"):  # a command stays on one line
             head.append(text)
         else:

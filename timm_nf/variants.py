@@ -127,7 +127,9 @@ class NfCfg:
                 f"expected a bottleneck of at least one group, got {chs} channels for group_size {self.group_size} "
                 f"(channels {self.channels}, bottle_ratio {self.bottle_ratio}); choose smaller groups or a larger ratio"
             )
-        return (groups * self.group_size, groups) if self.group_size else (chs, 1)
+        if self.group_size:
+            return groups * self.group_size, groups
+        return chs, 1
 
     def count(self, size: int, in_chans: int = 3, num_classes: int = 1000) -> tuple[int, int]:
         """Number of parameters, and multiply-adds of all convolutions and linear layers for one image.

@@ -192,7 +192,7 @@ def test_help_is_wrapped_as_paragraphs(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     main(["classify", "--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("All formats"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("Every format"))
     paragraph = lines[start : lines.index("", start)]
     assert len(paragraph) > 3
     assert all(len(line) > 55 for line in paragraph[:-1])

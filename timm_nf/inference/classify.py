@@ -32,8 +32,11 @@ class Prediction:
 
 def preprocessing(name: str) -> dict[str, Any]:
     """What timm does to a picture before it is evaluated with a registered name's weights."""
-    cfg = get_pretrained_cfg(name)
-    return resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
+    found = get_pretrained_cfg(name)
+    cfg: dict[str, Any] = {}
+    if found is not None:
+        cfg = found.to_dict()
+    return resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
 
 
 def labels(model: Any) -> list[str]:

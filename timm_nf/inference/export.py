@@ -116,7 +116,9 @@ def _inputs(
 ) -> list[tuple[Tensor, ...]]:
     """What the file is tried with: one or more times, batches that together are the photographs."""
     photos = photographs(model, size).to(dtype)
-    inputs: list[tuple[Tensor, ...]] = [(photos,), (photos[:1],)] if dynamic_batch else [photos.split(1)]
+    inputs: list[tuple[Tensor, ...]] = [photos.split(1)]
+    if dynamic_batch:
+        inputs = [(photos,), (photos[:1],)]
     if dynamic_size:
         height, width = photos.shape[-2:]
         other = nn.functional.interpolate(inputs[0][0].float(), (height + 37, width + 64))

@@ -1,4 +1,4 @@
-"""Finding pictures, and reading them as a model takes them."""
+"""Finds pictures, and reads them as a model takes them."""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._text import reason
 
-__all__ = ["Found", "find_images", "open_picture", "photographs", "picture_config", "reader"]
+__all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
 # Pillow starts Ghostscript for EPS, and only recognises MPEG.
 _NOT_READ = {"EPS", "MPEG"}
@@ -236,6 +236,11 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         if len(data[key]) != channels:  # timm's loader does that with a colour network's on grey
             data[key] = (statistics.fmean(data[key]),) * channels
     return data
+
+
+def image_mode(channels: int) -> str:
+    """The mode in which timm's data sets open pictures for this many input channels, as train.py sets it."""
+    return "RGB" if channels == 3 else "L"
 
 
 def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | Path], Tensor]:

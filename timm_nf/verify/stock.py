@@ -18,7 +18,7 @@ from torch import nn
 from .. import checkpoint, convert
 from .._progress import Progress
 from ..convert.infer import infer_variant
-from ..inference.images import picture_config
+from ..inference.images import image_mode, picture_config
 
 __all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
@@ -106,9 +106,11 @@ def compare(
         raise ValueError(
             f"expected a folder of pictures in {folder} for each of {ours.num_classes} classes, got {len(classes)}"
         )
-    class_map: Any = {name: i for i, name in enumerate(synsets)} if is_imagenet else ""
+    class_map: Any = ""
+    if is_imagenet:
+        class_map = {name: i for i, name in enumerate(synsets)}
     dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
-    dataset.input_img_mode = "RGB" if data["input_size"][0] == 3 else "L"
+    dataset.input_img_mode = image_mode(data["input_size"][0])
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
     count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
     for x, labels in track(loader, f"{len(dataset)} images"):
