@@ -22,6 +22,10 @@ class StochasticDepth(nn.Module):
         rate: Probability that the branch of an example is dropped.
 
     Source: nfnets/base.py, StochDepth.
+
+    Examples:
+        >>> StochasticDepth(rate=0.5)(torch.tensor(0.2), torch.zeros(4, 8, 2, 2)).shape
+        torch.Size([4, 1, 1, 1])
     """
 
     def __init__(self, rate: float) -> None:

@@ -52,6 +52,10 @@ def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         Every weight with at least two axes inside the classifier, and what is behind those that are normed or
         parametrized; empty if there is no classifier, or if there are several that are trained.
+
+    Examples:
+        >>> [tuple(weight.shape) for weight in classifier_weights(timm.create_model("test_vit", num_classes=10))]
+        [(10, 64)]
     """
     return find_classifier(model).weights
 
