@@ -7,13 +7,14 @@ which are gigabytes on Linux.
 """
 
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import venv
 import zipfile
 from pathlib import Path
+
+from scripts.environments import PIP_INSTALL, python_of, run
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
@@ -28,11 +29,6 @@ print(timm_nf.__version__, timm_nf.__file__)
 """
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    print("$", *command, file=sys.stderr, flush=True)
-    return subprocess.run([*map(str, command)], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def surplus(names: list[str]) -> list[str]:
     """Files in a wheel that only the repository needs."""
     return [
@@ -44,9 +40,9 @@ def surplus(names: list[str]) -> list[str]:
 
 def main() -> int:
     shutil.rmtree(DIST, ignore_errors=True)
-    run(sys.executable, "-m", "build", "--outdir", DIST)  # the wheel is built from the sdist
+    run(sys.executable, "-m", "build", "--outdir", DIST, cwd=ROOT)  # the wheel is built from the sdist
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=ROOT)
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
         names = archive.namelist()
         print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(names)} files")
@@ -58,8 +54,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         environment = Path(folder, "environment")
         venv.create(environment, with_pip=True)
-        python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        run(python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", f"{wheel}[cli]")
+        python = python_of(environment)
+        run(python, *PIP_INSTALL, f"{wheel}[cli]", cwd=ROOT)
         print(run(python, "-W", "error", "-c", SMOKE, cwd=Path(folder)), end="")
         print(run(python.with_name("timm-nf"), "list", "nfnet_f0", cwd=Path(folder)), end="")
     return 0

@@ -8,9 +8,9 @@ __all__ = ["Accelerators", "accelerators"]
 
 
 class Accelerators(NamedTuple):
-    """The kind of accelerator, as torch names it (`cuda`, `mps`, `xpu`), and their number."""
+    """The type of the accelerators as torch names it (`cuda`, `mps`, `xpu`), and their number."""
 
-    kind: str
+    device_type: str
     number: int
 
 

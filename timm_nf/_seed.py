@@ -13,7 +13,7 @@ __all__ = ["seeded"]
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
     """Seed torch's generators of all devices inside the context, and restore their states afterwards."""
-    kind, count = accelerators() or ("cuda", 0)
-    with torch.random.fork_rng(range(count), device_type=kind):  # pyright: ignore[reportUnknownMemberType]
+    device_type, number = accelerators() or ("cuda", 0)
+    with torch.random.fork_rng(range(number), device_type=device_type):  # pyright: ignore[reportUnknownMemberType]
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         yield

@@ -1,4 +1,4 @@
-"""Parts of our one-line messages: errors of other libraries, shortened, and how to get an extra."""
+"""Parts of our one-line messages: shortened errors of other libraries, and how to install an extra."""
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
@@ -13,5 +13,5 @@ def reason(error: BaseException, limit: int = 200) -> str:
 
 
 def install_hint(extra: str) -> str:
-    """How to get an extra. The package is not on PyPI yet, so its name alone would install nothing."""
+    """How to install an extra. The package is not on PyPI yet, so its name alone would install nothing."""
     return f'run pip install ".[{extra}]" in the folder of timm_nf\'s source (it is not on PyPI yet)'

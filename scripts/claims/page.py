@@ -149,10 +149,14 @@ def size_table(rows: Rows, settings: dict[str, Run], with_loss: bool) -> str:
     for name, run in settings.items():
         if text := cell(rows, run):
             result = next(rows[each] for each in grid.over(SEEDS, [run]) if each in rows)
-            loss = [cell(rows, run, "loss", 3)] if with_loss else []
-            lines.append([name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M", *loss, text])
-    header = ["network", "parameters", "multiply-adds", *(["training loss"] if with_loss else []), "accuracy"]
-    return table(header, lines) if lines else ""
+            line = [name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M"]
+            if with_loss:
+                line.append(cell(rows, run, "loss", 3))
+            lines.append([*line, text])
+    header = ["network", "parameters", "multiply-adds"]
+    if with_loss:
+        header.append("training loss")
+    return table([*header, "accuracy"], lines) if lines else ""
 
 
 def depth_settings() -> dict[str, Run]:
@@ -291,10 +295,12 @@ def page(rows: Rows, commit: str, about_signals: str = "") -> str:
         name, figure = list(FIGURES.items())[index - 1]
         if figure.ready(rows):
             lines += ["", f"![{title}](claims/{index}_{name}.png)", "", figure.caption]
-        lines += ["", text] if (text := claim.table(rows)) else []
+        if text := claim.table(rows):
+            lines += ["", text]
     lines += ["", "## Training and test, and independence of examples", ""]
     lines += [MEASURED, "", measured_table(rows) or "Not run yet.", ""]
-    lines += [about_signals] if about_signals else []
+    if about_signals:
+        lines.append(about_signals)
     first = {run: result for run, result in rows.items() if run.plan == 1}
     twin = Run(1, "bn", width=1.0, batch=LARGEST, lr=1.6, epochs=2)
     reached = spread([first[replace(twin, seed=seed)].accuracy for seed in range(3)])

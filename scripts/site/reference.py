@@ -44,6 +44,22 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(node.body)
 
 
+def _assigned(node: ast.Assign | ast.AnnAssign) -> set[str]:
+    """The names that an assignment defines."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+
+def _origin(node: ast.ImportFrom, package: list[str]) -> str:
+    """The full name of the module that names are imported from. `package` is that of the importing module."""
+    parts: list[str] = []
+    if node.level:
+        parts += package[: len(package) - node.level + 1]
+    if node.module:
+        parts.append(node.module)
+    return ".".join(parts)
+
+
 @cache
 def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
     """The names that a module defines, also in its stub; and the full names of what it imports."""
@@ -52,18 +68,17 @@ def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
     file = source(module)
     package = (module if file.name == "__init__.py" else module.rpartition(".")[0]).split(".")
     for path in (file, file.with_suffix(".pyi")):
-        for node in _statements(ast.parse(path.read_text()).body) if path.is_file() else ():
+        if not path.is_file():
+            continue
+        for node in _statements(ast.parse(path.read_text()).body):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = (name for target in targets for name in ast.walk(target))
-                defined.update(name.id for name in names if isinstance(name, ast.Name))
+                defined |= _assigned(node)
             elif isinstance(node, ast.Import):
                 imported.update({alias.asname or alias.name: alias.name for alias in node.names})
             elif isinstance(node, ast.ImportFrom):
-                start = package[: len(package) - node.level + 1] if node.level else []
-                origin = ".".join([*start, *([node.module] if node.module else [])])
+                origin = _origin(node, package)
                 if node.names[0].name == "*":
                     imported.update({name: f"{origin}.{name}" for name in public_names().get(origin, ())})
                 else:
@@ -118,7 +133,9 @@ def _section(module: str, is_title: bool) -> str:
     homes = {name: home(module, name) for name in public_names()[module]}
     here = [name for name, where in homes.items() if places()[where] == module and _is_ours(where)]
     elsewhere = [f"- {_link(name, where)}" for name, where in homes.items() if name not in here]
-    parts = [] if is_title else [f"## {module}"]
+    parts: list[str] = []
+    if not is_title:
+        parts.append(f"## {module}")
     parts.append(_as_markdown(ast.get_docstring(ast.parse(source(module).read_text())) or ""))
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]

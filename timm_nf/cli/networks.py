@@ -80,7 +80,7 @@ def _rand_augment(magnitude: int | None) -> str:
 )
 def recipe(
     name: Variant,
-    kind: Annotated[str, typer.Option(help="scratch, finetune or small-batch.")] = "scratch",
+    purpose: Annotated[str, typer.Option("--kind", help="scratch, finetune or small-batch.")] = "scratch",
     world_size: Annotated[int, typer.Option(min=1, help="Processes that share each batch.")] = 1,
     batch_size: Annotated[
         int | None,
@@ -94,7 +94,7 @@ def recipe(
     from ..recipes import as_yaml
 
     try:
-        text = as_yaml(name, kind, world_size, batch_size)
+        text = as_yaml(name, purpose, world_size, batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     print(text, end="")

@@ -12,7 +12,7 @@ from .._accelerator import accelerators
 from .._dtypes import dtype_name
 from ..checkpoint import Checkpoint, read
 from ..inference.images import Found
-from ..inference.named import canonical_name, load_model, near_names
+from ..inference.named import canonical_name, load_model, near_names, require_tag
 from ..variants import VARIANTS
 from .terminal import console, note, typer
 
@@ -105,10 +105,11 @@ def _variant(name: str) -> str:
     if bare not in VARIANTS:
         known = "; timm has" if is_model(bare) else near_names(bare, list(VARIANTS))
         raise typer.BadParameter(f"timm_nf has no network {name!r}{known}; `timm-nf list` shows all {len(VARIANTS)}")
-    is_published = VARIANTS[bare].hf_hub_id is not None
-    if tag and not (tag == "dm_in1k" and is_published):
-        held = "it has dm_in1k" if is_published else "none are published"
-        raise typer.BadParameter(f"{bare} has no weights with the tag {tag!r}: {held}")
+    if tag:
+        try:
+            require_tag(bare, tag)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     return bare
 
 
@@ -126,7 +127,7 @@ def _devices() -> list[str]:
     found = accelerators()
     if found is None:
         return ["cpu"]
-    return ["cpu", found.kind, *(f"{found.kind}:{i}" for i in range(found.number))]
+    return ["cpu", found.device_type, *(f"{found.device_type}:{i}" for i in range(found.number))]
 
 
 def _device(name: str) -> str:
@@ -267,4 +268,4 @@ def note_left_out(found: Found) -> None:
 def fastest() -> str:
     """The accelerator if there is one, as torch names it; otherwise the CPU."""
     found = accelerators()
-    return "cpu" if found is None else found.kind
+    return "cpu" if found is None else found.device_type

@@ -15,6 +15,16 @@ def _first_elements(x: Tensor) -> Tensor:
     return x
 
 
+def check_drop_path_rate(rate: float) -> None:
+    """Refuse a rate that is no probability.
+
+    Raises:
+        ValueError: if it does not lie between 0 and 1.
+    """
+    if not 0.0 <= rate <= 1.0:  # false for NaN
+        raise ValueError(f"drop_path_rate must lie between 0 and 1, got {rate}")
+
+
 class StochasticDepth(nn.Module):
     """Drops the residual branch of random examples in training. The other branches are not rescaled.
 

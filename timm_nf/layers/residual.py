@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._eager import is_eager
-from .drop import StochasticDepth
+from .drop import StochasticDepth, check_drop_path_rate
 
 __all__ = ["SkipInit", "add_scaled", "global_mean"]
 
@@ -157,8 +157,7 @@ class SkipInit(nn.Module):
 
     def __init__(self, alpha: float = 0.2, drop_path_rate: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if not 0.0 <= drop_path_rate <= 1.0:
-            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        check_drop_path_rate(drop_path_rate)
         self.alpha = alpha
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
         # One element, not a scalar: FSDP2 refuses to shard scalar parameters.

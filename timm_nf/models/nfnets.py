@@ -37,6 +37,7 @@ from .._gain_names import is_gain
 from .._versions import build_network, make_head, reset_head
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation
+from ..layers.drop import check_drop_path_rate
 from ..layers.standardize import destandardize_weight, standardize_weight
 from ..layers.std_conv import ScaledStdConv2d
 from ..variants import VARIANTS, NfCfg, Variant
@@ -91,8 +92,7 @@ class NormFreeNet(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if not 0.0 <= drop_path_rate <= 1.0:
-            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        check_drop_path_rate(drop_path_rate)
         cfg = dataclasses.replace(cfg, **kwargs)
         dd = {"device": device, "dtype": dtype}
         self.cfg = cfg
