@@ -68,9 +68,11 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
         given: The ids of the parameters that count. By default all count.
     """
     network = innermost(model)
-    if _has_classifier(network):
-        return Classifier(network, _own_classifier(network), None)
     trained = {id(p) for p in model.parameters() if p.requires_grad and (given is None or id(p) in given)}
+    if _has_classifier(network):
+        weights = _own_classifier(network)
+        if weights or trained <= set(map(id, network.parameters())):  # what is beside it may be a head of its own
+            return Classifier(network, weights, None)
     inside = _networks_inside(model, trained)
     largest = max(inside.trained, key=len, default=frozenset[int]())
     if inside.trained and all(ids <= largest for ids in inside.trained):  # one, and parts of it
