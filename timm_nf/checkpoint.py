@@ -230,6 +230,7 @@ def _follow_preprocessing(model: Any, args: Mapping[str, Any], origin: str) -> N
     size = cfg["input_size"][1:]
     try:
         cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
+        _ = [float(value) for value in (*cfg["mean"], *cfg["std"])]  # timm takes "abc" for three means
     except Exception as error:  # whatever the arguments in a checkpoint make timm raise, some without a word
         stated = {key: args[key] for key in ("img_size", "input_size", "mean", "std") if args.get(key) is not None}
         raise ValueError(f"{origin} states a preprocessing that timm does not understand: {stated}"[:500]) from error
