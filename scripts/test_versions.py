@@ -49,7 +49,7 @@ def rows() -> dict[str, dict[str, str]]:
     return {
         "newest": {},
         "torch, oldest": {"torch": bound["torch"]},
-        "torch, in between": {"torch": "2.10.0"},
+        "torch, in between": {"torch": "2.8.0"},
         "timm, oldest": {"timm": bound["timm"]},
         "timm, in between": {"timm": "1.0.26"},
         "huggingface_hub, oldest": {"huggingface_hub": bound["huggingface_hub"]},

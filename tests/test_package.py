@@ -154,7 +154,7 @@ NAMES = {dotted(source) for source in SOURCES}
 def imported_modules(source: Path) -> set[str]:
     """Modules of ours that the file imports anywhere, also inside functions."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -212,7 +212,7 @@ def test_no_module_is_a_stranger(source: Path):
     """It belongs to a wing, has a subject for a name, and says in its first sentence what it is for."""
     assert not dotted(source) or dotted(source) in ORDER
     assert source.stem not in {"utils", "helpers", "common", "misc"}
-    text = ast.get_docstring(ast.parse(source.read_text())) or ""
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     first = text.split("\n\n")[0]
     assert re.fullmatch(r"[A-Z`].{15,}[.?:]", first, re.DOTALL), f"{source.name} opens with {first!r}"
 

@@ -43,7 +43,7 @@ def is_private(name: str) -> bool:
 def private_names(source: Path, ours: set[str]) -> set[str]:
     """Private names of others in a file: attributes, also by `getattr`, and parts of modules that it imports from."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ours:
             found.add(node.attr)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):

@@ -1,4 +1,6 @@
-"""Parts of our one-line messages: shortened errors of other libraries, and how to install an extra."""
+"""Parts of what we print: shortened errors of other libraries, how to install an extra, and strings in code."""
+
+import json
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
@@ -10,6 +12,11 @@ def reason(error: BaseException, limit: int = 200) -> str:
     text = " ".join(told.split())
     name = type(error).__name__
     return f"{name}: {text}"[:limit] if text else name
+
+
+def quoted(text: str) -> str:
+    """The text as a string in Python code: paths of Windows have backslashes, and names may have quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def install_hint(extra: str) -> str:

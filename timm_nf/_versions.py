@@ -15,9 +15,18 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-__all__ = ["OLDEST", "build_network", "make_head", "require_versions", "reset_head", "saved_arguments"]
+__all__ = [
+    "OLDEST",
+    "build_network",
+    "input_channels",
+    "make_head",
+    "require_versions",
+    "reset_head",
+    "saved_arguments",
+]
 
-OLDEST = {"torch": "2.6", "timm": "1.0.20"}
+# timm 1.0.20 and 1.0.21 find no Hub where huggingface_hub is 2, which is what pip installs.
+OLDEST = {"torch": "2.6", "timm": "1.0.22"}
 
 # Since 1.0.31 timm's factory records a network's arguments, and its loader asks the network which stem to convert.
 _TIMM_RECORDS = hasattr(timm.models, "get_model_args")
@@ -76,11 +85,9 @@ def build_network(
 
 
 def make_head(in_features: int, num_classes: int, pool_type: str, drop_rate: float, device: Any, dtype: Any) -> Any:
-    """A `ClassifierHead` of timm, which takes device and dtype since 1.0.22."""
+    """A `ClassifierHead` of timm."""
     head_class = timm.layers.ClassifierHead
-    if _TIMM_RECORDS:
-        return head_class(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
-    return head_class(in_features, num_classes, pool_type, drop_rate).to(device=device, dtype=dtype)
+    return head_class(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
 
 
 def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, dtype: Any) -> None:
@@ -90,6 +97,20 @@ def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, 
     else:
         head.reset(num_classes, pool_type)
         head.to(device=device, dtype=dtype).train(head.training)
+
+
+def input_channels(model: Any) -> int:
+    """The channels that any timm model takes. Most name them since 1.0.26; the others' first convolution has them."""
+    stated: int | None = getattr(model, "in_chans", None)
+    if stated is not None:
+        return stated
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    first = cfg.get("first_conv") or ""
+    convs = [first] if isinstance(first, str) else list(first)
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in convs and parameter.ndim == 4:
+            return parameter.shape[1]
+    return cfg.get("input_size", (3,))[0]
 
 
 def saved_arguments(model: nn.Module) -> dict[str, Any]:

@@ -38,11 +38,11 @@ def _grey(image: Tensor) -> Tensor:
 def _moved(image: Tensor, xx: float, xy: float, x: float, yx: float, yy: float, y: float) -> Tensor:
     """The image read at `(xx * column + xy * row + x, yx * column + yy * row + y)`, the nearest pixel of it."""
     height, width = image.shape[-2:]
-    rows = torch.arange(height, dtype=torch.float64, device=image.device)[:, None]
-    columns = torch.arange(width, dtype=torch.float64, device=image.device)[None]
+    rows = torch.arange(height, dtype=torch.float64, device="cpu")[:, None]  # MPS has no float64
+    columns = torch.arange(width, dtype=torch.float64, device="cpu")[None]
     # Halves are rounded up. Rounding to even would repeat pixels.
-    from_column = (xx * columns + xy * rows + x + 0.5).floor().long()
-    from_row = (yx * columns + yy * rows + y + 0.5).floor().long()
+    from_column = (xx * columns + xy * rows + x + 0.5).floor().long().to(image.device)
+    from_row = (yx * columns + yy * rows + y + 0.5).floor().long().to(image.device)
     inside = (from_column >= 0) & (from_column < width) & (from_row >= 0) & (from_row < height)
     read = image[:, from_row.clamp(0, height - 1), from_column.clamp(0, width - 1)]
     return torch.where(inside, read, FILL)

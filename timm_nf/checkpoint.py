@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from ._dtypes import FLOATS
 from ._text import reason
+from ._versions import input_channels
 from ._weights_file import load_tensors, pick_weights, read_content
 
 __all__ = ["FLOATS", "Checkpoint", "assign", "build", "fill", "fitted", "load_tensors", "read", "skeleton"]
@@ -228,13 +229,14 @@ def _follow_preprocessing(model: Any, args: Mapping[str, Any], origin: str) -> N
     """Record the preprocessing of train.py's arguments (size, mean, interpolation, ...) in the model's config."""
     cfg = model.pretrained_cfg
     size = cfg["input_size"][1:]
+    channels = input_channels(model)
     try:
-        cfg.update(resolve_data_config({"in_chans": model.in_chans, **args}, cfg))
+        cfg.update(resolve_data_config({"in_chans": channels, **args}, cfg))
         _ = [float(value) for value in (*cfg["mean"], *cfg["std"])]  # timm takes "abc" for three means
-    except Exception as error:  # whatever the arguments in a checkpoint make timm raise, some without a word
+    except Exception as error:  # arguments from a file can make timm raise anything, even without a word
         stated = {key: args[key] for key in ("img_size", "input_size", "mean", "std") if args.get(key) is not None}
         raise ValueError(f"{origin} states a preprocessing that timm does not understand: {stated}"[:500]) from error
-    cfg["input_size"] = (model.in_chans, *cfg["input_size"][1:])
+    cfg["input_size"] = (channels, *cfg["input_size"][1:])
     if cfg["input_size"][1:] != size:
         cfg.update(test_input_size=None, pool_size=None)  # they belong to the old size
 

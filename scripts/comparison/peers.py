@@ -137,7 +137,7 @@ class Worker:
     """A process that answers for one package until it is closed."""
 
     def __init__(self, peer: Peer, python: str) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed with the process
         variables = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [python, "-m", "scripts.comparison.worker", peer.key], env=os.environ | variables,

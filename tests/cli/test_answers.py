@@ -15,11 +15,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 import timm_nf_command
 from tests.support import ROOT, small_nets
 from tests.support.published import create
+from tests.support.saving import save_for_hf
 from timm_nf import __version__
 from timm_nf.cli import main, options
 

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 from torch import nn
 
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import create
 from timm_nf.cli import main
 from timm_nf.diagnostics import signal_stats

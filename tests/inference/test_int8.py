@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 
 from tests.support.exports import OVERLAY, fused, refused
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, build, create
 from timm_nf.cli import main
 from timm_nf.inference import int8, named

@@ -9,6 +9,7 @@ import torch
 from timm.models import is_model
 from torch import nn
 
+from .._text import quoted
 from ..inference.bench import Timing
 from .options import (
     CheckpointFile,
@@ -28,7 +29,19 @@ from .options import (
     load_network,
     note_left_out,
 )
-from .terminal import complain, console, examples, file_sizes, note, print_facts, print_line, print_table, track, typer
+from .terminal import (
+    complain,
+    console,
+    examples,
+    file_sizes,
+    note,
+    print_facts,
+    print_line,
+    print_table,
+    track,
+    typer,
+    warn,
+)
 
 __all__ = ["commands"]
 
@@ -168,7 +181,7 @@ def _export_folder(loaded: Loaded, out: Path, license: str | None, dtype: torch.
             ("weights", loaded.weights),
             *written.checks,
             *file_sizes(written.files),
-            ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True)'),
+            ("load it with", f"timm.create_model({quoted(f'local-dir:{out}')}, pretrained=True)"),
         ]
     )
 
@@ -182,8 +195,11 @@ def _export_file(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
+    from ..inference.bench import bfloat16_is_fast
     from ..inference.export import SUFFIXES, write
 
+    if dtype is torch.bfloat16 and not bfloat16_is_fast():
+        warn("this CPU has no bfloat16 instructions, and takes longer in bfloat16 than in float32")
     with console(stderr=True).status("exporting"):
         checks = write(
             _fused(loaded.network),
@@ -260,7 +276,7 @@ def bench(
     classes and arguments. The network is one of ours, or one of timm's with standardised convolutions.
     """
     from ..env import machine
-    from ..inference.bench import contenders, time_inference
+    from ..inference.bench import contenders, left_out, time_inference
 
     device = device or fastest()
     trained: nn.Module | None = None
@@ -271,6 +287,8 @@ def bench(
         work = contenders(network, batch, size, device, trained)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    for label, why in left_out(device).items():
+        note(f"left out: {label}: {why}")
     timings = time_inference(work, repeats, device, track)
     if as_json:
         facts = {"model": network, "weights": weights, "batch": batch, "size": size, "device": device}

@@ -65,7 +65,11 @@ def existing_file(text: str | Path) -> Path:
     """
     path = any_path(text)
     if not path.is_file():
-        found = "is a directory" if path.is_dir() else "is a pipe or a device" if path.exists() else "is not there"
+        found = "is not there"
+        if path.is_dir():
+            found = "is a directory"
+        elif path.exists():
+            found = "is a pipe or a device"
         raise typer.BadParameter(f"expected a file, {path} {found}")
     return path
 

@@ -1,10 +1,11 @@
 """The commands of `timm-nf` that move weights: convert, push, pull."""
 
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .._dtypes import dtype_name
+from .._text import quoted
 from ..checkpoint import Checkpoint, build, read
 from ..variants import VARIANTS
 from .options import Dtype, License, RegisteredOption, UseEma, any_path, existing_file
@@ -94,7 +95,8 @@ def _facts_of_conversion(made: "Converted", out: Path) -> list[tuple[str, str]]:
         facts.append(("card", "none: give --license to have one, it is never guessed"))
     if made.written.url:
         facts.append(("published", made.written.url))
-    facts.append(("load it with", f'timm.create_model("local-dir:{out}", pretrained=True), after import timm_nf'))
+    loaded = f"timm.create_model({quoted(f'local-dir:{out}')}, pretrained=True), after import timm_nf"
+    facts.append(("load it with", loaded))
     return facts
 
 
@@ -214,7 +216,7 @@ def _fields(content: Checkpoint, license: str, dataset: str | None) -> tuple[dic
 def _folder_of_data(content: Checkpoint) -> str:
     """The name of the folder that train.py was given. The rest of its path stays out of the card."""
     path = content.args.get("data_dir") or content.args.get("data") or "unknown"
-    return Path(str(path)).name
+    return PureWindowsPath(str(path)).name  # the file may come from Windows; this takes both separators
 
 
 def _result(name: str, split: str, metric: str, value: float) -> "EvalResult":

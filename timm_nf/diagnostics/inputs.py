@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .._gain_names import is_gain
 from .._seed import seeded
+from .._versions import input_channels
 from ..checkpoint import Checkpoint
 from ..inference.classify import load_model
 from ..inference.images import reader
@@ -102,8 +103,7 @@ def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
     """
     if not pictures:
         input_size: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]
-        channels, *size = input_size
         noise = torch.Generator().manual_seed(0)
-        return torch.randn(INPUTS, getattr(model, "in_chans", channels), *size, generator=noise)
+        return torch.randn(INPUTS, input_channels(model), *input_size[1:], generator=noise)
     read = reader(model)
     return torch.stack([read(path) for path in pictures])

@@ -21,6 +21,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .._text import quoted
 from .._variant_table import COLUMNS, table_row
 from ..variants import VARIANTS
 
@@ -170,7 +171,7 @@ import timm
 import torch
 {registers}from PIL import Image
 
-model = timm.create_model("{facts.source}", pretrained=True).eval()
+model = timm.create_model({quoted(facts.source)}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.inference_mode():
     logits = model(transform(Image.open("picture.png").convert("RGB"))[None])

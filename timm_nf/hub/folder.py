@@ -42,7 +42,7 @@ from .._labels import own_labels
 from .._relative_error import relative_error
 from .._temporary import temporary_folder
 from .._text import reason
-from .._versions import saved_arguments
+from .._versions import input_channels, saved_arguments
 from .._wrappers import innermost
 from ..checkpoint import assign, fitted, skeleton
 from ..version import __version__
@@ -262,12 +262,12 @@ def _write_config(model: Any, file: Path, architecture: str, license: str | None
     """
     labels = own_labels(model, "the model's config")
     save_config_for_hf(model, cast(Any, file), labels, **saved_arguments(model))  # typed str, opened as a Path
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     config["architecture"] = architecture
     pretrained_cfg: dict[str, Any] = config["pretrained_cfg"]
     for key in ("input_size", "test_input_size"):  # timm below 1.0.31 writes the architecture's number of channels
         if key in pretrained_cfg:
-            pretrained_cfg[key][0] = getattr(model, "in_chans", pretrained_cfg[key][0])
+            pretrained_cfg[key][0] = input_channels(model)
     for key in ("tag", "license"):
         pretrained_cfg.pop(key, None)
     if license:

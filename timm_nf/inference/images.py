@@ -39,6 +39,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from .._text import reason
+from .._versions import input_channels
 
 __all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
@@ -246,7 +247,7 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         ValueError: if the model takes neither grey nor colour.
     """
     data: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
-    channels: int = getattr(model, "in_chans", None) or data["input_size"][0]
+    channels = input_channels(model)
     if channels not in (1, 3):
         raise ValueError(f"expected a network of 1 or 3 input channels, as pictures have them, got one of {channels}")
     data["input_size"] = (channels, *data["input_size"][1:])
@@ -305,4 +306,4 @@ def photographs(model: Any, size: int | None = None, count: int = 4) -> Tensor:
     whole = open_picture(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     corners = [50 * i for i in range(count)]
     crops = torch.stack([transform(whole.crop((at, at, whole.width, whole.height))) for at in corners])
-    return crops[:, [i % 3 for i in range(getattr(model, "in_chans", 3))]]
+    return crops[:, [i % 3 for i in range(input_channels(model))]]

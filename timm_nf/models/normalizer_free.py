@@ -205,7 +205,7 @@ def _gamma(module: nn.Module) -> float | None:
     is_activation = type(module).__module__.rpartition(".")[2].startswith("activation")
     if not is_activation or next(module.parameters(), None) is not None:
         return None
-    z = torch.linspace(-8, 8, 161)
+    z = torch.linspace(-8, 8, 161, device="cpu")  # also inside `with torch.device("meta")`
     try:
         got = module(z.clone())
     except (TypeError, RuntimeError, IndexError):  # a softmax over channels, a gate of two halves
@@ -346,7 +346,7 @@ class _Noise:
 
     def var(self, act: nn.Module | None = None) -> float:
         """The variance of the signal, or of its activation."""
-        z = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        z = torch.linspace(-8, 8, 801, dtype=torch.float64, device="cpu")
         normal = torch.exp(-z.square() / 2)
         largest = normal * torch.special.ndtr(z) ** (self.window - 1)
         weights = torch.outer(largest / largest.sum(), normal / normal.sum())

@@ -71,7 +71,7 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
     trained = {id(p) for p in model.parameters() if p.requires_grad and (given is None or id(p) in given)}
     if _has_classifier(network):
         weights = _own_classifier(network)
-        if weights or trained <= set(map(id, network.parameters())):  # what is beside it may be a head of its own
+        if weights or trained <= set(map(id, network.parameters())):  # otherwise a head may stand beside the network
             return Classifier(network, weights, None)
     inside = _networks_inside(model, trained)
     largest = max(inside.trained, key=len, default=frozenset[int]())
