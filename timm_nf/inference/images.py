@@ -12,8 +12,8 @@ Examples:
     >>> image_mode(3), image_mode(1)
     ('RGB', 'L')
     >>> model = timm.create_model("test_resnet")
-    >>> picture_config(model)["input_size"]
-    (3, 160, 160)
+    >>> picture_config(model)["input_size"], image_mode(3)
+    ((3, 160, 160), 'RGB')
     >>> reader(model)("grey.png").shape, photographs(model, size=64, count=2).shape
     (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
 """

@@ -3,6 +3,7 @@
 Examples:
     >>> canonical_name("NFNet_F0"), is_known("nfnet_f0"), is_known("nfnet_f9")
     ('nfnet_f0', True, False)
+    >>> require_tag("nfnet_f0", "dm_in1k")  # raises ValueError for a tag that it does not have
     >>> written = timm_nf.hub.write_folder(random_model("test_resnet"), "net", card=None)
     >>> load_model("net").training
     False
