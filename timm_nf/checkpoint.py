@@ -232,6 +232,7 @@ def _follow_preprocessing(model: Any, args: Mapping[str, Any], origin: str) -> N
     channels = input_channels(model)
     try:
         cfg.update(resolve_data_config({"in_chans": channels, **args}, cfg))
+        _ = [float(value) for value in (*cfg["mean"], *cfg["std"])]  # timm takes "abc" for three means
     except Exception as error:  # arguments from a file can make timm raise anything, even without a word
         stated = {key: args[key] for key in ("img_size", "input_size", "mean", "std") if args.get(key) is not None}
         raise ValueError(f"{origin} states a preprocessing that timm does not understand: {stated}"[:500]) from error

@@ -12,9 +12,6 @@ Examples:
     40
     >>> first_not_finite({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
     'b'
-    >>> with temporary_folder(Path(".")) as folder:
-    ...     folder.is_dir()
-    True
 """
 
 # timm and safetensors type only a part of what they export.

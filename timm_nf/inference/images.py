@@ -9,6 +9,8 @@ Examples:
     (True, [PosixPath('grey.png')])
     >>> open_picture("grey.png").mode, open_picture("grey.png", channels=1).mode
     ('RGB', 'L')
+    >>> image_mode(3), image_mode(1)
+    ('RGB', 'L')
     >>> model = timm.create_model("test_resnet")
     >>> picture_config(model)["input_size"], image_mode(3)
     ((3, 160, 160), 'RGB')

@@ -11,6 +11,7 @@ Examples:
     ' (did you mean nfnet_f0?)'
     >>> timm_name("net"), timm_name("nfnet_f0")
     ('local-dir:net', 'nfnet_f0')
+    >>> require_tag("test_resnet", "r160_in1k")  # raises if there are no weights of this tag
 """
 
 # timm, onnx and onnxruntime have no types, or incomplete ones.

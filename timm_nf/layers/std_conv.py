@@ -45,8 +45,6 @@ __all__ = [
     "bake",
 ]
 
-torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
-
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
 
