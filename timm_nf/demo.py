@@ -151,8 +151,8 @@ def run(
         machine=machine(),
     )
     # model_args, with which timm builds the network again, are in config.json: the factory recorded them, or we did
-    labels = {"label_names": [str(i) for i in range(10)]}
-    save_for_hf(network, str(model_dir), labels, safe_serialization=True, **saved_arguments(network))
+    config = {"label_names": [str(i) for i in range(10)]}
+    save_for_hf(network, str(model_dir), config, safe_serialization=True, **saved_arguments(network))
     (model_dir / "README.md").write_text(_readme(facts), encoding="utf-8")
     loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
     if not torch.allclose(_logits(loaded, test[0]), logits, rtol=0, atol=0, equal_nan=True):
