@@ -8,7 +8,6 @@ which are gigabytes on Linux. Before that, pip says whether it would replace an 
 
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -16,6 +15,8 @@ import venv
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from scripts.environments import PIP_INSTALL, python_of, run
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
@@ -34,11 +35,6 @@ print(timm_nf.__version__, timm_nf.__file__)
 """
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    print("$", *command, file=sys.stderr, flush=True)
-    return subprocess.run([*map(str, command)], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def surplus(names: list[str]) -> list[str]:
     """Files in a wheel that only the repository needs."""
     return [
@@ -49,9 +45,9 @@ def surplus(names: list[str]) -> list[str]:
 
 
 def environment(folder: Path) -> Path:
-    """A new environment with pip in it; its Python."""
+    """Make an environment with pip, and return its interpreter."""
     venv.create(folder, with_pip=True)
-    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    return python_of(folder)
 
 
 def pretend_installed(python: Path, packages: tuple[str, ...]) -> None:
@@ -75,9 +71,9 @@ def replaced(report: dict[str, Any], packages: tuple[str, ...]) -> list[str]:
 
 def main() -> int:
     shutil.rmtree(DIST, ignore_errors=True)
-    run(sys.executable, "-m", "build", "--outdir", DIST)  # the wheel is built from the sdist
+    run(sys.executable, "-m", "build", "--outdir", DIST, cwd=ROOT)  # the wheel is built from the sdist
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=ROOT)
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
         names = archive.namelist()
         print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(names)} files")
@@ -90,8 +86,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
             python = environment(Path(folder, "environment"))
             pretend_installed(python, packages)
-            command = ["install", "--disable-pip-version-check", "--quiet", "--dry-run", "--report", "-", wheel, *named]
-            lost = replaced(json.loads(run(python, "-m", "pip", *command)), packages)
+            report = run(python, *PIP_INSTALL, "--dry-run", "--report", "-", wheel, *named, cwd=ROOT)
+            lost = replaced(json.loads(report), packages)
         have = " and ".join(f"{name} {OLDER[name][0]}" for name in packages)
         outcome = f"replaces {', '.join(lost)}" if lost else "replaces nothing"
         print(f"pip install {' '.join(['.', *named])} beside {have}: {outcome}")
@@ -99,7 +95,7 @@ def main() -> int:
             return 1
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         python = environment(Path(folder, "environment"))
-        run(python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", f"{wheel}[cli]")
+        run(python, *PIP_INSTALL, f"{wheel}[cli]", cwd=ROOT)
         print(run(python, "-W", "error", "-c", SMOKE, cwd=Path(folder)), end="")
         print(run(python.with_name("timm-nf"), "list", "nfnet_f0", cwd=Path(folder)), end="")
     return 0

@@ -21,8 +21,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _versions _progress _text _repository _labels _relative_error _clip_defaults _seed variants "
-    "_variant_table _wrappers _gain_names _triton",
+    "ground": "version _versions _progress _text _temporary _repository _labels _relative_error _clip_defaults "
+    "_accelerator _seed _dtypes variants _variant_table _wrappers _gain_names _triton",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
     "drop residual same_conv std_conv pool2d_same squeeze_excite",
     "convert": "haiku_pickle haiku infer",
@@ -181,6 +181,7 @@ def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
         "_clip_defaults",
+        "_dtypes",
         "_gain_names",
         "_triton",
         "_wrappers",

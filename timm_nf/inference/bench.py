@@ -1,4 +1,24 @@
-"""Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported."""
+"""Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported.
+
+Examples:
+    >>> stock_name("nfnet_f0")
+    'dm_nfnet_f0'
+    >>> versions = contenders("nfnet_f0", batch=1, size=192)  # nothing is built yet
+    >>> "stock" in versions and "fused" in versions
+    True
+    >>> x = torch.ones(1000)
+    >>> builders = {"sum": lambda: x.sum, "double": lambda: x.double}  # in place of the versions, to be quick
+    >>> timings = time_inference(builders, repeats=2)
+    >>> isinstance(timings["sum"], Timing)
+    True
+    >>> times = time_in_turn({"sum": x.sum, "double": x.double}, repeats=2)
+    >>> len(times["double"])  # milliseconds
+    2
+    >>> peak_memory(x.double)  # bytes
+    8000
+    >>> bfloat16_is_fast("cpu") in (True, False)
+    True
+"""
 
 # timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -7,7 +27,6 @@
 import copy
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._progress import Progress, silent
 from .._seed import seeded
+from .._temporary import temporary_folder
 from .._versions import input_channels
 from ..checkpoint import skeleton
 from ..variants import VARIANTS
@@ -181,8 +201,8 @@ def _compiled(create: Callable[[], nn.Module], images: Tensor) -> Work:
 
 def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
     """The network in onnxruntime, with as many threads as torch has."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.onnx")
+    with temporary_folder() as folder:
+        file = folder / "model.onnx"
         export.write(create(), file, size=images.shape[-1], dynamic_batch=len(images) > 1)
         run = int8.session(file)
     return lambda: run(images)
@@ -190,8 +210,8 @@ def _onnxruntime(create: Callable[[], nn.Module], images: Tensor) -> Work:
 
 def _int8(create: Callable[[], nn.Module], images: Tensor) -> Work:
     """The network in onnxruntime with convolutions in int8. The images calibrate it; times do not depend on them."""
-    with tempfile.TemporaryDirectory() as folder:
-        wide, narrow = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+    with temporary_folder() as folder:
+        wide, narrow = folder / "float32.onnx", folder / "int8.onnx"
         export.write(create(), wide, size=images.shape[-1], dynamic_batch=len(images) > 1)
         int8.quantize(wide, narrow, [images])
         run = int8.session(narrow)
@@ -271,8 +291,8 @@ def peak_memory(work: Work) -> int:
     """The largest number of bytes that a call holds at once on the CPU, in addition to those before the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
+    with temporary_folder() as folder:
+        file = folder / "trace.json"
         seen.export_chrome_trace(str(file))
         events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
