@@ -226,6 +226,20 @@ def test_arguments_in_a_checkpoint_load_nothing_and_build_nothing_else(args, tmp
         checkpoint.build("nfnet_f0", content)
 
 
+@pytest.mark.parametrize("args", [{"mean": "abc"}, {"img_size": "x"}, {"std": [1, 2]}], ids=str)
+def test_a_preprocessing_that_timm_does_not_understand_is_shown(args):
+    content = checkpoint.Checkpoint(timm.create_model("test_resnet").state_dict(), "it", args)
+    with pytest.raises(ValueError, match="it states a preprocessing that timm does not understand") as caught:
+        checkpoint.build("test_resnet", content)
+    assert str(args) in str(caught.value)
+
+
+def test_a_classifier_without_axes_is_a_shape_that_differs():
+    state = timm.create_model("test_resnet", num_classes=7).state_dict() | {"fc.weight": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="2 of 92 shapes differ"):
+        checkpoint.build("test_resnet", checkpoint.Checkpoint(state, "it"))
+
+
 @pytest.mark.parametrize("name", ["no_such", "hf-hub:alice/net", "local-dir:/etc", ""])
 def test_a_model_that_timm_does_not_know_is_named(name):
     with pytest.raises(ValueError, match=f"timm knows no model '{name}'"):

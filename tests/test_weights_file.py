@@ -63,14 +63,27 @@ SHAPES: dict[str, tuple[Any, str | None, str | None]] = {
     "module._orig_mod.model.": ({"model": under("module._orig_mod.model.")}, "model", None),
     "compiled inside": ({"stem._orig_mod.weight": RAW["stem.weight"], "head.bias": RAW["head.bias"]}, "", None),
     "net.": (under("net."), "", None),
+    "backbone.": (under("backbone."), "", None),
+    "a holder's own name": (lightning(**under("wrapped.encoder.")), "state_dict", None),
     "Lightning": (lightning(**under("model.")), "state_dict", None),
     "Lightning, compiled": (lightning(**under("model._orig_mod.")), "state_dict", None),
     "Lightning with an average": (
         lightning(**under("model."), **under("ema_model.module.", MEAN)), "state_dict, model", "state_dict, ema_model",
     ),
-    "AveragedModel": (under("module.", MEAN, n_averaged=torch.tensor(7)), "", None),
+    "AveragedModel": (under("module.", MEAN, n_averaged=torch.tensor(7)), "", ""),
+    "AveragedModel beside another": (
+        {"net": RAW, "second": under("module.", MEAN, n_averaged=torch.tensor(7))}, "net", "second",
+    ),
+    "averages in other spellings": ({"model": RAW, "modelEMA": MEAN}, "model", "modelEMA"),
+    "averages with a hyphen": ({"model": RAW, "ema-model": {"shadow": MEAN}}, "model", "ema-model, shadow"),
+    "no average, for all its letters": ({"schemas": RAW}, "schemas", None),
     "AveragedModel in Lightning": (
-        lightning(**under("model.module.", **{"model.n_averaged": torch.tensor(7)})), "state_dict", None,
+        lightning(**under("model.module.", MEAN, **{"model.n_averaged": torch.tensor(7)})), "state_dict", "state_dict",
+    ),
+    "averages by Lightning's callback": (
+        lightning(**under("model.", MEAN))
+        | {"current_model_state": under("model."), "averaging_state": {"n_averaged": torch.tensor(7)}},
+        "current_model_state", "state_dict",
     ),
 }  # fmt: skip
 
@@ -89,7 +102,7 @@ def test_a_shape_is_read_and_its_entry_is_said(what, zipped, tmp_path):
         read = checkpoint.read(file, use_ema)
         assert read.origin == f"{file}, {entry}".removesuffix(", ")
         assert read.state_dict.keys() >= RAW.keys()
-        averaged = "ema" in entry or what == "AveragedModel"
+        averaged = use_ema or what in ("the average alone", "AveragedModel", "AveragedModel in Lightning")
         for name, tensor in (MEAN if averaged else RAW).items():
             assert torch.equal(read.state_dict[name], tensor)
 
@@ -136,8 +149,8 @@ def test_the_content_says_what_a_file_is(kind, name, tmp_path):
     assert torch.equal(checkpoint.read(file).state_dict["stem.weight"], RAW["stem.weight"])
 
 
-def archive(folder: Path, name: str) -> bytes:
-    with zipfile.ZipFile(folder / "made.zip", "w") as made:
+def archive(folder: Path, name: str, compression: int = zipfile.ZIP_STORED) -> bytes:
+    with zipfile.ZipFile(folder / "made.zip", "w", compression) as made:
         made.writestr(name, b"x")
     return (folder / "made.zip").read_bytes()
 
@@ -149,13 +162,19 @@ NO_WEIGHTS: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "pointer": ("a.safetensors", LFS, "a.safetensors is a Git LFS pointer.*git lfs pull"),
     "pointer, npz": ("a.npz", LFS, "Git LFS pointer"),
     "page": ("a.pth", b"\n<!DOCTYPE html><html>Not found</html>", "a.pth is a web page"),
+    "page, after a mark": ("a.pth", b"\xef\xbb\xbf<!-- x --><html>", "a.pth is a web page"),
+    "a store's error": ("a.safetensors", b"<Error><Code>AccessDenied</Code></Error>", "a.safetensors is a web page"),
     "page of another case": ("a.safetensors", b"<HTML><body>", "a.safetensors is a web page"),
     "archive": ("a.pth", lambda folder: archive(folder, "readme.txt"), r"a zip archive of other .* \(readme.txt\)"),
     "TorchScript": ("a.pt", lambda folder: archive(folder, "a/constants.pkl"), "a TorchScript program"),
     "half an archive": ("a.pt", lambda folder: archive(folder, "a/data.pkl")[:30], "a.pt cannot be read.*incomplete"),
-    "text": ("a.pt", b"hello", "a.pt (is not read|cannot be read)"),
+    "text": ("a.pt", b"hello", "a.pt is no file of weights: expected one of torch .* it begins with b'hello'"),
+    "an answer": ("a.safetensors", b'{"error": 1}', r"a.safetensors is no file of weights: .* begins with b.{.error"),
+    "another format": ("a.bin", b"\x89HDF\r\n\x1a\n", "a.bin is no file of weights"),
+    "packed": ("a.pt", lambda folder: archive(folder, "a/data.pkl", zipfile.ZIP_DEFLATED), "a.pt is compressed"),
     "half of safetensors": ("a.safetensors", b"\x50\0\0\0\0\0\0\0{", "a.safetensors cannot be read"),
-    "no safetensors": ("a.safetensors", b"hello hello hello", "a.safetensors cannot be read"),
+    "no safetensors": ("a.safetensors", b"hello hello hello", "a.safetensors is no file of weights"),
+    "too long a header": ("a.safetensors", b"\xff" * 7 + b"\0{", "a.safetensors cannot be read"),
     "one of several": ("model-00001-of-00002.safetensors", b"x", "one of 2 parts .* give model.safetensors.index.json"),
     "a config": ("config.json", b"{}", "expected an index of weights in .*config.json"),
     "a nested index": ("a.json", b"[" * 100_000, "expected an index of weights"),

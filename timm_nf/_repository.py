@@ -2,6 +2,7 @@
 
 import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 __all__ = ["Repository", "repository"]
 
@@ -20,14 +21,14 @@ class Repository(NamedTuple):
 
 
 def repository(text: str) -> Repository:
-    """What `user/name`, `user/name@revision`, `hf-hub:user/name` or an address of a repository names.
+    """The repository that a text names: `user/name`, `user/name@revision`, `hf-hub:user/name`, or its address.
 
-    Nothing is checked: the Hub's client refuses what is no name.
+    The name is not checked. The Hub's client refuses bad ones.
     """
     bare = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     if bare != text or bare.count("/") > 1:
         bare = bare.partition("?")[0].partition("#")[0]
     if shown := _TREE.fullmatch(bare):
-        return Repository(shown[1], shown[2])
+        return Repository(shown[1], unquote(shown[2]))  # a browser shows refs%2Fpr%2F1
     name, _, revision = bare.partition("@")
     return Repository(name.removesuffix("/") if name.count("/") > 1 else name, revision.removesuffix("/") or None)

@@ -8,12 +8,13 @@ authors' pickles are read by `timm_nf.convert`.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import argparse
+import itertools
 import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
@@ -32,7 +33,8 @@ _ZIP, _PICKLE = b"PK\3\4", b"\x80"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")  # as the Hub's clients name the parts of a large file
 # Entries that hold tensors by name and are no weights.
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|rng|random|hyper|config|args", re.IGNORECASE)
-_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_AVERAGED = {"ema", "swa", "avg", "average", "averaged"}  # words in the name of an entry
 # What wraps a network and leaves its name in front of all others.
 _OUTER = {
     "module", "model", "net", "network", "timm_model", "ema", "model_ema", "ema_model", "averaged_model", "student",
@@ -40,7 +42,7 @@ _OUTER = {
 }  # fmt: skip
 # What wraps layers, too; no layer is called so.
 _INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_COUNTER = re.compile(r"(^|\.)n_averaged$")  # of updates, beside the `module` of torch's AveragedModel
+_COUNTER = "n_averaged"  # of updates, beside the `module` of torch's AveragedModel
 # Packages whose objects lie beside the weights: hyper-parameters, paths, numbers, settings. They are not needed.
 _PASSED_OVER = {
     "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
@@ -104,7 +106,7 @@ def _refuse_placeholders(file: Path, start: bytes) -> None:
         raise ValueError(f"{file} is empty: download or save it again")
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):  # HTML or XML, of a server that refused
         raise ValueError(
             f"{file} is a web page, not the weights: download the file itself, on the Hub by its resolve link"
         )
@@ -114,9 +116,13 @@ def _read_one(file: Path, start: bytes) -> object:
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and length < 100_000_000:  # safetensors' own limit
         return _read_safetensors(file)
-    if file.suffix.lower() == ".safetensors" and not start.startswith((_ZIP, _PICKLE)):
-        return _read_safetensors(file)
-    return _read_torch(file, is_zip=start.startswith(_ZIP))
+    if start.startswith((_ZIP, _PICKLE)):
+        return _read_torch(file, is_zip=start.startswith(_ZIP))
+    if file.suffix.lower() == ".safetensors" and b"\0" in start[:8]:
+        return _read_safetensors(file)  # which says how its header is broken
+    raise ValueError(
+        f"{file} is no file of weights: expected one of torch or safetensors, it begins with {start[:24]!r}"
+    )
 
 
 def _read_authors(file: Path) -> dict[str, Tensor]:
@@ -260,11 +266,14 @@ class _NotTorchError(Exception):
 def _require_torch_zip(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     if any(name.endswith("/constants.pkl") for name in names):
         raise _NotTorchError(f"{file} is a TorchScript program: load it yourself and save its state dict")
     if not any(name.endswith("/data.pkl") for name in names):
         held = ", ".join(name[:60] for name in names[:2]) or "nothing"
         raise _NotTorchError(f"{file} is a zip archive of other things than weights ({held}): unpack it, or save again")
+    if packed:  # torch compresses nothing; a few bytes could fill the memory
+        raise _NotTorchError(f"{file} is compressed, as torch writes no file: unpack it and save it again")
 
 
 # -- the entry ---------------------------------------------------------------------------------------------------------
@@ -285,7 +294,7 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a checkpoint in {file}, got {type(content).__name__}")
     entries = cast(Mapping[Any, Any], content)
-    found = [Weights(entry, tensors, _is_averaged(entry)) for entry, tensors in _sets(entries)]
+    found = list(_sets(entries))
     averaged = [weights for weights in found if weights.averaged]
     if use_ema and not averaged:
         raise ValueError(f"{file} has no averaged weights (state_dict_ema, say): leave out --use-ema")
@@ -306,15 +315,17 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
     return weights._replace(tensors=_apart(weights.tensors))
 
 
-def _sets(entries: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+def _sets(entries: Mapping[Any, Any]) -> Iterator[Weights]:
     """All sets of weights in a file, each with its entry."""
     found = list(_nested(entries, ()))
     own = _tensors(entries)
     if own and (not found or _is_network(own)):
         found.append(((), own))
     for entry, tensors in found:
-        for prefix, part in _unwrapped(tensors):
-            yield (*entry, *prefix), part
+        # Lightning's callback for averages puts them in the place of the weights of the last step.
+        averaged = "current_model_state" in entries and entry == ("state_dict",)
+        for weights in _unwrapped(Weights(entry, tensors, averaged)):
+            yield weights._replace(averaged=weights.averaged or any(map(_is_averaged, weights.entry)))
 
 
 def _nested(entries: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -338,27 +349,32 @@ def _is_network(tensors: Mapping[str, Tensor]) -> bool:
     return any(tensor.is_nested or tensor.ndim >= 2 for tensor in tensors.values())
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+def _unwrapped(weights: Weights) -> Iterator[Weights]:
     """Tensors without the prefixes that wrappers leave; several sets where every name has one of several prefixes."""
-    named = {_INNER.sub("", name): tensor for name, tensor in tensors.items()}
-    named = {name: tensor for name, tensor in named.items() if not _COUNTER.search(name)}
+    named = {_INNER.sub("", name): tensor for name, tensor in weights.tensors.items()}
+    counted = named.pop(_COUNTER, None) is not None
+    weights = weights._replace(averaged=weights.averaged or counted)
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
         prefix, _, rest = name.partition(".")
         groups.setdefault(prefix if rest else "", {})[rest] = tensor
-    if not groups or not groups.keys() <= _OUTER:
-        yield (), named
-    elif len(groups) == 1:
-        (inner,) = groups.values()
-        yield from _unwrapped(inner)
-    else:
-        for prefix, inner in groups.items():
-            for deeper, part in _unwrapped(inner):
-                yield (prefix, *deeper), part
+    if not groups or not (groups.keys() <= _OUTER or _in_a_holder(named)):
+        yield weights._replace(tensors={name: t for name, t in named.items() if not name.endswith(f".{_COUNTER}")})
+        return
+    for prefix, inner in groups.items():
+        entry = (*weights.entry, prefix) if len(groups) > 1 else weights.entry
+        yield from _unwrapped(weights._replace(entry=entry, tensors=inner))
 
 
-def _is_averaged(entry: tuple[str, ...]) -> bool:
-    return any(_AVERAGED.search(part) for part in entry)
+def _in_a_holder(names: Iterable[str]) -> bool:
+    """Whether all names begin alike, and several layers follow: no network of timm is one child alone."""
+    parts = [name.split(".") for name in names]
+    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
+    return common > 0 and len({name[common] for name in parts if len(name) > common + 1}) > 1
+
+
+def _is_averaged(name: str) -> bool:
+    return not _AVERAGED.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
 def _name(entry: tuple[str, ...]) -> str:

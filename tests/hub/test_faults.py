@@ -4,8 +4,6 @@ import errno
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +21,6 @@ from tests.support import GOLDEN
 from tests.support.published import CARD, create, logits
 from tests.support.stand_in_hub import TOKENS, Blob, answer, cut, flip
 from timm_nf.hub import HubError, from_haiku
-from timm_nf.hub.folder import temporary_folder
 
 TOKEN = next(iter(TOKENS))
 
@@ -314,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, "no", str(tmp_path))
 
-    monkeypatch.setattr("timm_nf.hub.folder.TemporaryDirectory", refuse)
+    monkeypatch.setattr("timm_nf._temporary.TemporaryDirectory", refuse)
     with pytest.raises(HubError, match=f"{tmp_path} cannot be written: name a folder that can be written"):
         from_haiku.convert(GOLDEN / "T0_haiku_flatmap.npz", tmp_path / "t0")
 
@@ -339,22 +336,6 @@ def test_another_case_is_answered_with_the_hubs(published):
     with pytest.raises(HubError, match="the Hub has no alice/Net, but alice/net: write it so"):
         timm_nf.hub.push(create(), "alice/Net", card=CARD, revision="refs/pr/1")
     assert hub.repos["alice/net"].refs == before
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
-    with temporary_folder(tmp_path) as mine:
-        (mine / "half").write_bytes(b"x")
-        prefix = mine.name.partition(f"{os.getpid()}-")[0]
-        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-        left = tmp_path / f"{prefix}{int(gone.stdout)}-abc"
-        left.mkdir()
-        (left / "half").write_bytes(b"x")
-        for other in ("notes", ".writing-elsewhere-1-abc", f"{prefix}1-abc", f"{prefix}x-abc"):
-            (tmp_path / other).mkdir()
-        timm_nf.hub.write_folder(create(), tmp_path / "net", card=None)
-        assert mine.is_dir()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"net", "notes", ".writing-elsewhere-1-abc", f"{prefix}1-abc", f"{prefix}x-abc"}
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

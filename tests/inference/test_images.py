@@ -1,5 +1,6 @@
 """Files become pixels: upright, on white, grey scaled by its depth; what a folder has beside pictures is counted."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -60,6 +61,18 @@ def test_pictures_are_turned_as_exif_says(name, orientation, tmp_path):
     expected = TURNS[orientation](COLOUR)
     assert got.shape == expected.shape
     assert np.abs(got.astype(float) - expected).mean() < 6  # the format's own loss; another turn has 80
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_tiffs_of_every_mode_are_turned_as_exif_says(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    colour = Image.fromarray(COLOUR)
+    pictures = {mode: colour.convert(mode) for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK")}
+    for mode, picture in (pictures | {"I;16": Image.fromarray(GREY)}).items():
+        picture.save(tmp_path / "plain.tif")
+        picture.save(tmp_path / "turned.tif", exif=exif)
+        assert np.array_equal(pixels(tmp_path / "turned.tif"), TURNS[orientation](pixels(tmp_path / "plain.tif"))), mode
 
 
 @pytest.mark.parametrize(
@@ -154,11 +167,16 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_with_colour_key(values: np.ndarray, key: tuple[int, ...]) -> bytes:
-    """A PNG of 16 bits a channel, one value of which is transparent: Pillow writes none in colour."""
+def png_with_colour_key(values: np.ndarray, key: tuple[int, ...], bits: int = 16) -> bytes:
+    """A PNG, one value of which is transparent: Pillow writes none in deep colour, and no grey of 2 or 4 bits."""
     kind = 2 if values.ndim == 3 else 0
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    if bits < 8:
+        digits = values.astype(np.uint8)[..., None] >> np.arange(bits)[::-1] & 1
+        lines = np.packbits(digits.reshape(len(values), -1), axis=1)
+    else:
+        lines = values.astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in lines)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, kind, 0, 0, 0)
     keyed = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + keyed + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -180,6 +198,14 @@ def transparent_files(folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
     keyed_grey = np.dstack([np.where(grey == 7, 255, grey)] * 3)
     keyed_deep = np.dstack([np.where(key == GREY, 255, GREY / 257)] * 3)
     deep_first = tuple(257 * value for value in first)
+    dark = np.where(here, 3, deep)
+    on_dark = np.where(here | (COLOUR == 0).all(-1, keepdims=True), 255, COLOUR)
+
+    def low_bits(bits: int) -> np.ndarray:
+        value = grey >> (8 - bits)
+        key = {1: 1, 2: 2, 4: 3}[bits]
+        return np.dstack([np.where(value == key, 255, value * (255 / (2**bits - 1)))] * 3)
+
     written: dict[str, tuple[str, Any, np.ndarray, dict[str, Any]]] = {
         "RGBA png": ("a.png", Image.fromarray(rgba), expected, {}),
         "RGBA webp": ("b.webp", Image.fromarray(rgba), expected, {"lossless": True, "exact": True}),
@@ -192,6 +218,10 @@ def transparent_files(folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
         "colour key": ("i.png", Image.fromarray(COLOUR), np.where(here, 255, COLOUR), {"transparency": first}),
         "deep grey key": ("j.png", png_with_colour_key(GREY, key), keyed_deep, {}),
         "deep colour key": ("k.png", png_with_colour_key(deep, deep_first), np.where(here, 255, COLOUR), {}),
+        "dark deep colour key": ("l.png", png_with_colour_key(dark, (3, 3, 3)), on_dark, {}),
+        "grey key of 1 bit": ("m.png", png_with_colour_key(grey >> 7, (1,), 1), low_bits(1), {}),
+        "grey key of 2 bits": ("n.png", png_with_colour_key(grey >> 6, (2,), 2), low_bits(2), {}),
+        "grey key of 4 bits": ("o.png", png_with_colour_key(grey >> 4, (3,), 4), low_bits(4), {}),
     }  # fmt: skip
     for name, content, _, options in written.values():
         if isinstance(content, bytes):
@@ -256,13 +286,17 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("empty.png", b"", "UnidentifiedImageError"),
-        ("text.jpg", b"no picture", "UnidentifiedImageError"),
+        ("empty.png", b"", "its content has no format that Pillow reads by itself"),
+        ("text.jpg", b"no picture", "its content has no format that Pillow reads by itself"),
         ("half.png", None, "truncated|broken|incomplete"),
-        ("postscript.eps", EPS, "UnidentifiedImageError"),  # for which Pillow would start Ghostscript
-        ("postscript.jpg", EPS, "UnidentifiedImageError"),
-        ("stub.grib", b"GRIB\0\0\0\1", "UnidentifiedImageError"),
-        ("film.mpg", b"\0\0\1\xb3\x10\0\x10\0", "UnidentifiedImageError"),
+        (
+            "postscript.eps",
+            EPS,
+            "its content has no format that Pillow reads by itself",
+        ),  # for which Pillow would start Ghostscript
+        ("postscript.jpg", EPS, "its content has no format that Pillow reads by itself"),
+        ("stub.grib", b"GRIB\0\0\0\1", "its content has no format that Pillow reads by itself"),
+        ("film.mpg", b"\0\0\1\xb3\x10\0\x10\0", "its content has no format that Pillow reads by itself"),
         ("missing.png", None, "No such file or directory"),
     ],
 )
@@ -294,6 +328,12 @@ def test_a_decompression_bomb_is_named_and_a_large_picture_is_read_without_a_war
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture: expected a file, found .* a pipe"):
+        open_picture(tmp_path / "a.png")
+
+
 def test_a_folder_is_read_to_its_depth_and_what_is_left_out_is_counted(tmp_path):
     picture = Image.new("RGB", (8, 8))
     (tmp_path / "x.jpg" / "deep").mkdir(parents=True)  # a folder, whatever its name
@@ -312,6 +352,10 @@ def test_a_folder_is_read_to_its_depth_and_what_is_left_out_is_counted(tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in found.pictures] == names
     assert found.left_out == {".heic": 2, ".txt": 1, "": 1, ".eps": 1}
     assert found.others() == "5 of another kind (no suffix 1, .eps 1, .heic 2, .txt 1)"
+    for i in range(9):
+        (tmp_path / f"part.{i}").touch()
+    assert find_images([tmp_path]).others().startswith("14 of another kind (no suffix 1, ")
+    assert find_images([tmp_path]).others().endswith(", and 5 more kinds)")
 
 
 def test_a_folder_without_pictures_says_what_it_has(tmp_path):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import reference_nfnet as reference
 from tests.support.small_nets import relative_error
+from tests.support.standardisation import mixed_rows
 from timm_nf.layers import ScaledStdConv2d
 from timm_nf.layers.standardize import destandardize_weight, standardize_weight
 
@@ -36,16 +37,6 @@ ROUTES = pytest.mark.parametrize("route", [plain, other], ids=["cpu", "elsewhere
 def gain_like(weight: Tensor, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 1 + 0.3 * torch.randn(weight.shape[0], 1, 1, 1, generator=generator, dtype=weight.dtype)
-
-
-def mixed_rows(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Ordinary, floored, constant, zero and mean-heavy rows, (5, 3, 2, 2)."""
-    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight[1] *= 1e-3
-    weight[2] = 0.5
-    weight[3] = 0
-    weight[4] += 100
-    return weight.to(dtype)
 
 
 def numpy_formula(weight: Tensor, gain: Tensor, eps: float = 1e-4) -> np.ndarray:

@@ -117,10 +117,17 @@ def test_only_the_parameters_given_count():
     assert exempt_names(model, optimizer.param_groups) == {"b.fc.weight"}
 
 
-@pytest.mark.parametrize("build", [lambda: nn.Linear(2, 2), lambda: Holder(encoder=network(num_classes=0))])
-def test_no_classifier_is_a_warning_that_names_what_was_found(build):
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (lambda: nn.Linear(2, 2), ""),
+        (lambda: Holder(encoder=network(num_classes=0)), "encoder"),
+        (lambda: Holder(module=network(num_classes=0), head=nn.Linear(2, 2)), "module"),  # as wrappers call it
+    ],
+)
+def test_no_classifier_is_a_warning_that_names_what_was_found(build, found):
     model = build()
-    inside = r"; encoder \(ResNet\) has none" if isinstance(model, Holder) else ""
+    inside = rf"; {found} \(ResNet\) has none" if found else ""
     with pytest.warns(
         UserWarning, match=f"no classifier was found in {type(model).__name__}{inside}, so that all"
     ) as seen:
@@ -131,6 +138,7 @@ def test_no_classifier_is_a_warning_that_names_what_was_found(build):
 
 def test_a_network_that_says_it_has_no_classes_needs_no_warning():
     assert exempt_by_both(network(num_classes=0)) == set()
+    assert exempt_by_both(Holder(module=network(num_classes=0))) == set()
 
 
 def test_somebody_elses_method_of_that_name_is_no_classifier():

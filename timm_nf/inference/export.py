@@ -2,6 +2,15 @@
 
 Constant weights are baked in first (`timm_nf.fuse`), so that a file holds convolutions and elementwise operations, not
 the arithmetic of standardised weights, which exporters keep for every inference otherwise.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> checks = write(timm_nf.fuse(model), Path("net.ts"), size=32)
+    >>> isinstance(checks[0], FileCheck), all(check.ok for check in checks)
+    (True, True)
+    >>> onnx_is_installed()
+    True
 """
 
 # timm, onnx and onnxruntime have no types or partial ones.
@@ -10,11 +19,8 @@ the arithmetic of standardised weights, which exporters keep for every inference
 
 import copy
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +30,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._relative_error import relative_error
+from .._temporary import replacing
 from .._text import install_hint, reason
 from .classify import labels
 from .images import photographs
@@ -118,7 +125,9 @@ def _inputs(
 ) -> list[tuple[Tensor, ...]]:
     """What the file is tried with: one or more times, batches that together are the photographs."""
     photos = photographs(model, size).to(dtype)
-    inputs: list[tuple[Tensor, ...]] = [(photos,), (photos[:1],)] if dynamic_batch else [photos.split(1)]
+    inputs: list[tuple[Tensor, ...]] = [photos.split(1)]
+    if dynamic_batch:
+        inputs = [(photos,), (photos[:1],)]
     if dynamic_size:
         height, width = photos.shape[-2:]
         other = nn.functional.interpolate(inputs[0][0].float(), (height + 37, width + 64))
@@ -141,19 +150,6 @@ def _dims(model: Any, dynamic_batch: bool, dynamic_size: bool) -> _Dims:
 @torch.inference_mode()
 def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([run(images) for images in batches])
-
-
-@contextmanager
-def replacing(file: Path) -> Generator[Path]:
-    """A path beside the file that takes its place if nothing is raised, and goes if something is."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.stem}.", suffix=file.suffix, dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[FileCheck]:

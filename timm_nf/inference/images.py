@@ -1,4 +1,22 @@
-"""Finding pictures, and reading them as a model takes them."""
+"""Finds pictures, and reads them as a model takes them.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> Image.new("L", (40, 30)).save("grey.png")
+    >>> found = find_images([Path(".")])
+    >>> isinstance(found, Found), found.pictures
+    (True, [PosixPath('grey.png')])
+    >>> open_picture("grey.png").mode, open_picture("grey.png", channels=1).mode
+    ('RGB', 'L')
+    >>> image_mode(3), image_mode(1)
+    ('RGB', 'L')
+    >>> model = timm.create_model("test_resnet")
+    >>> picture_config(model)["input_size"], image_mode(3)
+    ((3, 160, 160), 'RGB')
+    >>> reader(model)("grey.png").shape, photographs(model, size=64, count=2).shape
+    (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
+"""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,14 +33,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from .._text import reason
+from .._versions import input_channels
 
-__all__ = ["Found", "find_images", "open_picture", "photographs", "picture_config", "reader"]
+__all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
 # Pillow starts Ghostscript for EPS, and only recognises MPEG.
 _NOT_READ = {"EPS", "MPEG"}
@@ -38,8 +57,11 @@ class Found(NamedTuple):
 
     def others(self) -> str:
         """What was left out, in words."""
-        counts = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(self.left_out.items()))
-        return f"{self.left_out.total()} of another kind ({counts})"
+        shown = self.left_out.most_common(8)
+        counts = [f"{suffix[:20] or 'no suffix'} {count}" for suffix, count in sorted(shown)]
+        if len(self.left_out) > len(shown):
+            counts.append(f"and {len(self.left_out) - len(shown)} more kinds")
+        return f"{self.left_out.total()} of another kind ({', '.join(counts)})"
 
 
 @cache
@@ -120,14 +142,38 @@ def open_picture(file: str | Path, channels: int = 3) -> Image.Image:
     Raises:
         ValueError: with the file's name, if it cannot be read.
     """
+    if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for who writes to it
+        raise ValueError(f"{file} cannot be read as a picture: expected a file, found a folder, a pipe or a device")
     try:
-        # Pillow warns of what it repairs. What it cannot repair is raised.
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_formats()) as picture:
+        # Pillow warns of what it repairs. What it cannot repair is raised. A file given as a path would be mapped into
+        # memory, and the pixels of an uncompressed TIFF that lies on its side would come out of order (Pillow 13.0).
+        with warnings.catch_warnings(action="ignore"), open(file, "rb") as stream:
+            picture = Image.open(stream, formats=_formats())
+            stored = picture.tile[0].args if picture.tile else None
             picture.load()
+            _scale_colour_key(picture, stored)
             upright = _upright(_opaque(picture), _orientation(picture))
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{file} cannot be read as a picture: its content has no format that Pillow reads by itself"
+        ) from error
     except Exception as error:  # the decoders raise all kinds for broken files
         raise ValueError(f"{file} cannot be read as a picture: {reason(error)}") from error
     return upright.convert("L") if channels == 1 else upright
+
+
+def _scale_colour_key(picture: Image.Image, stored: object) -> None:
+    """Give the transparent colour of a PNG the depth that Pillow gives its pixels: it does that with palettes alone.
+
+    Args:
+        picture: As loaded.
+        stored: How the pixels lie in the file, in Pillow's words.
+    """
+    colour: Any = picture.info.get("transparency")
+    if isinstance(colour, tuple) and stored == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in cast(tuple[int, ...], colour))
+    elif isinstance(colour, int) and stored in ("L;2", "L;4"):
+        picture.info["transparency"] = colour * (85 if stored == "L;2" else 17)
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
@@ -136,10 +182,6 @@ def _opaque(picture: Image.Image) -> Image.Image:
         return _eight_bits(picture).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    colour: Any = picture.info.get("transparency")
-    if isinstance(colour, tuple) and max(cast(tuple[int, ...], colour)) > 255:
-        # Of a PNG with 16 bits a channel, of which Pillow keeps the upper 8.
-        picture.info["transparency"] = tuple(value >> 8 for value in cast(tuple[int, ...], colour))
     visible = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", visible.size, "white"), visible).convert("RGB")
 
@@ -205,7 +247,7 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         ValueError: if the model takes neither grey nor colour.
     """
     data: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
-    channels: int = getattr(model, "in_chans", None) or data["input_size"][0]
+    channels = input_channels(model)
     if channels not in (1, 3):
         raise ValueError(f"expected a network of 1 or 3 input channels, as pictures have them, got one of {channels}")
     data["input_size"] = (channels, *data["input_size"][1:])
@@ -213,6 +255,11 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         if len(data[key]) != channels:  # timm's loader does that with a colour network's on grey
             data[key] = (statistics.fmean(data[key]),) * channels
     return data
+
+
+def image_mode(channels: int) -> str:
+    """The mode in which timm's data sets open pictures for this many input channels, as train.py sets it."""
+    return "RGB" if channels == 3 else "L"
 
 
 def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | Path], Tensor]:
@@ -259,4 +306,4 @@ def photographs(model: Any, size: int | None = None, count: int = 4) -> Tensor:
     whole = open_picture(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     corners = [50 * i for i in range(count)]
     crops = torch.stack([transform(whole.crop((at, at, whole.width, whole.height))) for at in corners])
-    return crops[:, [i % 3 for i in range(getattr(model, "in_chans", 3))]]
+    return crops[:, [i % 3 for i in range(input_channels(model))]]

@@ -2,6 +2,27 @@
 
 Only convolutions are quantised, in QDQ form. Weights are signed, with a scale per channel. Activations are unsigned,
 with a scale per tensor. `python -m benchmarks.int8` measures other types of nodes, and shows why they stay float32.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> pictures = [Path(f"{number}.png") for number in range(10)]
+    >>> for number, file in enumerate(pictures):
+    ...     Image.new("RGB", (32, 32), (20 * number, 100, 100)).save(file)
+    >>> len(split(pictures)[0])  # for calibration, the other two for the comparison
+    8
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> compared = write(timm_nf.fuse(model), pictures, Path("net.onnx"), size=32)
+    >>> isinstance(compared, Comparison), compared.compared
+    (True, 2)
+    >>> session(Path("net.onnx"))(torch.zeros(3, 32, 32)).shape
+    torch.Size([1, 3])
+
+    The same without pictures and without the comparison:
+
+    >>> from timm_nf.inference import export
+    >>> checks = export.write(timm_nf.fuse(model), Path("float.onnx"), size=32)
+    >>> quantize(Path("float.onnx"), Path("int8.onnx"), torch.rand(2, 1, 3, 32, 32))
 """
 
 # onnx and onnxruntime have no types or partial ones.
@@ -11,7 +32,6 @@ with a scale per tensor. `python -m benchmarks.int8` measures other types of nod
 import math
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +44,7 @@ from torch import Tensor, nn
 
 from .._progress import Progress, silent
 from .._relative_error import relative_error
+from .._temporary import replacing, temporary_folder
 from . import export
 from .images import reader
 
@@ -112,8 +133,8 @@ def write(
     calibration, rest = split(pictures)
     height, width = resolve_model_data_config(model)["input_size"][1:]
     read = reader(model, (size or height, size or width))
-    with tempfile.TemporaryDirectory() as folder, export.replacing(file) as temporary:
-        wide = Path(folder, "float32.onnx")
+    with temporary_folder() as folder, replacing(file) as temporary:
+        wide = folder / "float32.onnx"
         export.write(model, wide, size=size, dynamic_batch=dynamic_batch)
         quantize(wide, temporary, (read(path) for path in progress(calibration, "calibrating")), op_types)
         _describe(temporary, op_types, metadata or {})
@@ -145,8 +166,8 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], op_types: Se
         def get_next(self) -> Any:
             return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder, "prepared.onnx")
+    with temporary_folder() as folder:
+        prepared = folder / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,

@@ -22,6 +22,16 @@ def _first_elements(x: Tensor) -> Tensor:
     return x
 
 
+def check_drop_path_rate(rate: float) -> None:
+    """Refuse a rate that is no probability.
+
+    Raises:
+        ValueError: if it does not lie between 0 and 1.
+    """
+    if not 0.0 <= rate <= 1.0:  # false for NaN
+        raise ValueError(f"drop_path_rate must lie between 0 and 1, got {rate}")
+
+
 class StochasticDepth(nn.Module):
     """Drops the residual branch of random examples in training. The other branches are not rescaled.
 
@@ -29,6 +39,10 @@ class StochasticDepth(nn.Module):
         rate: Probability that the branch of an example is dropped.
 
     Source: nfnets/base.py, StochDepth.
+
+    Examples:
+        >>> StochasticDepth(rate=0.5)(torch.tensor(0.2), torch.zeros(4, 8, 2, 2)).shape
+        torch.Size([4, 1, 1, 1])
     """
 
     def __init__(self, rate: float) -> None:

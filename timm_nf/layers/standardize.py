@@ -148,6 +148,11 @@ def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, 
 
     Returns:
         (O, I, K, K) and (O, 1, 1, 1).
+
+    Examples:
+        >>> weight = torch.tensor([3.0, -3.0]).view(1, 2, 1, 1)
+        >>> standardize_weight(*destandardize_weight(weight)).flatten()
+        tensor([ 3.0000, -3.0000])
     """
     axes = list(range(1, weight.ndim))
     weight = weight - weight.mean(axes, keepdim=True)

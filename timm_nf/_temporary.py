@@ -1,0 +1,86 @@
+"""Folders for what is not whole yet. Each is named after its process; what a killed process has left is removed."""
+
+import ctypes
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from ctypes import wintypes
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any, cast
+
+__all__ = ["replacing", "temporary_folder"]
+
+# https://learn.microsoft.com/windows/win32/api/processthreadsapi/nf-processthreadsapi-openprocess
+_SYNCHRONIZE, _NO_SUCH_PROCESS, _STILL_RUNS = 0x00100000, 87, 258
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Generator[Path]:
+    """A new folder that is removed at the end; before, those that killed processes have left there.
+
+    Args:
+        parent: Where; by default in the system's folder for such things.
+    """
+    parent = parent or Path(gettempdir())
+    _remove_leftovers(parent)
+    try:
+        made = TemporaryDirectory(dir=parent, prefix=f"{_writing()}{os.getpid()}-")
+    except OSError as error:  # of `parent`, not of a name that nobody knows
+        raise OSError(error.errno, error.strerror, str(parent)) from error
+    with made as temporary:
+        yield Path(temporary)
+
+
+@contextmanager
+def replacing(file: Path) -> Generator[Path]:
+    """A path to write to, which takes the place of `file` if nothing is raised, and goes if something is."""
+    with temporary_folder(file.parent) as temporary:
+        yield temporary / file.name
+        os.replace(temporary / file.name, file)
+
+
+def _writing() -> str:
+    """How temporary folders of this machine begin; the process follows. Others may share the disk."""
+    return f".writing-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove temporary folders of processes that are gone."""
+    for folder in parent.glob(f"{_writing()}*"):
+        process = folder.name.removeprefix(_writing()).partition("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process runs on this machine."""
+    if sys.platform == "win32":
+        return _runs_on_windows(process)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def _runs_on_windows(process: int) -> bool:
+    """The same on Windows, where `os.kill` ends the process that it is asked about."""
+    kernel: Any = cast(Any, ctypes).WinDLL("kernel32", use_last_error=True)
+    kernel.OpenProcess.argtypes = (wintypes.DWORD, wintypes.BOOL, wintypes.DWORD)
+    kernel.OpenProcess.restype = wintypes.HANDLE  # as wide as a pointer
+    kernel.WaitForSingleObject.argtypes = (wintypes.HANDLE, wintypes.DWORD)
+    kernel.CloseHandle.argtypes = (wintypes.HANDLE,)
+    handle = kernel.OpenProcess(_SYNCHRONIZE, False, process)
+    if not handle:  # for other reasons, such as another user's process, it runs
+        return cast(Any, ctypes).get_last_error() != _NO_SUCH_PROCESS
+    try:
+        return kernel.WaitForSingleObject(handle, 0) == _STILL_RUNS
+    finally:
+        kernel.CloseHandle(handle)
