@@ -88,3 +88,10 @@ clean:  ## remove everything that can be made again
 .venv/ready: .venv/demo
 	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
 	touch $@
+
+# The extra alone, read from pyproject.toml: pip would install the package and torch beside it.
+$(DOCS)/ready: pyproject.toml
+	python3 -m venv $(DOCS)
+	python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
+	touch $@

@@ -203,6 +203,10 @@ class AuthorsRandAugment(nn.Module):
 
     Raises:
         ValueError: if the magnitude or the number of layers is out of range.
+
+    Examples:
+        >>> AuthorsRandAugment(magnitude=5)(torch.zeros(3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([3, 32, 32])
     """
 
     def __init__(self, magnitude: float, num_layers: int = 4) -> None:

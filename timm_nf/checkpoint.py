@@ -1,6 +1,28 @@
 """Reads files of weights, and builds networks that hold exactly these weights.
 
 No code in a file runs.
+
+Examples:
+    >>> import argparse
+    >>> from pathlib import Path
+    >>> arguments = {"depths": (1,), "channels": (16,), "group_size": 8, "num_classes": 3}
+    >>> model = timm.create_model("nfnet_f0", **arguments)
+    >>> args = argparse.Namespace(model="nfnet_f0", num_classes=3, model_kwargs=arguments)
+    >>> torch.save({"args": args, "state_dict": model.state_dict()}, "last.pth.tar")  # as train.py does
+    >>> checkpoint = read("last.pth.tar")
+    >>> isinstance(checkpoint, Checkpoint), checkpoint.origin
+    (True, 'last.pth.tar, state_dict')
+    >>> build("nfnet_f0", checkpoint).num_classes, fill("nfnet_f0", checkpoint).training
+    (3, False)
+
+    A network without memory for its parameters gets those of a file:
+
+    >>> written = timm_nf.hub.write_folder(model, "net", card=None)
+    >>> tensors = load_tensors(Path("net", "model.safetensors"))
+    >>> network = skeleton("nfnet_f0", **arguments)
+    >>> assign(network, fitted(tensors, network.state_dict()), "net")
+    >>> torch.equal(network.stem.conv1.weight, model.stem.conv1.weight)
+    True
 """
 
 # timm, onnx and onnxruntime have no types or partial ones.
@@ -210,6 +232,7 @@ def _follow_preprocessing(model: Any, args: Mapping[str, Any], origin: str) -> N
     channels = input_channels(model)
     try:
         cfg.update(resolve_data_config({"in_chans": channels, **args}, cfg))
+        _ = [float(value) for value in (*cfg["mean"], *cfg["std"])]  # timm takes "abc" for three means
     except Exception as error:  # arguments from a file can make timm raise anything, even without a word
         stated = {key: args[key] for key in ("img_size", "input_size", "mean", "std") if args.get(key) is not None}
         raise ValueError(f"{origin} states a preprocessing that timm does not understand: {stated}"[:500]) from error

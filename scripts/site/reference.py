@@ -4,6 +4,7 @@ A public name is documented where it is defined. Packages that hand it on, and o
 """
 
 import ast
+import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NAMES = ROOT / "tests" / "public_names.txt"
 PACKAGE = "timm_nf"
+
+# Said at the top of every page.
+IN_SCOPE = """*The examples assume that `torch`, `timm`, `timm_nf` and the names of the module are imported. A test runs
+all of them.*"""
 
 # The wings in the order in which a reader needs them. A wing that is not named here comes last.
 ORDER = ("timm_nf", "models", "layers", "optim", "inference", "hub", "convert", "diagnostics", "recipes", "verify")
@@ -109,7 +114,7 @@ def pages() -> dict[str, str]:
 
 def _page(wing: str, modules: list[str]) -> str:
     title = wing if wing == PACKAGE else f"{PACKAGE}.{wing}"
-    return "\n\n".join([f"# {title}", *(_section(module, module == title) for module in modules)]) + "\n"
+    return "\n\n".join([f"# {title}", IN_SCOPE, *(_section(module, module == title) for module in modules)]) + "\n"
 
 
 @cache
@@ -131,11 +136,35 @@ def _section(module: str, is_title: bool) -> str:
     parts: list[str] = []
     if not is_title:
         parts.append(f"## {module}")
-    parts.append(ast.get_docstring(ast.parse(source(module).read_text())) or "")
+    parts.append(_as_markdown(ast.get_docstring(ast.parse(source(module).read_text())) or ""))
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
+    parts.append(_made_classes(module))
     parts += [f"::: {homes[name]}" for name in here]
     return "\n\n".join(part for part in parts if part)
+
+
+def _as_markdown(docstring: str) -> str:
+    """A module's docstring, with its examples as blocks of code."""
+    text, _, examples = docstring.partition("Examples:\n")
+    if not examples:
+        return text
+    blocks = [
+        f"```pycon\n{block}\n```" if block.startswith(">>>") else block
+        for block in textwrap.dedent(examples).split("\n\n")
+    ]
+    return "\n\n".join([text.rstrip(), *blocks])
+
+
+def _made_classes(module: str) -> str:
+    """A table of the classes that a module makes of other classes: only its stub has their names."""
+    stub = source(module).with_suffix(".pyi")
+    if not stub.is_file():
+        return ""
+    classes = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ClassDef)]
+    rows = [f"| `{node.name}` | `{ast.unparse(node.bases[-1])}` |" for node in classes]
+    made = "Classes with clipping. Each takes the arguments of the class that it extends, and those of `agc_class`:"
+    return "\n".join([made, "", "| class | extends |", "| --- | --- |", *rows])
 
 
 def _is_ours(where: str) -> bool:

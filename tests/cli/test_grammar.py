@@ -199,7 +199,7 @@ def test_files_of_every_kind_are_weights(form, files, tmp_path, capsys):
         (["--use-ema"], 2, "--use-ema is about the weights of a --checkpoint: give one"),
         (["--checkpoint", "missing.pt"], 2, "missing.pt"),
         (["--checkpoint", "{pictures}"], 2, "is a directory"),
-        (["--checkpoint", __file__], 1, "is not read, because"),
+        (["--checkpoint", __file__], 1, "is no file of weights"),
         (["--checkpoint", "{vit}"], 1, "vit.pt is of another architecture: "),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -263,6 +263,19 @@ def test_symbolic_tracing_records_a_single_call() -> None:
     for size in (7, 8):  # padding follows the size, it is not a constant of the trace
         x = torch.randn(2, 4, size, size)
         assert torch.equal(traced(x), conv(x))
+
+
+def test_symbolic_tracing_takes_a_layer_of_ones_own_that_calls_the_formula() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.gain = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ standardize_weight(self.weight, gain=self.gain, scale=1.7).T
+
+    own, x = Own(), torch.randn(2, 3)
+    assert torch.equal(torch.fx.symbolic_trace(own)(x), own(x))
 
 
 class _LargeResults(TorchDispatchMode):

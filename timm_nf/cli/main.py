@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with code 1 if the work failed, 2 if the command line was wrong and 130 if it was interrupted.
+
+    Examples:
+        >>> main(["recipe", "nfnet_f0", "--kind", "finetune"])
+        # nfnet_f0, fine-tuning...
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments  # anywhere, so that people can add it at the end of the line that failed

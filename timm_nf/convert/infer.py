@@ -1,4 +1,16 @@
-"""Recognises the network of the authors' parameter tree, and loads such a tree into it."""
+"""Recognises the network of the authors' parameter tree, and loads such a tree into it.
+
+Examples:
+    >>> import pickle
+    >>> arguments = {"depths": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "group_size": 8, "num_classes": 3}
+    >>> model = timm.create_model("nfnet_f0", **arguments)
+    >>> tree = timm_nf.convert.timm_to_haiku(model.state_dict())
+    >>> infer_variant(tree)[0]
+    'nfnet_f0'
+    >>> with open("net.npz", "wb") as file:
+    ...     pickle.dump(tree, file)
+    >>> load_haiku_into(timm.create_model("nfnet_f0", **arguments), "net.npz")
+"""
 
 import dataclasses
 import itertools

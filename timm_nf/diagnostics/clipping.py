@@ -2,6 +2,28 @@
 
 A clip factor limits the ratio of gradient norm to weight norm. The ratio depends on the network, on how far it is
 trained, and on the batch size: gradients of larger batches are smaller. Therefore it is measured.
+
+Examples:
+    >>> model = timm.create_model("test_resnet", num_classes=3)
+    >>> batches = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))]
+    >>> measured = measure_clip_range(model, batches, count=1)
+    >>> isinstance(measured, ClipRange), isinstance(measured.stages[0], Stage)
+    (True, True)
+    >>> 0 <= measured.share(0.01) <= 1  # of units that a factor of 0.01 would have clipped
+    True
+
+    On pictures, with train.py's augmentation:
+
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> for name in ("cat", "dog"):
+    ...     Path("pictures", name).mkdir(parents=True)
+    ...     Image.new("RGB", (64, 64)).save(Path("pictures", name, "0.png"))
+    >>> model, batches = network_and_batches(
+    ...     "test_resnet", Path("pictures"), 2, 64, pretrained=False, checkpoint=None, device="cpu"
+    ... )
+    >>> next(iter(batches))[0].shape
+    torch.Size([2, 3, 64, 64])
 """
 
 # timm and torch type only a part of what they export.
@@ -81,9 +103,10 @@ def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = C
         ValueError: if the factor or eps is negative or NaN, or if a gradient cannot be clipped.
 
     Examples:
-        >>> layer = nn.Linear(2, 3, bias=False)
+        >>> layer = torch.nn.Linear(2, 3, bias=False)
         >>> layer.weight.grad = torch.ones(3, 2)
-        >>> agc_stats(layer)[0]["units"]
+        >>> row: ParameterClipStats = agc_stats(layer)[0]
+        >>> row["units"]
         3
     """
     clip_factor = agc.checked_setting("clip_factor", clip_factor)

@@ -1,4 +1,15 @@
-"""Networks by name for `timm-nf diagnose`, and batches of pictures or noise for them."""
+"""Networks by name for `timm-nf diagnose`, and batches of pictures or noise for them.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model, weights = named_network("test_resnet")
+    >>> input_batch(model).shape
+    torch.Size([16, 3, 160, 160])
+    >>> len(pick_pictures([Path(f"{number}.png") for number in range(100)]))
+    15
+    >>> open_branches(timm.create_model("nfnet_f0", depths=(1, 1), channels=(16, 32), group_size=8))
+    2
+"""
 
 # timm and torch type only a part of what they export.
 # pyright: reportUnknownArgumentType=false

@@ -1,4 +1,14 @@
-"""The plots of the diagnostics. Only this module needs matplotlib."""
+"""The plots of the diagnostics. Only this module needs matplotlib.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from timm_nf.diagnostics.clipping import measure_clip_range
+    >>> from timm_nf.diagnostics.signals import signal_stats
+    >>> model = timm.create_model("test_resnet", num_classes=3)
+    >>> x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    >>> draw_signals({"test_resnet": signal_stats(model, x)}, "at initialisation", Path("signals.png"))
+    >>> draw_clip_range(measure_clip_range(model, [(x, y)], count=1), "test_resnet", Path("clip_range.png"))
+"""
 
 # matplotlib types only a part of what it exports.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -34,7 +44,7 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
         title: The picture's title.
         file: The file to write. Its suffix names the format.
     """
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         _draw_panel(axes, measured, key)
         axes.set_title(words, fontsize=10)

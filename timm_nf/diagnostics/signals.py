@@ -188,7 +188,7 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
         >>> model = timm.create_model(
         ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
         ... )
-        >>> rows = signal_stats(model, torch.randn(2, 3, 32, 32))
+        >>> rows: list[SignalStats] = signal_stats(model, torch.randn(2, 3, 32, 32))
         >>> rows[1]["expected_var"]
         1.04
     """
@@ -317,6 +317,11 @@ def troubles(rows: Sequence[SignalStats]) -> list[str]:
 
     Args:
         rows: As `signal_stats` returns them.
+
+    Examples:
+        >>> row = {"name": "stem", "avg_sq_mean": 0.0, "avg_var": 1e-9, "res_avg_var": None, "expected_var": None}
+        >>> troubles([row])[0].partition(",")[0]
+        'the signal dies'
     """
     meanings = {
         "is not finite": "nothing computed from it can be used",

@@ -1,6 +1,17 @@
 """Model cards for a pushed network and for the zoo, by huggingface_hub's card classes.
 
 `python -m scripts.model_card` writes the zoo's card to MODEL_CARD.md.
+
+Examples:
+    >>> require_license({"license": "apache-2.0"})  # raises ValueError without one
+    >>> data = metadata({"license": "apache-2.0"}, name="net")
+    >>> data.tags
+    ['image-classification', 'timm', 'timm_nf']
+    >>> facts = Facts("nfnet_f0", {}, "hf-hub:user/net", parameters=9, dtype="float32", sha256="", size=99, versions={})
+    >>> "hf-hub:user/net" in network_card(data, "net", facts)
+    True
+    >>> zoo().splitlines()[0]
+    '---'
 """
 
 import copy

@@ -1,6 +1,22 @@
 """Publishes networks on the Hub and downloads them, with every file read back or checked.
 
 Weights are safetensors, never pickles. timm loads the files by `hf-hub:` and `local-dir:`.
+
+Examples:
+    Logged in to the Hub as `user`:
+
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3)
+    >>> written = push(model, "alice/net", card={"license": "apache-2.0"})
+    >>> pull("alice/net", sha256=written.sha256).num_classes
+    3
+
+    The steps of `push`, for files that were written before:
+
+    >>> from pathlib import Path
+    >>> token = require_hub("alice/net2", token=None)
+    >>> written = timm_nf.hub.write_folder(model, "net", card={"license": "apache-2.0"})
+    >>> upload(Path("net"), written, "alice/net2", token=token).commit is None
+    False
 """
 
 # huggingface_hub types only a part of what it exports.

@@ -1,4 +1,13 @@
-"""Turns errors of the Hub's client into one line that says what to do, without tokens and signed addresses."""
+"""Turns errors of the Hub's client into one line that says what to do, without tokens and signed addresses.
+
+Examples:
+    >>> try:
+    ...     with explained("user/net", revision=None, token=None):
+    ...         raise PermissionError(13, "Permission denied", "cache")  # as the Hub's client does
+    ... except HubError as error:
+    ...     print(error)
+    cache cannot be written: name a folder that can be written
+"""
 
 # huggingface_hub.errors re-exports HTTPError without saying so.
 # pyright: reportPrivateImportUsage=false

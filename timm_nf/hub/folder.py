@@ -1,4 +1,18 @@
-"""Writes a network as a folder in Hub layout. Every file is read back and compared."""
+"""Writes a network as a folder in Hub layout. Every file is read back and compared.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3)
+    >>> written = write_folder(model, "net", card=None)
+    >>> isinstance(written, Written), sorted(written.files)
+    (True, ['config.json', 'model.safetensors'])
+    >>> written.sha256 == sha256_of(Path("net", "model.safetensors"))
+    True
+    >>> len(git_blob_id(Path("net", "config.json")))
+    40
+    >>> first_not_finite({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
+    'b'
+"""
 
 # timm and safetensors type only a part of what they export.
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false

@@ -1,4 +1,16 @@
-"""Writes the authors' checkpoints as folders for the Hub and timm, and finds every array again in the file."""
+"""Writes the authors' checkpoints as folders for the Hub and timm, and finds every array again in the file.
+
+Examples:
+    >>> import pickle
+    >>> model = timm.create_model(
+    ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
+    ... )
+    >>> with open("net.npz", "wb") as file:  # the authors' files are pickles, too
+    ...     pickle.dump(timm_nf.convert.timm_to_haiku(model.state_dict()), file)
+    >>> converted = convert("net.npz", "folder")
+    >>> isinstance(converted, Converted), converted.name, converted.overrides["channels"]
+    (True, 'nfnet_f0', (16, 16, 32, 32))
+"""
 
 # torch types only a part of what it exports.
 # pyright: reportUnknownMemberType=false

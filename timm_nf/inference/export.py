@@ -2,6 +2,15 @@
 
 Constant weights are baked in first (`timm_nf.fuse`), so that a file holds convolutions and elementwise operations, not
 the arithmetic of standardised weights, which exporters keep for every inference otherwise.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> checks = write(timm_nf.fuse(model), Path("net.ts"), size=32)
+    >>> isinstance(checks[0], FileCheck), all(check.ok for check in checks)
+    (True, True)
+    >>> onnx_is_installed()
+    True
 """
 
 # timm, onnx and onnxruntime have no types or partial ones.

@@ -1,4 +1,22 @@
-"""Finds pictures, and reads them as a model takes them."""
+"""Finds pictures, and reads them as a model takes them.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> Image.new("L", (40, 30)).save("grey.png")
+    >>> found = find_images([Path(".")])
+    >>> isinstance(found, Found), found.pictures
+    (True, [PosixPath('grey.png')])
+    >>> open_picture("grey.png").mode, open_picture("grey.png", channels=1).mode
+    ('RGB', 'L')
+    >>> image_mode(3), image_mode(1)
+    ('RGB', 'L')
+    >>> model = timm.create_model("test_resnet")
+    >>> picture_config(model)["input_size"], image_mode(3)
+    ((3, 160, 160), 'RGB')
+    >>> reader(model)("grey.png").shape, photographs(model, size=64, count=2).shape
+    (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
+"""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -1,4 +1,18 @@
-"""Creates networks by name, with weights from the Hub, from a file, or random ones."""
+"""Creates networks by name, with weights from the Hub, from a file, or random ones.
+
+Examples:
+    >>> canonical_name("NFNet_F0"), is_known("nfnet_f0"), is_known("nfnet_f9")
+    ('nfnet_f0', True, False)
+    >>> require_tag("nfnet_f0", "dm_in1k")  # raises ValueError for a tag that it does not have
+    >>> written = timm_nf.hub.write_folder(random_model("test_resnet"), "net", card=None)
+    >>> load_model("net").training
+    False
+    >>> near_names("nfnet_f9", ["nfnet_f0", "resnet50"])
+    ' (did you mean nfnet_f0?)'
+    >>> timm_name("net"), timm_name("nfnet_f0")
+    ('local-dir:net', 'nfnet_f0')
+    >>> require_tag("test_resnet", "r160_in1k")  # raises if there are no weights of this tag
+"""
 
 # timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

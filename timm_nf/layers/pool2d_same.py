@@ -38,6 +38,10 @@ class SameAvgPool2d(nn.Module):
 
     Args:
         stride: 2, or 1 if a reduced output stride keeps the resolution.
+
+    Examples:
+        >>> SameAvgPool2d()(torch.arange(3.0).view(1, 1, 1, 3))
+        tensor([[[[0.5000, 2.0000]]]])
     """
 
     def __init__(self, stride: int = 2) -> None:

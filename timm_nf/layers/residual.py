@@ -48,6 +48,10 @@ def global_mean(x: Tensor, axes: int = 2) -> Tensor:
     Args:
         x: (N, C, ...), with this many axes behind the channels. Symbolic tracing could not ask `x` for them.
         axes: How many.
+
+    Examples:
+        >>> global_mean(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[[[1.5000]]]])
     """
     if axes == 0:
         return x
@@ -116,6 +120,10 @@ def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None 
 
     Returns:
         (N, C, H, W), in the dtype of `shortcut` and `out`.
+
+    Examples:
+        >>> add_scaled(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), gain=torch.tensor([0.5])).flatten()
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
     if not torch.jit.is_scripting() and is_eager(out):
         return _AddScaled.apply(shortcut, out, gain, gate)

@@ -162,7 +162,12 @@ class SamePadding:
 
 
 class SameConv1d(SamePadding, nn.Conv1d):
-    """`SameConv2d` along one axis, (N, C, L). It has the same arguments."""
+    """`SameConv2d` along one axis, (N, C, L). It has the same arguments.
+
+    Examples:
+        >>> SameConv1d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5)).shape
+        torch.Size([1, 8, 3])
+    """
 
     axes = 1
 
@@ -217,7 +222,12 @@ class SameConv2d(SamePadding, nn.Conv2d):
 
 
 class SameConv3d(SamePadding, nn.Conv3d):
-    """`SameConv2d` along three axes, (N, C, D, H, W). It has the same arguments."""
+    """`SameConv2d` along three axes, (N, C, D, H, W). It has the same arguments.
+
+    Examples:
+        >>> SameConv3d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6, 7)).shape
+        torch.Size([1, 8, 3, 3, 4])
+    """
 
     axes = 3
 

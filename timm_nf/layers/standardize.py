@@ -7,16 +7,15 @@ Shapes: O output channels, I input channels per group, K kernel size. Sources: a
 deepmind-research nfnets/base.py at f5de0ede.
 """
 
-# torch.jit and timm.layers do not list what they export.
-# pyright: reportPrivateImportUsage=false, reportUnknownVariableType=false
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
 
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from ._eager import is_eager
+from ._eager import is_eager, recorded_call
 from ._standardize_formula import STD_EPS, as_rows, check_gain, formula, jvp, statistics_dtype, vjp
 from .standardize_triton import standardize, takes_kernel
 
@@ -113,6 +112,9 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
     Source: arXiv:2101.08692, section 4.2; nfnets/base.py, WSConv2D.standardize_weight.
     """
     if not torch.jit.is_scripting():
+        call = recorded_call(standardize_weight, weight, gain, eps, scale)
+        if call is not None:
+            return call
         if takes_kernel(weight):
             return standardize(weight, gain, eps, scale=scale)
         if not torch.jit.is_tracing():  # where sizes are tensors
@@ -146,10 +148,12 @@ def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, 
 
     Returns:
         (O, I, K, K) and (O, 1, 1, 1).
+
+    Examples:
+        >>> weight = torch.tensor([3.0, -3.0]).view(1, 2, 1, 1)
+        >>> standardize_weight(*destandardize_weight(weight)).flatten()
+        tensor([ 3.0000, -3.0000])
     """
     axes = list(range(1, weight.ndim))
     weight = weight - weight.mean(axes, keepdim=True)
     return weight, weight.square().sum(axes, keepdim=True).clamp(min=eps).sqrt()
-
-
-register_notrace_function(standardize_weight)  # timm's feature extractor records one call of it

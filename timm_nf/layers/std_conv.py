@@ -5,6 +5,14 @@ so that the fan-in is over the input channels of its group and over the kernel.
 
 Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
+
+Examples:
+    >>> x = torch.zeros(1, 4, 9)  # (N, C, L)
+    >>> [tuple(layer(4, 8, 3)(x).shape) for layer in (ScaledStdConv1d, ScaledStdConvTranspose1d)]
+    [(1, 8, 7), (1, 8, 11)]
+    >>> x = torch.zeros(1, 4, 9, 9, 9)  # (N, C, D, H, W)
+    >>> [tuple(layer(4, 8, 3)(x).shape) for layer in (ScaledStdConv3d, ScaledStdConvTranspose3d)]
+    [(1, 8, 7, 7, 7), (1, 8, 11, 11, 11)]
 """
 
 # torch.jit does not list what it exports. A mixin uses what torch's classes beside it have.
@@ -36,8 +44,6 @@ __all__ = [
     "ScaledStdLinear",
     "bake",
 ]
-
-torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
 
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
@@ -116,6 +122,13 @@ def bake(plain: _Plain, layer: Any, weight: Tensor) -> _Plain:
         plain: On the meta device.
         layer: What `plain` replaces.
         weight: In the shape of the layer's.
+
+    Examples:
+        >>> layer = ScaledStdLinear(4, 8)
+        >>> weight = timm_nf.standardize_weight(layer.weight, layer.gain)
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(bake(torch.nn.Linear(4, 8, device="meta"), layer, weight)(x), layer(x), atol=1e-6)
+        True
     """
     plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), layer.weight.requires_grad)
     if layer.bias is not None:
@@ -403,6 +416,10 @@ class ScaledStdLinear(_Standardized, nn.Linear):
 
     Raises:
         TypeError: if there is to be no bias, as adapters ask for.
+
+    Examples:
+        >>> ScaledStdLinear(4, 8)(torch.zeros(2, 4)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -8,6 +8,12 @@ Where arXiv:2102.06171 and the authors' code differ, this file follows the code,
 - F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 5.
 
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+
+Examples:
+    >>> model = timm.create_model("nfnet_f0", depths=(1, 1), channels=(16, 32), group_size=8, num_classes=10)
+    >>> model = nfnet_f0(depths=(1, 1), channels=(16, 32), group_size=8, num_classes=10)  # the same
+    >>> model(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 10])
 """
 
 # timm's model builder has no types.
@@ -61,6 +67,12 @@ class NormFreeNet(nn.Module):
     Raises:
         ValueError: if a value is out of range, or values do not fit together.
         TypeError: if a keyword is not a field of `NfCfg`.
+
+    Examples:
+        >>> cfg = NfCfg(depths=(1, 1), channels=(16, 32), group_size=8)
+        >>> features = NormFreeNet(cfg).forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+        >>> [tuple(feature.shape) for feature in features]
+        [(1, 64, 32, 32), (1, 16, 16, 16), (1, 64, 8, 8)]
     """
 
     __jit_unused_properties__ = ("fused", "_model_args")  # otherwise TorchScript compiles them, and fails

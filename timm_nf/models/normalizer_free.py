@@ -127,6 +127,10 @@ def replace_convs(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: if there is no convolution, or if one cannot be standardised.
+
+    Examples:
+        >>> type(replace_convs(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)))[0]).__name__
+        'ScaledStdConv2d'
     """
     spared = _classifier(model)
     convs = {n: m for n, m in model.named_modules() if type(m) in _TWINS and m not in spared}
@@ -697,6 +701,11 @@ def normalizer_free(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: if something in the network has no counterpart. The message names it.
+
+    Examples:
+        >>> model = normalizer_free(timm.create_model("test_resnet", num_classes=10))
+        >>> isinstance(model.layer1[0], ResidualBlock), model(torch.zeros(1, 3, 64, 64)).shape
+        (True, torch.Size([1, 10]))
     """
     network: Any = copy.deepcopy(model)
     if not any(isinstance(module, _ANY_NORM) for module in network.modules()):

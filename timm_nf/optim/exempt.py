@@ -52,6 +52,10 @@ def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         Every weight with at least two axes inside the classifier. If a weight is normed or parametrized, the parameters
         that it is computed from. Empty if there is no classifier, or if several are trained.
+
+    Examples:
+        >>> [tuple(weight.shape) for weight in classifier_weights(timm.create_model("test_vit", num_classes=10))]
+        [(10, 64)]
     """
     return find_classifier(model).weights
 

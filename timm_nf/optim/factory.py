@@ -1,4 +1,14 @@
-"""The `agc` names in timm's optimizer registry, and our clipping behind timm's `--clip-mode agc`."""
+"""The `agc` names in timm's optimizer registry, and our clipping behind timm's `--clip-mode agc`.
+
+Examples:
+    >>> unregister()
+    []
+    >>> "agcsgd" in timm.optim.list_optimizers()
+    False
+    >>> register()
+    >>> "agcsgd" in timm.optim.list_optimizers()
+    True
+"""
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 # timm's registry is private, and timm re-exports names without saying so.

@@ -25,6 +25,12 @@ def fused_parts(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict
     Args:
         group: A parameter group of torch's SGD.
         state: The optimizer's state.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.ones(16))
+        >>> group = torch.optim.SGD([weight], lr=0.1, momentum=0.9).param_groups[0]
+        >>> [part["fused"] for part in fused_parts(group, state={})]
+        [True]
     """
     if group["fused"]:
         return _without_sharded(group)

@@ -1,4 +1,14 @@
-"""Tells which gradients cannot be clipped, and why."""
+"""Tells which gradients cannot be clipped, and why.
+
+Examples:
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.grad = torch.ones(2)
+    >>> parameters_with_gradient([weight, torch.nn.Parameter(torch.ones(3))])
+    [Parameter containing:
+    tensor([1., 1.], requires_grad=True)]
+    >>> gradient_problem(weight, weight.grad) is None
+    True
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast

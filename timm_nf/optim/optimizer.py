@@ -45,6 +45,14 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     The optimizer remembers parameters by their places and holds no other reference. Tools that shard a network replace
     the parameters, and must be able to free the old ones.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = timm.optim.create_optimizer_v2(layer, "agcsgd", lr=0.1, clip_exempt=())
+        >>> layer(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> isinstance(optimizer, AdaptiveClipping), sum(row["units"] for row in optimizer.clip_stats())
+        (True, 4)
     """
 
     __module__ = "timm_nf.optim"  # where pickles look for all classes of this kind
@@ -425,6 +433,14 @@ def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The subclass of an optimizer class that clips before every step. It is the same one in every call.
 
     It takes the base's arguments and `clip_factor=0.01, clip_eps=1e-3, clip_axis=0, clip_exempt=None`.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # one unit of norm 5
+        >>> optimizer = agc_class(torch.optim.SGD)([weight], lr=1.0, clip_factor=0.1, clip_exempt=())
+        >>> weight.grad = torch.tensor([[0.0, 1.0]])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[3.0000, 3.5000]])
     """
     signature = _with_clip_settings(inspect.signature(base.__init__))
     known = set(signature.parameters)

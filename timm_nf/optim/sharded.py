@@ -2,6 +2,14 @@
 
 `fully_shard` and tensor parallelism shard parameters over several processes. Such parameters have `placements`.
 torch.distributed is not imported for others.
+
+Examples:
+    >>> shard = local_shard(torch.ones(4, 3), torch.ones(4, 3), axis=0)
+    >>> isinstance(shard, Shard), shard.weight.shape, shard.spread_over  # all of it, as nothing is sharded here
+    (True, torch.Size([4, 3]), ())
+    >>> norms = {0: (torch.ones(4), torch.ones(4))}
+    >>> reduce_norms(norms, {0: [shard]}, norm_type=2.0)[0][0]  # between no processes
+    tensor([1., 1., 1., 1.])
 """
 
 import math

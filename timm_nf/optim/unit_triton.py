@@ -4,6 +4,16 @@ torch's foreach functions only know whole tensors, and work tensor by tensor if 
 400 kernels.
 Our kernels are operations of torch's dispatcher. They have an implementation for meta tensors, and exist without Triton
 too. Devices without Triton use the same functions as the CPU.
+
+Examples:
+    >>> from timm_nf.optim.units import layout_of
+    >>> weight, grad = torch.ones(4, 3, device="meta"), torch.ones(4, 3, device="meta")
+    >>> takes_kernel(torch.ones(4, 3), torch.ones(4, 3), layout_of((4, 3), axis=0))  # tensors on the CPU
+    False
+    >>> weight_norms, grad_norms = unit_norms([weight], [grad], counts=[4])
+    >>> scale_units_([grad], [4], scales=weight_norms)
+    >>> weight_norms.shape
+    torch.Size([4])
 """
 
 # torch.library has no types.

@@ -99,6 +99,11 @@ def unit_axes(model: nn.Module) -> dict[int, Axis]:
 
     These are the weights of transposed convolutions and of transformers' `Conv1D`, also behind `weight_norm`,
     `spectral_norm` and other parametrizations that keep the weight's shape.
+
+    Examples:
+        >>> layer = torch.nn.ConvTranspose2d(8, 6, 3, groups=2)
+        >>> unit_axes(layer)[id(layer.weight)]
+        (1, 2)
     """
     axes: dict[int, Axis] = {}
     for module in model.modules():

@@ -5,6 +5,11 @@ f5de0ede), from synthetic parameters and images. `fill` and `image` make these i
 
 Every check gives a verdict: the measured number and its bound. A check that the device cannot do gives a verdict too,
 which never counts as passed.
+
+Examples:
+    >>> verdicts = run(device="cpu")  # an iterator: each check runs when its verdict is asked for
+    >>> Verdict("logits of NFNet-F0", measured="2.7e-15", bound="1e-10", ok=True).ok
+    True
 """
 
 # timm's networks and optimizers have no types.

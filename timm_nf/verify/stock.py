@@ -1,6 +1,21 @@
 """Loads one file of weights into our network and into timm's, and compares the two on a user's pictures.
 
 timm's dm_nfnet_f* has the same parameters as our nfnet_f* but another formula. Its logits differ by 1.8 %.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> arguments = {"depths": (1, 1, 1, 1), "channels": (256, 16, 32, 32), "group_size": 8, "num_classes": 2}
+    >>> torch.save(timm.create_model("nfnet_f0", **arguments).state_dict(), "net.pt")
+    >>> pair = load_pair("net.pt")
+    >>> isinstance(pair, NetworkPair), pair.name
+    (True, 'nfnet_f0')
+    >>> for name in ("cat", "dog"):
+    ...     Path("pictures", name).mkdir(parents=True)
+    ...     Image.new("RGB", (64, 64)).save(Path("pictures", name, "0.png"))
+    >>> agreement = compare(pair.ours, pair.stock, "pictures", torch.device("cpu"), track=lambda items, text: items)
+    >>> isinstance(agreement, Agreement), agreement.images
+    (True, 2)
 """
 
 # timm's data sets and loaders have no types.
