@@ -126,7 +126,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def rule_lr(batch_size: int) -> float:
-    """The peak learning rate that appendix A.1 of the paper gives for a batch size: 0.1 for every 256 images."""
+    """The peak learning rate that appendix A.1 of the paper gives for a batch size: 0.1 for every 256 images.
+
+    Examples:
+        >>> rule_lr(1024)
+        0.4
+    """
     return 0.1 * batch_size / 256
 
 
