@@ -26,6 +26,7 @@ from .options import (
     fastest,
     load_network,
     note_left_out,
+    writable,
 )
 from .terminal import complain, console, examples, note, print_facts, print_line, print_table, track, typer
 
@@ -81,7 +82,10 @@ def export(
     if int8 and (out.suffix != ".onnx" or dynamic_size or dtype):
         raise typer.BadParameter("--int8 is for a file that ends in .onnx, without --dynamic-size and --dtype")
     dtype = dtype or torch.float32
-    if _is_folder(out):
+    is_folder = _is_folder(out)
+    if _is_registered(network):
+        _require_fusable(network)
+    if is_folder:
         if size or dynamic_batch or dynamic_size:
             raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
         if random_weights:
@@ -102,7 +106,22 @@ def export(
 def _is_registered(network: str) -> bool:
     from timm.models import is_model
 
-    return is_model(network.partition(".")[0])
+    return is_model(network.partition(".")[0]) and not Path(network).is_dir()
+
+
+def _require_fusable(network: str) -> None:
+    """Refuse a network that has nothing to fuse, before its weights are fetched.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
+    from ..checkpoint import skeleton
+    from ..inference.fuse import fuse
+
+    try:
+        fuse(skeleton(network))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _with_random_weights(network: str) -> Loaded:
@@ -126,6 +145,7 @@ def _is_folder(out: Path) -> bool:
         raise typer.BadParameter(
             f"expected for --out, in an existing folder, a file that ends in {known} or a folder, got {out}"
         )
+    writable(out)
     return is_folder
 
 
