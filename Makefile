@@ -24,7 +24,7 @@ demo: $(DEMO_READY)  ## train, save, reload and plot on real images; minutes, no
 
 test: lint  ## lint, types, tests, and timm's own tests on our small models and all optimizers
 	$(PYTHON) tests/conformance/run.py --fetch  # the one thing that needs the network, before minutes of tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup  # a worker a core; more threads than cores made it three times slower
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2  # a worker a core; more threads than cores made it three times slower
 	$(PYTHON) tests/conformance/run.py
 
 test-all: test  ## also the slow tests, and timm's tests on larger models
@@ -32,20 +32,21 @@ test-all: test  ## also the slow tests, and timm's tests on larger models
 	$(PYTHON) tests/conformance/run.py --large
 
 test-fast: $(READY)  ## our tests alone, as on macOS and Windows
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2
 
-test-versions: $(READY)  ## our tests on the oldest torch, timm and others, into docs/compatibility.md; gigabytes, hours
-	$(PYTHON) -m scripts.test_versions
+test-versions: $(READY)  ## our tests on the oldest torch, timm and others, into docs/compatibility.md; ROW= for one; hours
+	$(PYTHON) -m scripts.test_versions $(if $(ROW),--only "$(ROW)")
 
 test-timm-main: $(READY)  ## our tests on timm's main branch; needs the network
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/timm-main https://github.com/huggingface/pytorch-image-models/archive/main.zip
-	PYTHONPATH=.cache/timm-main $(PYTHON) -m pytest -n 2 --dist loadgroup
+	PYTHONPATH=.cache/timm-main $(PYTHON) -m pytest -n 2
 
 dist: $(READY)  ## sdist and wheel, checked, and the wheel used in an empty environment
 	$(PYTHON) -m scripts.check_dist
 
 lint: $(READY)  ## ruff and pyright
 	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff check --preview --select PLW1514  # who does not say utf-8 writes cp1252 on Windows
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
@@ -86,4 +87,11 @@ clean:  ## remove everything that can be made again
 
 .venv/ready: .venv/demo
 	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# The extra alone, read from pyproject.toml: pip would install the package and torch beside it.
+$(DOCS)/ready: pyproject.toml
+	python3 -m venv $(DOCS)
+	python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
 	touch $@

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import timm.models.nfnet as stock
-import timm.utils.agc
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -24,14 +23,16 @@ from timm.models import model_parameters as train_py_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-# Imported before timm_nf, which replaces it.
-timm_clip = timm.utils.agc.adaptive_clip_grad
+from benchmarks import answers
+from benchmarks.stock import timm_clip  # before timm_nf, which replaces it
 
-import timm_nf  # noqa: E402
-from timm_nf._clip_defaults import CLIP_FACTOR  # noqa: E402
-from timm_nf._relative_error import relative_error  # noqa: E402
-from timm_nf.env import machine  # noqa: E402
-from timm_nf.verify.golden import golden_params, image  # noqa: E402
+# isort: split
+import timm_nf
+from timm_nf._clip_defaults import CLIP_FACTOR
+from timm_nf._gain_names import is_gain
+from timm_nf._relative_error import relative_error
+from timm_nf.env import machine
+from timm_nf.verify.golden import golden_params, image
 
 GOLDEN = Path(__file__).parents[1] / "timm_nf" / "verify" / "golden"
 
@@ -65,9 +66,7 @@ def grey_stem_error(name: str) -> float:
 def decayed_gains(optimizer: str, name: str) -> str:
     model = timm.create_model(name)
     groups = create_optimizer_v2(model, optimizer, lr=0.1, weight_decay=2e-5).param_groups
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    gains = [p for n, p in model.named_parameters() if n.endswith((".gain", ".skipinit_gain"))]
-    return f"{sum(id(p) in decayed for p in gains)} of {len(gains)}"
+    return answers.decayed(groups, [p for n, p in model.named_parameters() if is_gain(n)])
 
 
 def clip_units(clip: Callable[..., object]) -> int:
@@ -88,7 +87,7 @@ def bias_is_clipped(route: str) -> str:
     else:
         create_optimizer_v2(model, "agcsgd", lr=0.0, momentum=0.0, nesterov=False).step()
     weight, bias = ((p.grad != 1).any().item() for p in model.head.fc.parameters())
-    return f"weight {'clipped' if weight else 'not clipped'}, bias {'clipped' if bias else 'not clipped'}"
+    return answers.clipped(weight, bias)
 
 
 def survivors(name: str) -> str:

@@ -269,8 +269,9 @@ def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator
         part,
         "--device",
         device,
-        *(["--tiny"] if tiny else []),
     ]
+    if tiny:
+        command.append("--tiny")
     ended = threading.Event()
     left = cases(part, TINY if tiny else FULL)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -294,7 +295,9 @@ def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator
 
 
 def cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+    if value is None:
+        return ""
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def line(row: Row) -> str:

@@ -3,21 +3,28 @@
     python -m scripts.check_dist
 
 The environment lies under .cache/ and is removed at the end. pip installs torch and the other requirements into it,
-which are gigabytes on Linux.
+which are gigabytes on Linux. Before that, pip says whether it would replace an older torch that somebody has.
 """
 
+import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from scripts.environments import PIP_INSTALL, python_of, run
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 LARGEST = 1_000_000  # bytes of the wheel
+# An older torch and its torchvision, which timm needs and which requires that very torch.
+OLDER = {"torch": ("2.8.0", ""), "torchvision": ("0.23.0", "Requires-Dist: torch==2.8.0\n")}
+# What somebody has, and what they add to `pip install .`
+KEPT = [(("torch", "torchvision"), ()), (("torch",), ("torch==2.8.0",))]
 SMOKE = """
 import timm, torch, timm_nf
 model = timm.create_model("nfnet_f0", depths=(1, 1, 1, 1), channels=(32, 64, 64, 64), group_size=16, num_classes=10)
@@ -26,11 +33,6 @@ torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor
 optimizer.step()
 print(timm_nf.__version__, timm_nf.__file__)
 """
-
-
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    print("$", *command, file=sys.stderr, flush=True)
-    return subprocess.run([*map(str, command)], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def surplus(names: list[str]) -> list[str]:
@@ -42,11 +44,36 @@ def surplus(names: list[str]) -> list[str]:
     ]
 
 
+def environment(folder: Path) -> Path:
+    """Make an environment with pip, and return its interpreter."""
+    venv.create(folder, with_pip=True)
+    return python_of(folder)
+
+
+def pretend_installed(python: Path, packages: tuple[str, ...]) -> None:
+    """Write what pip reads of an installed package, in place of gigabytes."""
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for name in packages:
+        version, requires = OLDER[name]
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}", encoding="utf-8"
+        )
+        (info / "RECORD").touch()
+
+
+def replaced(report: dict[str, Any], packages: tuple[str, ...]) -> list[str]:
+    """Which of the packages pip would install again, by its report of a dry run."""
+    installed = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
+    return [f"{name} by {installed[name]}" for name in packages if name in installed]
+
+
 def main() -> int:
     shutil.rmtree(DIST, ignore_errors=True)
-    run(sys.executable, "-m", "build", "--outdir", DIST)  # the wheel is built from the sdist
+    run(sys.executable, "-m", "build", "--outdir", DIST, cwd=ROOT)  # the wheel is built from the sdist
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=ROOT)
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
         names = archive.namelist()
         print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(names)} files")
@@ -55,11 +82,20 @@ def main() -> int:
         print(f"expected at most {LARGEST:,} bytes and the package alone, got also {surplus(names)}", file=sys.stderr)
         return 1
     (ROOT / ".cache").mkdir(exist_ok=True)
+    for packages, named in KEPT:
+        with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
+            python = environment(Path(folder, "environment"))
+            pretend_installed(python, packages)
+            report = run(python, *PIP_INSTALL, "--dry-run", "--report", "-", wheel, *named, cwd=ROOT)
+            lost = replaced(json.loads(report), packages)
+        have = " and ".join(f"{name} {OLDER[name][0]}" for name in packages)
+        outcome = f"replaces {', '.join(lost)}" if lost else "replaces nothing"
+        print(f"pip install {' '.join(['.', *named])} beside {have}: {outcome}")
+        if lost:
+            return 1
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
-        environment = Path(folder, "environment")
-        venv.create(environment, with_pip=True)
-        python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        run(python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", f"{wheel}[cli]")
+        python = environment(Path(folder, "environment"))
+        run(python, *PIP_INSTALL, f"{wheel}[cli]", cwd=ROOT)
         print(run(python, "-W", "error", "-c", SMOKE, cwd=Path(folder)), end="")
         print(run(python.with_name("timm-nf"), "list", "nfnet_f0", cwd=Path(folder)), end="")
     return 0

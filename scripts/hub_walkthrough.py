@@ -73,68 +73,69 @@ print(model.pretrained_cfg["architecture"], sum(p.numel() for p in model.paramet
 TEXT = """\
 # Weights: converting, pushing, pulling
 
-Everything printed below is real output: `python -m scripts.hub_walkthrough` runs these commands and writes this page.
-The Hub is the stand-in that the tests use, on 127.0.0.1 with its port written as PORT, so links lead nowhere and
-commits are not the Hub's; `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
+`python -m scripts.hub_walkthrough` ran these commands and wrote this page, so everything printed below is real output.
+Its Hub is the stand-in of the tests, on 127.0.0.1, with its port written as PORT. So links lead nowhere, and commits
+are not the Hub's. The user `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
 https://huggingface.co.
 
 ## The authors' checkpoints
 
-The authors publish pickles, whatever their names end in. Unpickling runs what a file asks for; here they are read by a
-machine that can build numpy arrays, dicts and the wrappers of haiku and jax, and nothing else, with none of jax, haiku
-or dill installed. `T0_haiku_flatmap.npz` has their format and a tiny network in it. The network is recognised from
-names and shapes, also with other depths and widths than those of the paper:
+The authors' checkpoints are pickles, although their names end in .npz. To unpickle a file is to run what it asks for.
+timm_nf does not unpickle: its own reader builds numpy arrays, dicts and the wrappers of haiku and jax, and refuses all
+else. jax, haiku and dill need not be installed. `T0_haiku_flatmap.npz` is a tiny network in the authors' format. Names
+and shapes say which network it is, also if its depths and widths are not the paper's:
 
 {convert}
 
-`--license` adds the card; it is never guessed, and without one there is no README.md. `--dtype bf16` rounds,
-`--push user/name` publishes the folder. An existing folder is left alone unless it is empty, and after an error there
-is none.
+`--license` adds the card. Without it there is no README.md, as a license is never guessed. `--dtype bf16` rounds the
+weights. `--push user/name` publishes the folder. The folder has to be new or empty. After an error it is as it was
+before.
 
-The folder is an ordinary one of timm's. Its network gives the logits that the authors' code gives with these weights:
+timm loads the folder as any other. The network gives the logits that the authors' code gives with these weights:
 
 {reload}
 
 `timm.create_model("nfnet_f0", checkpoint_path="F0_haiku.npz")` loads such a file directly. In Python, the steps are
 `timm_nf.convert.load_haiku`, `infer_variant` and `haiku_to_timm`. `timm_to_haiku` is the way back. It takes state dicts
-in float32, float16 or float64, because numpy has no bfloat16.
+in float32, float16 or float64, as numpy has no bfloat16.
 
 ## Push
 
-`timm-nf push` takes checkpoints of train.py, Lightning and DeepSpeed, torch files of state dicts, safetensors, and the
-index of a network in several files. The content of a file says what it is. Entries such as `model` or `state_dict` and
-prefixes such as `module.` or `_orig_mod.` are recognised. If it is not clear what is meant, the error lists what the
-file holds. Torch files are read with `weights_only=True`; what lies beside the weights is never built. The file's raw
-weights are taken, from which train.py resumes. `--use-ema` takes their average. `classify`, `export`, `diagnose`,
-`clip-range`, `bench` and `verify` read `--checkpoint FILE` in the same way.
+`timm-nf push` takes checkpoints of train.py, Lightning and DeepSpeed, state dicts saved by torch, safetensors, and the
+index of a network in several files. It recognises a file by its content, entries such as `model` or `state_dict`, and
+prefixes such as `module.` or `_orig_mod.`. If a file has several candidates, the error lists them. Torch files are read
+with `weights_only=True`, and nothing beside the weights is built. From a checkpoint of train.py, the command takes the
+weights of the last step. `--use-ema` takes their average instead. `classify`, `export`, `diagnose`, `clip-range`,
+`bench` and `verify` read `--checkpoint FILE` in the same way.
 
-Here `model_best.pth.tar` was written by timm's CheckpointSaver, as at the end of a training of the tiny network with
-`--model-ema`. Its metric of 50 is made up:
+Here timm's CheckpointSaver wrote `model_best.pth.tar`, as at the end of a training of the tiny network with
+`--model-ema`. Its metric of 50 is invented:
 
 {dry_run}
 
-`--dry-run` prints the card last. It is made of facts: license and data set as given, the metric that train.py measured
-with just these weights, the recipe from the checkpoint, versions, and the sha256 of the file.
+`--dry-run` prints the card last. The card has facts only: license and data set as given, the metric that train.py
+measured with these very weights, the recipe from the checkpoint, versions, and the sha256 of the file. Without
+`--dry-run`:
 
 {push}
 
-model.safetensors, config.json and README.md go up in one commit, without a pickle. Before it, the weights are read back
-and compared, and timm loads the network, which has to give equal features and logits. If anything fails, the repository
-stays as it was. If somebody else commits meanwhile, the push is refused and nothing is overwritten. An existing README
-stays, unless `--overwrite-card` is given.
+One commit uploads model.safetensors, config.json and README.md, and no pickle. Before it, the weights are read back and
+compared. timm loads the network, which has to give the same features and logits. If anything fails, the repository
+stays as it was. If somebody else commits in the meantime, the push is refused, and nothing is overwritten. An existing
+README stays, unless you give `--overwrite-card`.
 
-config.json has the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it in
-`model_args`. transformers' `AutoModelForImageClassification.from_pretrained` then stops with "multiple values for
-keyword argument 'num_classes'". timm loads both forms.
+config.json states the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it
+in `model_args`, and then transformers' `AutoModelForImageClassification.from_pretrained` stops with "multiple values
+for keyword argument 'num_classes'". timm loads both forms.
 
-| option | |
+| option | what it does |
 | --- | --- |
-| `--revision BRANCH` | to a branch, made if it is not there; `refs/pr/N` updates a pull request |
-| `--create-pr` | as a pull request, also to repositories of others |
-| `--private` | a private repository |
-| `--dtype bf16` | rounded, as are `fp16` and `fp32` |
-| `--num-classes N`, `--labels FILE` | where the checkpoint does not say it |
-| `--architecture dm_nfnet_f0` | stock timm loads it; the card states by how much its logits deviate, measured |
+| `--revision BRANCH` | pushes to a branch, which is made if it is missing; `refs/pr/N` updates a pull request |
+| `--create-pr` | opens a pull request, also in repositories of others |
+| `--private` | makes the repository private |
+| `--dtype bf16` | rounds the weights, also to `fp16` or `fp32` |
+| `--num-classes N`, `--labels FILE` | say what the checkpoint does not say |
+| `--architecture dm_nfnet_f0` | stock timm loads the network; the card states the measured error of its logits |
 
 From Python: `timm_nf.hub.push(model, "user/name", card={{"license": ...}})`, and `timm_nf.hub.write_folder` for the
 files alone.
@@ -143,25 +144,25 @@ files alone.
 
 {pull}
 
-The Hub's client compares only the size of what it downloads. `pull` compares the file's sha256 with the Hub's, and with
-`--sha256` if that is given. Then it compares names, shapes and dtypes with the architecture's, before it assigns any
-weight. If a file in the cache is damaged, it is named and fetched once more. Without a network (`HF_HUB_OFFLINE=1`)
-files are compared with the hashes that name them in the cache,
-or that an earlier pull recorded there where the system has no links:
+The Hub's client compares only the size of what it downloads. `pull` also compares the file's sha256 with the Hub's, and
+with `--sha256` if you give it. Before it assigns any weight, it compares names, shapes and dtypes with the
+architecture's. If a file in the cache is damaged, `pull` names it and fetches it once more. The cache names files by
+their hashes. Without a network (`HF_HUB_OFFLINE=1`) the files are compared with those. On a system without links, an
+earlier pull has recorded them:
 
 {offline}
 
-A pulled network knows its commit. If you push it again, its card says what it is derived from:
+A pulled network knows its commit. If you push it again, the card says what it is derived from:
 
 {again}
 
-timm's own loader takes the same repositories, without these checks:
+timm's own loader loads the same repositories, without these checks:
 
 {timm}
 
 ## When it does not work
 
-An error is one line that says what to do. The exit code is 1. `--debug` adds the traceback.
+An error is one line that says what to do. The exit code is then 1. `--debug` adds the traceback.
 
 {errors}
 """

@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from scripts.environments import PIP_INSTALL, python_of, run, show
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "docs" / "compatibility.json"
@@ -47,7 +49,7 @@ def rows() -> dict[str, dict[str, str]]:
     return {
         "newest": {},
         "torch, oldest": {"torch": bound["torch"]},
-        "torch, in between": {"torch": "2.10.0"},
+        "torch, in between": {"torch": "2.8.0"},
         "timm, oldest": {"timm": bound["timm"]},
         "timm, in between": {"timm": "1.0.26"},
         "huggingface_hub, oldest": {"huggingface_hub": bound["huggingface_hub"]},
@@ -56,26 +58,19 @@ def rows() -> dict[str, dict[str, str]]:
     }
 
 
-def run(*command: str | Path, **options: Any) -> str:
-    print("$", *command, file=sys.stderr, flush=True)
-    return subprocess.run(
-        [*map(str, command)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, **options
-    ).stdout
-
-
 def measure(name: str, pins: dict[str, str], arguments: list[str]) -> dict[str, Any]:
     """Make the environment, run the tests in it, and delete it."""
     folder = ROOT / ".cache" / "versions" / re.sub(r"\W+", "-", name)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         venv.create(folder, with_pip=True)
-        python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        python = python_of(folder)
         pinned = [f"{package}=={version}" for package, version in pins.items()]
-        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{ROOT}[test]", *pinned)
-        versions = json.loads(run(python, "-c", VERSIONS % (SHOWN,)))
+        run(python, *PIP_INSTALL, "-e", f"{ROOT}[test]", *pinned, cwd=ROOT)
+        versions = json.loads(run(python, "-c", VERSIONS % (SHOWN,), cwd=ROOT))
         report = folder / "report.xml"
-        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), "--dist=loadgroup", *arguments]
-        print("$", *command, file=sys.stderr, flush=True)
+        command = [python, "-m", "pytest", "-q", "-n", str(os.cpu_count() or 1), *arguments]
+        show(*command)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*map(str, command), f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
         return {
@@ -119,7 +114,9 @@ def table(results: dict[str, Any]) -> str:
 
 def write(name: str, row: dict[str, Any]) -> None:
     """Keep a row's result, and put the table of all rows that were run into the page."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results: dict[str, Any] = {}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
     results[name] = row
     ordered = {known: results[known] for known in rows() if known in results}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")

@@ -21,8 +21,8 @@ SOURCES = sorted(PACKAGE.glob("**/*.py"))
 # between wings run down as well. A package comes after its files, some of which it re-exports.
 # fmt: off
 WINGS = {
-    "ground": "version _versions _progress _text _temporary _repository _labels _relative_error _clip_defaults _seed "
-    "variants _variant_table _wrappers _gain_names _triton",
+    "ground": "version _versions _progress _text _temporary _repository _labels _relative_error _clip_defaults "
+    "_accelerator _seed _dtypes variants _variant_table _wrappers _gain_names _triton",
     "layers": "_eager _standardize_formula _standardize_kernels standardize_triton standardize padding activations "
     "drop residual same_conv std_conv pool2d_same squeeze_excite",
     "convert": "haiku_pickle haiku infer",
@@ -154,7 +154,7 @@ NAMES = {dotted(source) for source in SOURCES}
 def imported_modules(source: Path) -> set[str]:
     """Modules of ours that the file imports anywhere, also inside functions."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -181,6 +181,7 @@ def test_clipping_stands_alone():
     assert {name.partition(".")[0] for path in (PACKAGE / "optim").glob("*.py") for name in imported_modules(path)} == {
         "optim",
         "_clip_defaults",
+        "_dtypes",
         "_gain_names",
         "_triton",
         "_wrappers",
@@ -211,7 +212,7 @@ def test_no_module_is_a_stranger(source: Path):
     """It belongs to a wing, has a subject for a name, and says in its first sentence what it is for."""
     assert not dotted(source) or dotted(source) in ORDER
     assert source.stem not in {"utils", "helpers", "common", "misc"}
-    text = ast.get_docstring(ast.parse(source.read_text())) or ""
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     first = text.split("\n\n")[0]
     assert re.fullmatch(r"[A-Z`].{15,}[.?:]", first, re.DOTALL), f"{source.name} opens with {first!r}"
 

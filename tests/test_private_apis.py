@@ -41,11 +41,15 @@ def is_private(name: str) -> bool:
 
 
 def private_names(source: Path, ours: set[str]) -> set[str]:
-    """Private names of others in a file: attributes, and parts of the modules that it imports from."""
+    """Private names of others in a file: attributes, also by `getattr`, and parts of modules that it imports from."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ours:
             found.add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value) and name.value not in ours:
+                found.add(name.value)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found |= {part for part in node.module.split(".") if is_private(part)}
             found |= {alias.name for alias in node.names if is_private(alias.name)}
@@ -81,6 +85,6 @@ def has(owner: str, name: str) -> bool:
             return any(re.search(rf"\b{name}\b", inspect.getsource(c)) for c in found.__mro__ if c is not object)
         try:
             return bool(importlib.import_module(f"{owner}.{name}"))
-        except ModuleNotFoundError:
-            return False
+        except ModuleNotFoundError:  # an attribute that the module gives to other objects
+            return name in re.findall(r"\w+", inspect.getsource(found))
     return False

@@ -344,7 +344,7 @@ def test_the_command_prints_the_file_and_nothing_else(capsys):
     [
         (["vgg16"], "timm_nf has no network 'vgg16'; timm has; `timm-nf list` shows all 31"),
         (["nfnet_f9"], "timm_nf has no network 'nfnet_f9' (did you mean nfnet_f"),
-        (["nfnet_f0.other"], "nfnet_f0 has no weights with the tag 'other': it has dm_in1k"),
+        (["nfnet_f0.other"], "nfnet_f0 has no weights with the tag 'other'; it has dm_in1k"),
         (["dm_nf_resnet50"], "dm_nf_resnet50 has no recipe 'scratch'; it has finetune, small-batch"),
         (["nfnet_f0", "--kind", "jft"], "nfnet_f0 has no recipe 'jft'; it has scratch, finetune, small-batch"),
         (["nfnet_f0", "--world-size", "24"], "got 4096 for 24: give --batch-size 4080 or --batch-size 4128"),

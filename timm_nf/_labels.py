@@ -1,4 +1,4 @@
-"""Names of classes that a network's config states: whether they are this network's, and as timm takes them."""
+"""The names of classes in a network's config, if they belong to this network."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,14 +9,14 @@ __all__ = ["own_labels"]
 def own_labels(model: Any, origin: str) -> dict[str, Any]:
     """The `label_names` of a network, and the `label_descriptions` if there are any.
 
-    Labels of the weights that it started from are left out, and those of a classifier that was replaced.
+    The config may still have the labels of a classifier that was replaced. Those are left out.
 
     Args:
         model: The network, as timm's factory makes it.
-        origin: What has its config, for messages.
+        origin: Where its config comes from, for messages.
 
     Raises:
-        ValueError: if the labels do not fit, are no texts, or only some have descriptions.
+        ValueError: if the labels do not fit, are not texts, or if only some have descriptions.
     """
     cfg: Mapping[str, Any] = model.pretrained_cfg
     num_classes: int = model.num_classes

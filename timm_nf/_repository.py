@@ -21,9 +21,9 @@ class Repository(NamedTuple):
 
 
 def repository(text: str) -> Repository:
-    """What `user/name`, `user/name@revision`, `hf-hub:user/name` or an address of a repository names.
+    """The repository that a text names: `user/name`, `user/name@revision`, `hf-hub:user/name`, or its address.
 
-    Nothing is checked: the Hub's client refuses what is no name.
+    The name is not checked. The Hub's client refuses bad ones.
     """
     bare = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     if bare != text or bare.count("/") > 1:

@@ -5,15 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
+from ._accelerator import accelerators
+
 __all__ = ["seeded"]
 
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
     """Seed torch's generators of all devices inside the context, and restore their states afterwards."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = range(torch.accelerator.device_count() if accelerator else 0)
-    device_type = accelerator.type if accelerator else "cuda"
-    with torch.random.fork_rng(devices, device_type=device_type):  # pyright: ignore[reportUnknownMemberType]
+    device_type, number = accelerators() or ("cuda", 0)
+    with torch.random.fork_rng(range(number), device_type=device_type):  # pyright: ignore[reportUnknownMemberType]
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
         yield

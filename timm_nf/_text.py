@@ -1,4 +1,6 @@
-"""Parts of our one-line messages: errors of other libraries, shortened, and how to get an extra."""
+"""Parts of what we print: shortened errors of other libraries, how to install an extra, and strings in code."""
+
+import json
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
@@ -12,6 +14,11 @@ def reason(error: BaseException, limit: int = 200) -> str:
     return f"{name}: {text}"[:limit] if text else name
 
 
+def quoted(text: str) -> str:
+    """The text as a string in Python code: paths of Windows have backslashes, and names may have quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def install_hint(extra: str) -> str:
-    """How to get an extra. The package is not on PyPI yet, so its name alone would install nothing."""
+    """How to install an extra. The package is not on PyPI yet, so its name alone would install nothing."""
     return f'run pip install ".[{extra}]" in the folder of timm_nf\'s source (it is not on PyPI yet)'

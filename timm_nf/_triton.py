@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run on a device."""
+"""Tells whether Triton's kernels run on a device."""
 
 # Triton has no types.
 # pyright: standard
@@ -15,18 +15,24 @@ _logger = logging.getLogger(__name__)
 
 @cache
 def has_triton(device_type: str) -> bool:
-    """Whether the kernels run on a device; meta tensors stand for one where they do."""
+    """Whether the kernels run on a device. Meta tensors stand for a device on which they do."""
     if device_type == "meta":
         return True
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (interpreted or device_type == "cuda"):  # ROCm's is "cuda" too
+    if importlib.util.find_spec("triton") is None or not (interpreted or device_type == "cuda"):  # "cuda" is ROCm too
         return False
-    if device_type == "cuda" and torch.cuda.is_available():  # else the tensors are fake
-        import triton
+    if device_type == "cuda" and torch.cuda.is_available():  # without a device, the tensors are fake
+        return _starts()
+    return True
 
-        try:
-            triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # Triton builds its driver with a C compiler, which a machine may lack
-            _logger.warning("Triton does not start, plain operations do its kernels' work, more slowly: %s", error)
-            return False
+
+def _starts() -> bool:
+    """Whether Triton can build its driver. It needs a C compiler, which a machine may lack."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # the compiler's and Triton's own
+        _logger.warning("Triton does not start, plain operations do its kernels' work, more slowly: %s", error)
+        return False
     return True

@@ -1,6 +1,6 @@
-"""The oldest torch and timm that the package works with, and what releases of timm before the newest lack.
+"""The oldest torch and timm that work, and everything that depends on timm's version.
 
-docs/compatibility.md says what is lost on which. Everything that depends on timm's version is here.
+docs/compatibility.md says what each release lacks.
 """
 
 # timm's model builder has no types.
@@ -15,18 +15,27 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-__all__ = ["OLDEST", "build_network", "make_head", "require_versions", "reset_head", "saved_arguments"]
+__all__ = [
+    "OLDEST",
+    "build_network",
+    "input_channels",
+    "make_head",
+    "require_versions",
+    "reset_head",
+    "saved_arguments",
+]
 
-OLDEST = {"torch": "2.6", "timm": "1.0.20"}
+# timm 1.0.20 and 1.0.21 find no Hub where huggingface_hub is 2, which is what pip installs.
+OLDEST = {"torch": "2.6", "timm": "1.0.22"}
 
 # Since 1.0.31 timm's factory records a network's arguments, and its loader asks the network which stem to convert.
 _TIMM_RECORDS = hasattr(timm.models, "get_model_args")
 _NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls"}
-_NO_ARGUMENTS |= {"device", "dtype"}  # what a saved network does not depend on, or cannot say
+_NO_ARGUMENTS |= {"device", "dtype"}  # arguments that are not part of a saved network
 
 
 def require_versions() -> None:
-    """Look at the packages that were imported. pip looked at those that it installed, which may be others.
+    """Refuse a torch or timm that is too old. It may not be the one that pip installed and checked.
 
     `python train.py` in a clone of timm's repository imports the clone.
 
@@ -50,18 +59,18 @@ def _require(package: ModuleType) -> None:
 def build_network(
     network: type[nn.Module], name: str, pretrained: bool, *, asked: dict[str, Any], **kwargs: Any
 ) -> Any:
-    """A network from timm's builder, with its arguments recorded and its stem left to its own filter.
+    """Build a network by timm's builder. Its arguments are recorded, and only its own filter converts its stem.
 
-    timm below 1.0.31 converts the stem that the config names to other numbers of input channels. It does that behind
-    the filter that has converted it already, and draws it at random where the weights have not 3 channels. So the
-    config names none until the network is there.
+    timm below 1.0.31 converts the stem that the config names to other numbers of input channels. It does so after our
+    filter, which has converted it already, and draws a random stem if the weights do not have 3 channels. Therefore the
+    config names no stem until the network is built.
 
     Args:
-        network: Its class, an nn.Module.
-        name: In timm's registry.
-        pretrained: Load weights.
+        network: The network's class.
+        name: The name in timm's registry.
+        pretrained: Whether to load weights.
         asked: The caller's keywords, for the builder and the network.
-        **kwargs: The builder's, which are not the caller's.
+        **kwargs: Our keywords for the builder.
     """
     options = dict(asked)
     if not _TIMM_RECORDS:
@@ -76,11 +85,9 @@ def build_network(
 
 
 def make_head(in_features: int, num_classes: int, pool_type: str, drop_rate: float, device: Any, dtype: Any) -> Any:
-    """A `ClassifierHead` of timm, which takes device and dtype since 1.0.22."""
+    """A `ClassifierHead` of timm."""
     head_class = timm.layers.ClassifierHead
-    if _TIMM_RECORDS:
-        return head_class(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
-    return head_class(in_features, num_classes, pool_type, drop_rate).to(device=device, dtype=dtype)
+    return head_class(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
 
 
 def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, dtype: Any) -> None:
@@ -92,6 +99,22 @@ def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, 
         head.to(device=device, dtype=dtype).train(head.training)
 
 
+def input_channels(model: Any) -> int:
+    """The channels that any timm model takes. Most name them since 1.0.26; the others' first convolution has them."""
+    stated: int | None = getattr(model, "in_chans", None)
+    if stated is not None:
+        return stated
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    first = cfg.get("first_conv") or ""
+    convs = [first] if isinstance(first, str) else list(first)
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in convs and parameter.ndim == 4:
+            return parameter.shape[1]
+    return cfg.get("input_size", (3,))[0]
+
+
 def saved_arguments(model: nn.Module) -> dict[str, Any]:
-    """What timm's writer of configs has to be told of a network's arguments; nothing where its factory records them."""
-    return {} if _TIMM_RECORDS else {"model_args": dict(getattr(model, "_model_args", {}))}
+    """Arguments for timm's writer of configs. It has to be told the network's arguments if its factory records none."""
+    if _TIMM_RECORDS:
+        return {}
+    return {"model_args": dict(getattr(model, "_model_args", {}))}

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model inside wrappers: DDP, torch.compile, EMA, timm's task and distillation, in any order."""
+    """The model inside wrappers, in any order: DDP, torch.compile, EMA, timm's tasks and distillation."""
     return list(wrappers(model))[-1]
 
 
@@ -18,7 +18,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     if compiled is not None:
         yield from wrappers(compiled)
     elif not hasattr(model, "get_classifier"):
-        # The names in timm's tasks, in its distillation, and in DDP, DataParallel, FSDP1 and ModelEmaV2/V3.
+        # In this order: timm's tasks; its distillation; DDP, DataParallel, FSDP1 and ModelEmaV2/V3.
         for attribute in ("trainable_module", "student", "module"):
             inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module):

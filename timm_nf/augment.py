@@ -1,7 +1,7 @@
-"""The authors' RandAugment, on uint8 tensors: the operations that timm's has otherwise or not at all.
+"""The authors' RandAugment on uint8 tensors, for training loops of one's own.
 
-timm's `rand_augment_transform` works on Pillow images, as train.py asks. It has other fill colours, limits and
-distances, another Contrast and no Cutout; `timm-nf recipe` lists the differences. This one is for a loop of one's own.
+timm's `rand_augment_transform` works on Pillow images, as train.py needs. It has other fill colours, limits and
+distances, another Contrast and no Cutout. `timm-nf recipe` lists the differences.
 
 Source: arXiv:1909.13719; deepmind-research nfnets/autoaugment.py at f5de0ede, described in words and written anew.
 """
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 __all__ = ["AuthorsRandAugment"]
 
-FILL = 128  # of what an operation uncovers
-_GREY = (0.2989, 0.587, 0.114)  # of red, green and blue
+FILL = 128  # the grey of pixels that an operation uncovers
+_GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue
 
 
 # -- what the operations share -----------------------------------------------------------------------------------------
 
 
 def _blend(start: Tensor, image: Tensor, factor: float) -> Tensor:
-    """From `start` at factor 0 over the image at 1 to beyond it; fractions are cut off, as in all of these."""
+    """Blend two images: `start` at factor 0, the image at 1, and beyond it above 1. Fractions are cut off."""
     first = start.float()
     mixed = first + factor * (image.float() - first)
     return mixed.clamp(0, 255).to(torch.uint8)
 
 
 def _grey(image: Tensor) -> Tensor:
-    """(1, H, W), rounded."""
+    """The image's grey values (1, H, W), rounded."""
     weights = torch.tensor(_GREY, device=image.device).view(3, 1, 1)
     return ((image * weights).sum(0, keepdim=True) * (255.5 / 255)).to(torch.uint8)
 
@@ -38,21 +38,21 @@ def _grey(image: Tensor) -> Tensor:
 def _moved(image: Tensor, xx: float, xy: float, x: float, yx: float, yy: float, y: float) -> Tensor:
     """The image read at `(xx * column + xy * row + x, yx * column + yy * row + y)`, the nearest pixel of it."""
     height, width = image.shape[-2:]
-    rows = torch.arange(height, dtype=torch.float64, device=image.device)[:, None]
-    columns = torch.arange(width, dtype=torch.float64, device=image.device)[None]
-    # halves go up; rounding to even would repeat pixels
-    from_column = (xx * columns + xy * rows + x + 0.5).floor().long()
-    from_row = (yx * columns + yy * rows + y + 0.5).floor().long()
+    rows = torch.arange(height, dtype=torch.float64, device="cpu")[:, None]  # MPS has no float64
+    columns = torch.arange(width, dtype=torch.float64, device="cpu")[None]
+    # Halves are rounded up. Rounding to even would repeat pixels.
+    from_column = (xx * columns + xy * rows + x + 0.5).floor().long().to(image.device)
+    from_row = (yx * columns + yy * rows + y + 0.5).floor().long().to(image.device)
     inside = (from_column >= 0) & (from_column < width) & (from_row >= 0) & (from_row < height)
     read = image[:, from_row.clamp(0, height - 1), from_column.clamp(0, width - 1)]
     return torch.where(inside, read, FILL)
 
 
-# -- the operations, (3, H, W) uint8 -> (3, H, W) uint8 ----------------------------------------------------------------
+# -- the operations: (3, H, W) uint8 -> (3, H, W) uint8 ----------------------------------------------------------------
 
 
 def auto_contrast(image: Tensor) -> Tensor:
-    """Every channel stretched to 0 to 255; one of a single value stays."""
+    """Stretch every channel to 0 to 255. A channel with a single value stays."""
     pixels = image.float()
     low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
     scale = 255 / (high - low).clamp(min=1)
@@ -61,7 +61,7 @@ def auto_contrast(image: Tensor) -> Tensor:
 
 
 def equalize(image: Tensor) -> Tensor:
-    """Every channel's values spread so that each is about as frequent; a channel of too few pixels stays."""
+    """Spread every channel's values until all are about as frequent. A channel with too few pixels stays."""
     channels: list[Tensor] = []
     for channel in image.unbind():
         counts = torch.bincount(channel.flatten().long(), minlength=256)
@@ -79,77 +79,80 @@ def invert(image: Tensor) -> Tensor:
 
 
 def posterize(image: Tensor, bits: int) -> Tensor:
-    """Only the highest bits of every value."""
+    """Keep only the highest bits of every value."""
     return image & (256 - 2 ** (8 - bits))
 
 
 def solarize(image: Tensor, threshold: int) -> Tensor:
-    """Values from the threshold on inverted."""
+    """Invert values from the threshold on."""
     return torch.where(image.int() < threshold, image, 255 - image)
 
 
 def solarize_add(image: Tensor, added: int) -> Tensor:
-    """Values below 128 raised, at most to 255."""
+    """Raise values below 128, at most to 255."""
     raised = (image.int() + added).clamp(0, 255).to(torch.uint8)
     return torch.where(image < 128, raised, image)
 
 
 def color(image: Tensor, factor: float) -> Tensor:
-    """From grey at 0 to more than the image's colours above 1."""
+    """Change the saturation: grey at factor 0, the image at 1."""
     return _blend(_grey(image).expand_as(image), image, factor)
 
 
 def contrast(image: Tensor, factor: float) -> Tensor:
-    """From one grey at 0, which is the number of pixels / 256 and at most 255: white for images above 255 x 256."""
+    """Blend with one grey: that grey at factor 0, the image at 1.
+
+    The grey is the number of pixels / 256, at most 255. So it is white for images above 255 x 256 pixels.
+    """
     grey = min(image.shape[-2] * image.shape[-1] // 256, 255)
     return _blend(torch.full_like(image, grey), image, factor)
 
 
 def brightness(image: Tensor, factor: float) -> Tensor:
-    """From black at 0."""
+    """Change the brightness: black at factor 0, the image at 1."""
     return _blend(torch.zeros_like(image), image, factor)
 
 
 def sharpness(image: Tensor, factor: float) -> Tensor:
-    """From smoothed at 0; the outermost pixels stay."""
+    """Sharpen: the smoothed image at factor 0, the image at 1. The outermost pixels stay."""
     kernel = torch.ones(3, 1, 3, 3, device=image.device)
     kernel[:, :, 1, 1] = 5  # the sum is 13
     start = image.clone()
     if min(image.shape[-2:]) > 2:
-        # sums of whole numbers, exact in float32, before the one division
+        # Sums of whole numbers are exact in float32. One division follows.
         start[:, 1:-1, 1:-1] = (F.conv2d(image.float()[None], kernel, groups=3)[0] / 13).to(torch.uint8)
     return _blend(start, image, factor)
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:
-    """About the center, counterclockwise."""
+    """Rotate counterclockwise about the centre."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     row, column = (image.shape[-2] - 1) / 2, (image.shape[-1] - 1) / 2
     return _moved(image, cos, -sin, column - cos * column + sin * row, sin, cos, row - sin * column - cos * row)
 
 
 def shear_x(image: Tensor, level: float) -> Tensor:
-    """Every row shifted left by `level` times its index."""
+    """Shift every row left by `level` times its index."""
     return _moved(image, 1, level, 0, 0, 1, 0)
 
 
 def shear_y(image: Tensor, level: float) -> Tensor:
-    """Every column shifted up by `level` times its index."""
+    """Shift every column up by `level` times its index."""
     return _moved(image, 1, 0, 0, level, 1, 0)
 
 
 def translate_x(image: Tensor, pixels: float) -> Tensor:
-    """Shifted left."""
+    """Shift the image left."""
     return _moved(image, 1, 0, pixels, 0, 1, 0)
 
 
 def translate_y(image: Tensor, pixels: float) -> Tensor:
-    """Shifted up."""
+    """Shift the image up."""
     return _moved(image, 1, 0, 0, 0, 1, pixels)
 
 
 def cutout(image: Tensor, half: int, row: int, column: int) -> Tensor:
-    """A grey square of twice `half` about a place, as far as it is inside."""
+    """Cover a square of twice `half` about a place with grey, as far as it is inside the image."""
     cut = image.clone()
     cut[:, max(0, row - half) : row + half, max(0, column - half) : column + half] = FILL
     return cut
@@ -189,17 +192,21 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class AuthorsRandAugment(nn.Module):
-    """RandAugment as NFNets were trained with it: operations drawn from sixteen, each applied at one magnitude.
+    """The RandAugment with which NFNets were trained. It draws from sixteen operations, all of one magnitude.
 
-    A transform in the manner of torchvision. Random numbers are torch's, so `torch.manual_seed` repeats them. Distances
-    are in pixels whatever the image's size.
+    It is a transform like those of torchvision. torch draws the random numbers, so `torch.manual_seed` repeats them.
+    Distances are in pixels, whatever the image's size.
 
     Args:
-        magnitude: 5 for F0, 10 for F1 and F2, 15 from F3 on. From 0 to 20, where Posterize keeps all bits.
-        num_layers: Operations for an image, one after another.
+        magnitude: From 0 to 20: 5 for F0, 10 for F1 and F2, 15 from F3 on. At 20 Posterize keeps all bits.
+        num_layers: Number of operations for an image. They follow each other.
 
     Raises:
-        ValueError: A magnitude or a number of layers out of range.
+        ValueError: if the magnitude or the number of layers is out of range.
+
+    Examples:
+        >>> AuthorsRandAugment(magnitude=5)(torch.zeros(3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([3, 32, 32])
     """
 
     def __init__(self, magnitude: float, num_layers: int = 4) -> None:
@@ -212,10 +219,11 @@ class AuthorsRandAugment(nn.Module):
         self.num_layers = num_layers
 
     def forward(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8, red, green and blue -> the same shape and type; the input is not changed.
+        """(3, H, W) uint8 -> (3, H, W) uint8, in red, green and blue. The input is not changed.
 
         Raises:
-            TypeError: Another type or shape, a batch too: each image is to have its own operations.
+            TypeError: if the dtype or the shape is another one. A batch is refused too: each image gets its own
+                operations.
         """
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
             raise TypeError(

@@ -1,4 +1,11 @@
-"""Describes the machine and the versions, for bug reports and measurements."""
+"""Describes the machine and the versions, for bug reports and measurements.
+
+Examples:
+    >>> "torch" in environment()
+    True
+    >>> machine().startswith("timm_nf")
+    True
+"""
 
 import os
 import platform
@@ -6,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ._dtypes import dtype_name
 from .version import __version__
 
 __all__ = ["environment", "machine"]
@@ -48,7 +56,7 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
@@ -58,4 +66,4 @@ def _processor() -> str:
 def _autocast(device_type: str) -> str:
     if not torch.amp.is_autocast_available(device_type):
         return "nothing"
-    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+    return dtype_name(torch.get_autocast_dtype(device_type))

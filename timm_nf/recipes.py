@@ -5,6 +5,11 @@ tests/test_recipes.py compares every key and value with the script's arguments.
 
 Sources: arXiv:2102.06171, sections 4 to 6 and appendix A; deepmind-research nfnets/{experiment,experiment_nfnets,
 experiment_nf_regnets,dataset,autoaugment,optim,utils}.py at f5de0ede. If they differ, the code counts.
+
+Examples:
+    >>> recipe = RECIPES["finetune"]["nfnet"]
+    >>> isinstance(recipe, Recipe), recipe.batch_size
+    (True, 2048)
 """
 
 import math
@@ -184,6 +189,10 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
 
     Raises:
         ValueError: if there is no such recipe, or the batch cannot be divided between the processes.
+
+    Examples:
+        >>> print(as_yaml("nfnet_f0", "scratch", world_size=8).splitlines()[0])
+        # nfnet_f0, from scratch on ImageNet: a batch of 4096 images in 8 processes.
     """
     values = settings(name, purpose, world_size, batch_size)
     recipe, variant = _recipe(name, purpose), VARIANTS[name]
@@ -199,8 +208,10 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     if values.get("pretrained") and not variant.hf_hub_id:
         head.append("This network has no published weights: give yours by --pretrained-path FILE.")
     head += ["", "What train.py cannot express, or does in its own way:"]
-    texts = [*([] if purpose == "finetune" else [_pace(values, world_size)]), *_differences(variant, values)]
-    for text in texts:
+    differences = list(_differences(variant, values))
+    if purpose != "finetune":
+        differences.insert(0, _pace(values, world_size))
+    for text in differences:
         if text.startswith("python"):  # a command stays on one line
             head.append(text)
         else:

@@ -1,4 +1,14 @@
-"""All that importing the package changes in timm, and how to undo it."""
+"""All that importing the package changes in timm, and how to undo it.
+
+Examples:
+    >>> unregister()
+    []
+    >>> "dm_nf_resnet50" in timm.list_models()
+    False
+    >>> register()
+    >>> "dm_nf_resnet50" in timm.list_models()
+    True
+"""
 
 from . import optim
 from .models.nfnets import register_networks, unregister_networks

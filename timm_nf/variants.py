@@ -3,6 +3,16 @@
 The entrypoints, timm's default configs, the command line's listing and the tests' parameters all come from this table.
 
 Sources: arXiv:2102.06171, table 1; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+
+Examples:
+    >>> row = VARIANTS["nfnet_f0"]
+    >>> isinstance(row, Variant), row.train_size, row.test_size
+    (True, 192, 256)
+    >>> parameters, multiply_adds = NfCfg(depths=(1,), channels=(32,), group_size=8).count(size=64)
+    >>> parameters
+    105001
+    >>> squeeze_chs(256)
+    128
 """
 
 import dataclasses
@@ -127,7 +137,9 @@ class NfCfg:
                 f"expected a bottleneck of at least one group, got {chs} channels for group_size {self.group_size} "
                 f"(channels {self.channels}, bottle_ratio {self.bottle_ratio}); choose smaller groups or a larger ratio"
             )
-        return (groups * self.group_size, groups) if self.group_size else (chs, 1)
+        if self.group_size:
+            return groups * self.group_size, groups
+        return chs, 1
 
     def count(self, size: int, in_chans: int = 3, num_classes: int = 1000) -> tuple[int, int]:
         """Number of parameters, and multiply-adds of all convolutions and linear layers for one image.

@@ -43,7 +43,7 @@ def main() -> int:
     answers: dict[str, Answer | str] = {}
     for name in track(arguments.names or list(PROBES), "trying tools", console=console):
         answers[name] = found = answer(name)
-        rows = [Row("-", "-", found)] if isinstance(found, str) else found.rows
+        rows = found.rows if isinstance(found, Answer) else [Row("-", "-", found)]
         for one in rows:
             console.print(row(PROBES[name].title, *one), markup=False, highlight=False, soft_wrap=True)
     write(answers)

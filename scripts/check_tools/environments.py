@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.environments import PIP_INSTALL, python_of
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".cache" / "check_tools"
 # All tools use the same versions of these, so that their numbers can be compared.
@@ -42,11 +44,6 @@ class Answer(NamedTuple):
     rows: list[Row]
 
 
-def python_of(environment: Path) -> Path:
-    """The interpreter of a virtual environment."""
-    return environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-
-
 def install(name: str, requirements: tuple[str, ...], folder: Path = FOLDER) -> Path:
     """Make an environment and return its interpreter. Without requirements, return this interpreter.
 
@@ -70,7 +67,7 @@ def install(name: str, requirements: tuple[str, ...], folder: Path = FOLDER) -> 
     pins = environment / "pinned.txt"
     pinned = [package for package in PINNED if not any(needed.startswith(package) for needed in requirements[1:])]
     pins.write_text("".join(f"{package}=={version(package).partition('+')[0]}\n" for package in pinned))
-    pip = [str(python_of(environment)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python_of(environment)), *PIP_INSTALL]
     _run([*pip, "--constraint", str(pins), *requirements])
     ready.write_text("\n".join(requirements))
     return python_of(environment)

@@ -80,4 +80,4 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
 
 def write(answers: Mapping[str, Answer | str], file: Path = PAGE) -> None:
     """Write the page. Probes without an answer keep their rows."""
-    file.write_text(page(answers, file.read_text() if file.exists() else ""))
+    file.write_text(page(answers, file.read_text(encoding="utf-8") if file.exists() else ""), encoding="utf-8")

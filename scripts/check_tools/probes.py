@@ -187,6 +187,11 @@ def torch_itself() -> list[Row]:
             torch.jit.trace(model, images()).save(place / "m.pt")
             return off(error(torch.jit.load(place / "m.pt")(images()), truth(model)))
 
+    def saved_script(model: Any) -> Measured:
+        with folder() as place:
+            torch.jit.script(model).save(place / "m.pt")
+            return off(error(torch.jit.load(place / "m.pt")(images()), truth(model)))
+
     def export(model: Any) -> Measured:
         return off(error(torch.export.export(model, (images(),)).module()(images()), truth(model)))
 
@@ -218,6 +223,7 @@ def torch_itself() -> list[Row]:
     return [
         both("`torch.jit.trace(model, x)`", trace),
         both("`torch.jit.trace(model, x).save(file)`", saved_trace),
+        both("`torch.jit.script(model).save(file)`", saved_script),
         both("`torch.export.export`", export),
         both("`torch.onnx.export(..., dynamo=False)`, onnxruntime", onnx),
         both("`torch.nn.utils.prune`", prune),

@@ -53,7 +53,7 @@ def read(file: Path) -> Rows:
     def typed(kind: Any, row: dict[str, str]) -> Any:
         return kind(**{field.name: field.type(row[field.name]) for field in fields(kind)})
 
-    with file.open(newline="") as lines:
+    with file.open(encoding="utf-8", newline="") as lines:
         return {typed(Run, row): typed(Result, row) for row in csv.DictReader(lines)}
 
 

@@ -161,9 +161,10 @@ def thresholds(rows: Rows, clip: str) -> list[Run]:
         best = highest(rows, grid)
         if any(run not in rows for run in grid) or best not in (grid[0], grid[-1]):
             break
-        beyond = best.factor / RATIO if best == grid[0] else best.factor * RATIO
-        new = replace(best, factor=beyond)
-        grid = [new, *grid] if best == grid[0] else [*grid, new]
+        if best == grid[0]:
+            grid.insert(0, replace(best, factor=best.factor / RATIO))
+        else:
+            grid.append(replace(best, factor=best.factor * RATIO))
     return grid
 
 

@@ -29,10 +29,12 @@ due to the scale.
 [claims/plan.md](claims/plan.md) has the networks, the data, the rule and its power. It was committed before its runs,
 as {commit}. Parts, runs and the order of runs are those of that commit.
 
-- Numbers of parts are differences in points of test accuracy, paired by seed, with their 95 % t interval.
-- *Above*, *below* and *within {margin:g} point* are all that is true of a difference; two of them can be.
+- A claim has several parts. Each compares two networks or settings. The *twin* is the same network with batch
+  normalisation.
+- The difference of a part is in points of test accuracy, paired by seed, with its 95 % t interval.
+- The words beside it say all that holds: *above* 0, *below* 0, *within {margin:g} point* of 0. Two of them can hold.
 - A part is decided when all its runs are there. `make claims` goes on where it stopped.
-- Tables have means ± standard deviations over the seeds. Chance is 10 %, where a run that diverges ends.
+- Tables have means ± standard deviations over the seeds. Chance is 10 %. A run that diverges ends there.
 - `make claims-quick` decides three parts in minutes, with small runs of its own.
 """
 
@@ -147,10 +149,14 @@ def size_table(rows: Rows, settings: dict[str, Run], with_loss: bool) -> str:
     for name, run in settings.items():
         if text := cell(rows, run):
             result = next(rows[each] for each in grid.over(SEEDS, [run]) if each in rows)
-            loss = [cell(rows, run, "loss", 3)] if with_loss else []
-            lines.append([name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M", *loss, text])
-    header = ["network", "parameters", "multiply-adds", *(["training loss"] if with_loss else []), "accuracy"]
-    return table(header, lines) if lines else ""
+            line = [name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M"]
+            if with_loss:
+                line.append(cell(rows, run, "loss", 3))
+            lines.append([*line, text])
+    header = ["network", "parameters", "multiply-adds"]
+    if with_loss:
+        header.append("training loss")
+    return table([*header, "accuracy"], lines) if lines else ""
 
 
 def depth_settings() -> dict[str, Run]:
@@ -289,10 +295,12 @@ def page(rows: Rows, commit: str, about_signals: str = "") -> str:
         name, figure = list(FIGURES.items())[index - 1]
         if figure.ready(rows):
             lines += ["", f"![{title}](claims/{index}_{name}.png)", "", figure.caption]
-        lines += ["", text] if (text := claim.table(rows)) else []
+        if text := claim.table(rows):
+            lines += ["", text]
     lines += ["", "## Training and test, and independence of examples", ""]
     lines += [MEASURED, "", measured_table(rows) or "Not run yet.", ""]
-    lines += [about_signals] if about_signals else []
+    if about_signals:
+        lines.append(about_signals)
     first = {run: result for run, result in rows.items() if run.plan == 1}
     twin = Run(1, "bn", width=1.0, batch=LARGEST, lr=1.6, epochs=2)
     reached = spread([first[replace(twin, seed=seed)].accuracy for seed in range(3)])

@@ -86,7 +86,9 @@ def decide(statement: Statement, d: Differences) -> Outcome:
         "as good": (d.as_good, high < -MARGIN),
         "little": (d.little, low > MARGIN or high < -MARGIN),
     }[statement]
-    return "holds" if holds else "does not hold" if fails else "not decided"
+    if holds:
+        return "holds"
+    return "does not hold" if fails else "not decided"
 
 
 def seeds_to_decide(statement: Statement, d: Differences) -> int | None:

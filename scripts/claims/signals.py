@@ -109,7 +109,7 @@ def read(file: Path) -> list[Row]:
         except ValueError:
             return text or None
 
-    with file.open(newline="") as lines:
+    with file.open(encoding="utf-8", newline="") as lines:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 

@@ -120,6 +120,9 @@ def build(run: Run) -> Any:
     skip gains start at 0 and clipping holds them back, there is little but shortcuts at first (tried, in LOG.md).
     """
     normalised = run.net.startswith("bn")
+    options: dict[str, float] = {}
+    if normalised:
+        options["alpha"] = 1.0
     model = timm.create_model(
         "dm_nf_resnet50",
         depths=tuple(map(int, run.depths.split("-"))),
@@ -130,7 +133,7 @@ def build(run: Run) -> Any:
         num_classes=10,
         drop_rate=run.dropout,
         drop_path_rate=run.drop_path,
-        **({"alpha": 1.0} if normalised else {}),
+        **options,
     )
     if normalised:
         return batch_normalised(model, zero=run.net == "bn-zero")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.environments import PIP_INSTALL, python_of
+
 ROOT = Path(__file__).parents[2]
 THREADS = 2
 
@@ -83,12 +85,12 @@ def install(peer: Peer, folder: Path) -> str:
         return sys.executable
     environment = folder / peer.key
     _run([sys.executable, "-m", "venv", str(environment)])
-    python = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
+    python = str(python_of(environment))
     if not peer.alone:
         (packages,) = environment.glob("**/site-packages")
         seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (packages / "host.pth").write_text("\n".join(seen))
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, *PIP_INSTALL]
     if not peer.without:
         _run([*pip, *peer.requirements])
     else:
@@ -135,7 +137,7 @@ class Worker:
     """A process that answers for one package until it is closed."""
 
     def __init__(self, peer: Peer, python: str) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed with the process
         variables = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [python, "-m", "scripts.comparison.worker", peer.key], env=os.environ | variables,

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import answers
+
 # Importing timm_nf needs torch and timm, which optax's environment does not have. This file needs nothing.
 _DEFAULTS = runpy.run_path(str(Path(__file__).parents[2] / "timm_nf" / "_clip_defaults.py"))
 FACTOR, EPS = _DEFAULTS["CLIP_FACTOR"], _DEFAULTS["CLIP_EPS"]
@@ -106,7 +108,7 @@ def classifier(peer: str) -> str:
         grads = jax.tree.map(np.ones_like, params)
         clip = optax.masked(optax.adaptive_grad_clip(FACTOR, EPS), mask)
         clipped, _ = clip.update(grads, clip.init(params), params)
-        return _what_changed(*(bool((np.asarray(clipped["fc"][key]) != 1).any()) for key in "wb"))
+        return answers.clipped(*(bool((np.asarray(clipped["fc"][key]) != 1).any()) for key in "wb"))
     import torch
 
     model = torch.nn.Sequential(collections.OrderedDict(body=torch.nn.Linear(4, 4), fc=torch.nn.Linear(4, 3)))
@@ -121,11 +123,7 @@ def classifier(peer: str) -> str:
         from composer.algorithms.gradient_clipping import apply_gradient_clipping
 
         apply_gradient_clipping(model, "adaptive", FACTOR, fsdp_enabled=False)
-    return _what_changed(*(bool((p.grad != 1).any()) for p in model.fc.parameters()))
-
-
-def _what_changed(weight: bool, bias: bool) -> str:
-    return f"weight {'clipped' if weight else 'not clipped'}, bias {'clipped' if bias else 'not clipped'}"
+    return answers.clipped(*(bool((p.grad != 1).any()) for p in model.fc.parameters()))
 
 
 def decayed_gains(peer: str) -> str:
@@ -135,9 +133,7 @@ def decayed_gains(peer: str) -> str:
 
     model = timm.create_model("dm_nfnet_f0")
     groups = get_optimizer_parameters(model, 2e-5)
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    gains = [p for name, p in model.named_parameters() if name.endswith("gain")]
-    return f"{sum(id(p) in decayed for p in gains)} of {len(gains)}"
+    return answers.decayed(groups, [p for name, p in model.named_parameters() if name.endswith("gain")])
 
 
 def fused(peer: str) -> str:

@@ -252,7 +252,8 @@ def main() -> None:
         do = arguments.pop("do")
         try:
             if do in QUESTIONS:
-                clipper = clipper or (OptaxPeer if peer == "optax" else TorchPeer)(peer)
+                if clipper is None:
+                    clipper = OptaxPeer(peer) if peer == "optax" else TorchPeer(peer)
                 answer = getattr(clipper, do)(**arguments)
             else:
                 answer = getattr(probes, do)(peer, **arguments)

@@ -2,7 +2,7 @@
 
 python -m scripts.site.block_figure
 
-The right half is not drawn by hand: it is the expectation that the network of the zoo states for its blocks.
+The lower half is not drawn by hand: it is the expectation that the network of the zoo states for its blocks.
 """
 
 from itertools import pairwise
@@ -63,17 +63,17 @@ def draw_variance(axes: Axes) -> None:
     model = timm.create_model(NETWORK).eval()
     expected = [row["expected_var"] for row in signal_stats(model, torch.randn(1, 3, 64, 64))]
     axes.plot(range(len(expected)), expected, color=BLUE, marker="o", ms=4, lw=1)
-    axes.set(xlabel="block, 0 is the stem", ylabel="expected variance = β² of the next block")
+    axes.set(xlabel="block, 0 is the stem", ylabel="expected variance,\nβ² of the next block")
     axes.set_title("beginnings of stages set it back", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2.6, 1))
-    draw_block(left)
-    draw_variance(right)
+    figure = Figure(figsize=(8, 5.4), layout="constrained")  # a page shows it at some 80 pixels an inch
+    above, below = figure.subplots(2, 1, height_ratios=(1.2, 1))
+    draw_block(above)
+    draw_variance(below)
     figure.suptitle(f"A block of a normalizer-free network, and the variance through {NETWORK}", fontsize=11)
     figure.savefig(FILE, dpi=130)
     print(f"wrote {FILE.name} with timm_nf {timm_nf.__version__}")

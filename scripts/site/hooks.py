@@ -7,16 +7,13 @@ that the same link works in the repository and on the site.
 import os
 import posixpath
 import re
-import sys
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # mkdocs loads this file by its path
-
-from scripts.site import reference
+from scripts.site import reference  # found from the root of the repository, by `python -m mkdocs`
 
 ROOT = reference.ROOT
 START = "README.md"

@@ -4,6 +4,7 @@ A public name is documented where it is defined. Packages that hand it on, and o
 """
 
 import ast
+import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NAMES = ROOT / "tests" / "public_names.txt"
 PACKAGE = "timm_nf"
+
+# Said at the top of every page.
+IN_SCOPE = """*The examples assume that `torch`, `timm`, `timm_nf` and the names of the module are imported. A test runs
+all of them.*"""
 
 # The wings in the order in which a reader needs them. A wing that is not named here comes last.
 ORDER = ("timm_nf", "models", "layers", "optim", "inference", "hub", "convert", "diagnostics", "recipes", "verify")
@@ -39,6 +44,22 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(node.body)
 
 
+def _assigned(node: ast.Assign | ast.AnnAssign) -> set[str]:
+    """The names that an assignment defines."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+
+def _origin(node: ast.ImportFrom, package: list[str]) -> str:
+    """The full name of the module that names are imported from. `package` is that of the importing module."""
+    parts: list[str] = []
+    if node.level:
+        parts += package[: len(package) - node.level + 1]
+    if node.module:
+        parts.append(node.module)
+    return ".".join(parts)
+
+
 @cache
 def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
     """The names that a module defines, also in its stub; and the full names of what it imports."""
@@ -47,18 +68,17 @@ def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
     file = source(module)
     package = (module if file.name == "__init__.py" else module.rpartition(".")[0]).split(".")
     for path in (file, file.with_suffix(".pyi")):
-        for node in _statements(ast.parse(path.read_text()).body) if path.is_file() else ():
+        if not path.is_file():
+            continue
+        for node in _statements(ast.parse(path.read_text()).body):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = (name for target in targets for name in ast.walk(target))
-                defined.update(name.id for name in names if isinstance(name, ast.Name))
+                defined |= _assigned(node)
             elif isinstance(node, ast.Import):
                 imported.update({alias.asname or alias.name: alias.name for alias in node.names})
             elif isinstance(node, ast.ImportFrom):
-                start = package[: len(package) - node.level + 1] if node.level else []
-                origin = ".".join([*start, *([node.module] if node.module else [])])
+                origin = _origin(node, package)
                 if node.names[0].name == "*":
                     imported.update({name: f"{origin}.{name}" for name in public_names().get(origin, ())})
                 else:
@@ -94,7 +114,7 @@ def pages() -> dict[str, str]:
 
 def _page(wing: str, modules: list[str]) -> str:
     title = wing if wing == PACKAGE else f"{PACKAGE}.{wing}"
-    return "\n\n".join([f"# {title}", *(_section(module, module == title) for module in modules)]) + "\n"
+    return "\n\n".join([f"# {title}", IN_SCOPE, *(_section(module, module == title) for module in modules)]) + "\n"
 
 
 @cache
@@ -113,12 +133,38 @@ def _section(module: str, is_title: bool) -> str:
     homes = {name: home(module, name) for name in public_names()[module]}
     here = [name for name, where in homes.items() if places()[where] == module and _is_ours(where)]
     elsewhere = [f"- {_link(name, where)}" for name, where in homes.items() if name not in here]
-    parts = [] if is_title else [f"## {module}"]
-    parts.append(ast.get_docstring(ast.parse(source(module).read_text())) or "")
+    parts: list[str] = []
+    if not is_title:
+        parts.append(f"## {module}")
+    parts.append(_as_markdown(ast.get_docstring(ast.parse(source(module).read_text())) or ""))
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
+    parts.append(_made_classes(module))
     parts += [f"::: {homes[name]}" for name in here]
     return "\n\n".join(part for part in parts if part)
+
+
+def _as_markdown(docstring: str) -> str:
+    """A module's docstring, with its examples as blocks of code."""
+    text, _, examples = docstring.partition("Examples:\n")
+    if not examples:
+        return text
+    blocks = [
+        f"```pycon\n{block}\n```" if block.startswith(">>>") else block
+        for block in textwrap.dedent(examples).split("\n\n")
+    ]
+    return "\n\n".join([text.rstrip(), *blocks])
+
+
+def _made_classes(module: str) -> str:
+    """A table of the classes that a module makes of other classes: only its stub has their names."""
+    stub = source(module).with_suffix(".pyi")
+    if not stub.is_file():
+        return ""
+    classes = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ClassDef)]
+    rows = [f"| `{node.name}` | `{ast.unparse(node.bases[-1])}` |" for node in classes]
+    made = "Classes with clipping. Each takes the arguments of the class that it extends, and those of `agc_class`:"
+    return "\n".join([made, "", "| class | extends |", "| --- | --- |", *rows])
 
 
 def _is_ours(where: str) -> bool:

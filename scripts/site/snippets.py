@@ -129,13 +129,17 @@ class _Runner:
         return not self.hub and all(command[0] == "timm-nf" and not {">", "|"} & {*command} for command in commands)
 
     def _process(self, command: list[str], python: Path | None) -> str:
-        hub = {"HF_ENDPOINT": self.hub, "HF_TOKEN": next(iter(stand_in_hub.TOKENS)), "HF_HUB_DISABLE_XET": "1"}
-        programs = os.pathsep.join([*([str(python.parent)] if python else []), str(self.programs), os.environ["PATH"]])
-        environment = os.environ | (hub if self.hub else {}) | {
+        programs = [str(self.programs), os.environ["PATH"]]
+        if python is not None:
+            programs.insert(0, str(python.parent))
+        environment = os.environ | {
             "HF_HOME": str(self.programs / "hub"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "100",
-            "PATH": programs,
+            "PATH": os.pathsep.join(programs),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
+        if self.hub:
+            token = next(iter(stand_in_hub.TOKENS))
+            environment |= {"HF_ENDPOINT": self.hub, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{command[-1]}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}")

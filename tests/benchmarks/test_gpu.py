@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +81,9 @@ def test_what_stops_one_contender_is_a_note_and_the_other_is_timed(
 
 
 def test_a_part_without_time_is_ended_and_its_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.monotonic()
     rows = list(gpu.in_a_process("clipping", "cpu", True, 0.1))
     assert [row[:4] for row in rows] == gpu.cases("clipping", gpu.TINY)
     assert {row.note for row in rows} == {"cut, its part had 0 s"}
-    assert time.monotonic() - start < 60
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(

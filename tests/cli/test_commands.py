@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image
-from timm.models import save_for_hf
 from torch import nn
 from typer.main import get_command
 
 import timm_nf.inference.classify
 import timm_nf.verify.checks
 from tests.support import GOLDEN
+from tests.support.saving import save_for_hf
 from timm_nf import checkpoint
 from timm_nf.cli import app, main
 from timm_nf.variants import VARIANTS

@@ -11,12 +11,12 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from tests.support import haiku_files, small_nets
 from tests.support.published import create, logits
 from tests.support.reference_nfnet import Net
+from tests.support.saving import save_for_hf
 from timm_nf import convert
 from timm_nf.cli import main, options
 from timm_nf.inference import images
@@ -199,7 +199,7 @@ def test_files_of_every_kind_are_weights(form, files, tmp_path, capsys):
         (["--use-ema"], 2, "--use-ema is about the weights of a --checkpoint: give one"),
         (["--checkpoint", "missing.pt"], 2, "missing.pt"),
         (["--checkpoint", "{pictures}"], 2, "is a directory"),
-        (["--checkpoint", __file__], 1, "is not read, because"),
+        (["--checkpoint", __file__], 1, "is no file of weights"),
         (["--checkpoint", "{vit}"], 1, "vit.pt is of another architecture: "),
     ],
 )

@@ -33,11 +33,13 @@ OURS_INSTEAD: dict[str, tuple[Any, ...]] = {
     "test_model_forward_intermediates_features": (),
     "test_prune_intermediate_layers_contract": (),
     # These name a few models each.
+    "test_feature_getter_stage_ends_torchscript": (),
     "test_features_only_feature_cls_class": (),
     "test_features_only_grad_checkpointing_backward": (),
     "test_forward_intermediates_stop_early_final_norm": ({},),
     "test_head_hidden_size": ({},),
     "test_model_features_output_stride": (),
+    "test_model_forward_torchscript_with_features_fx": (),
     "test_prune_intermediate_layers_last_feature": (True,),
     "test_prune_intermediate_layers_params_used": (),
     "test_prune_to_stem_feature": (),
@@ -48,7 +50,6 @@ OURS_INSTEAD: dict[str, tuple[Any, ...]] = {
 # On the meta device, where even the largest variants fit: run on all of them with --every-config.
 ON_META = "test_model_default_cfgs"
 
-_SCRIPT = "TorchScript, which takes fused networks only"
 _NETWORK = "downloads weights"
 _OTHER = "about another architecture"
 _CLASS = "constructs a stock optimizer class directly"
@@ -56,8 +57,7 @@ _CUDA = "needs CUDA"
 # Patterns of test functions that do not apply, and why.
 EXCLUDED: dict[str, dict[str, str]] = {
     "test_models": {
-        "test_*torchscript*": _SCRIPT,
-        "test_*_script_after_resize": _SCRIPT,
+        "test_pruned_features_torchscript": "passes img_size, which convolutional networks do not take",
         "test_model_inference": _NETWORK,
         "test_model_load_pretrained": _NETWORK,
         "test_model_features_pretrained": _NETWORK,

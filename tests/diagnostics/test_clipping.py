@@ -217,7 +217,7 @@ def test_the_command_warns_where_only_the_head_has_a_gradient(pictures, tmp_path
         (["--checkpoint", "missing.pth"], 2, "missing.pth"),
         (["--checkpoint", "{tmp}"], 2, "is a directory"),
         (["--checkpoint", "{tmp}/vit.pth"], 1, "vit.pth is of another architecture"),
-        (["--checkpoint", "{tmp}/text.pth"], 1, "text.pth is not read"),
+        (["--checkpoint", "{tmp}/text.pth"], 1, "text.pth is no file of weights"),
         (["--checkpoint", "{tmp}/x.npz"], 1, "x.npz: expected the authors' checkpoint"),
         (["--model", "vgg99"], 2, "no network or folder is called 'vgg99'"),
         (["--data", __file__], 2, "is a file"),

@@ -21,7 +21,7 @@ def prose(text: str) -> str:
 @cache
 def anchors(page: Path) -> frozenset[str]:
     """The anchors that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.+)", prose(page.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)", prose(page.read_text(encoding="utf-8")), re.MULTILINE)
     return frozenset(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
 
 
@@ -40,7 +40,7 @@ def broken(page: Path, text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_relative_link_leads_somewhere(page: Path):
-    assert not broken(page, page.read_text())
+    assert not broken(page, page.read_text(encoding="utf-8"))
 
 
 def test_a_broken_link_is_found():

@@ -6,10 +6,16 @@ import importlib
 import inspect
 import itertools
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import timm_nf
 from scripts.site import reference
+from tests.support import ROOT
 
 
 def test_every_public_name_is_in_the_reference():
@@ -58,6 +64,27 @@ def test_every_public_function_has_types(full: str):
     assert not [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
 
 
+# They take weights of all shapes alike.
+ANY_SHAPE = {
+    *("timm_nf.layers.standardize_triton.takes_kernel", "timm_nf.optim.unit_triton.takes_kernel"),
+    *("timm_nf.optim.gradients.gradient_problem", "timm_nf.optim.gradients.parameters_with_gradient"),
+    *("timm_nf.optim.sharded.local_shard", "timm_nf.hub.folder.first_not_finite", "timm_nf._weights_file.load_tensors"),
+    *("timm_nf.convert.haiku.timm_to_haiku", "timm_nf.convert.haiku_pickle.load_haiku"),
+    "timm_nf.verify.golden.load_golden",
+}
+SHAPE = re.compile(r"\([A-Za-z0-9_. *]+,[^)]*\)|\(\.\.\.[^)]*\)|0-d|\bshapes?\b")
+
+
+def types_in(function: object) -> list[str]:
+    signature = inspect.signature(inspect.unwrap(function))  # type: ignore[arg-type]
+    return [str(p.annotation) for p in signature.parameters.values()] + [str(signature.return_annotation)]
+
+
+def test_functions_of_tensors_state_their_shapes():
+    of_tensors = {full for full, each in FUNCTIONS.items() if re.search(r"Tensor|ndarray", " ".join(types_in(each)))}
+    assert {full for full in of_tensors if not SHAPE.search(inspect.getdoc(FUNCTIONS[full]) or "")} == ANY_SHAPE
+
+
 def raised(function: object) -> set[str]:
     """The kinds of error that a function raises by itself."""
     tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
@@ -73,18 +100,104 @@ def test_a_function_that_raises_says_so(full: str):
     assert not [kind for kind in raised(FUNCTIONS[full]) if f"{kind}:" not in section.replace("`", "")]
 
 
-# What a reader meets first: the functions of the package itself, and of the modules that it hands on.
-FIRST = [
-    *("adaptive_clip_grad_", "fuse", "param_groups_agc", "standardize_weight", "unitwise_norm"),
-    *("diagnostics.agc_stats", "diagnostics.signal_stats", "recipes.purposes", "recipes.settings"),
-]
+# -- examples ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_the_examples_of_the_first_names_give_what_they_show(name: str):
-    module, _, function = f"timm_nf.{name}".rpartition(".")
-    each = getattr(importlib.import_module(module), function)
-    tests = doctest.DocTestFinder(recurse=False).find(each, name, globs=dict(vars(inspect.getmodule(each))))  # type: ignore[arg-type]
-    results = [doctest.DocTestRunner().run(test) for test in tests]
-    assert sum(result.attempted for result in results) > 0
-    assert sum(result.failed for result in results) == 0
+def section(full: str) -> str:
+    """The module whose section of the reference explains a name."""
+    return reference.places()[full]
+
+
+# What the command's modules share is not for others to call; their interface is the command.
+CALLED = {
+    full: each
+    for full, each in EXPLAINED.items()
+    if (full in FUNCTIONS or inspect.isclass(each)) and (not full.startswith("timm_nf.cli.") or full.endswith(".main"))
+}
+
+
+def shown_code(doc: str | None) -> str:
+    return "".join(example.source for example in doctest.DocTestParser().get_examples(doc or ""))
+
+
+def without_example(names: Mapping[tuple[str, str], str], modules: Mapping[str, str]) -> list[str]:
+    """The names that no example calls; they are given as (module, name) with their docstrings.
+
+    An example counts that stands at the name, at another name of its module, or at the top of the module. Names whose
+    docstrings differ in nothing but the name are one group, and need one example.
+    """
+    code: dict[str, str] = {module: shown_code(doc) for module, doc in modules.items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (module, name), doc in names.items():
+        code[module] = code.get(module, "") + shown_code(doc)
+        groups.setdefault((module, re.sub(rf"\b{name}\b", "NAME", doc)), []).append(name)
+    return [
+        f"{module}.{names_of_group[0]}"
+        for (module, _), names_of_group in groups.items()
+        if not any(re.search(rf"\b{name}\b", code[module]) for name in names_of_group)
+    ]
+
+
+def test_every_public_name_that_is_called_has_an_example():
+    modules = {section(full): importlib.import_module(section(full)).__doc__ or "" for full in CALLED}
+    names = {(section(full), full.rpartition(".")[2]): inspect.getdoc(each) or "" for full, each in CALLED.items()}
+    assert not without_example(names, modules), "write an example at the name, or at the top of its module"
+
+
+def test_every_optimizer_class_is_in_the_reference():
+    stub = (ROOT / "timm_nf" / "optim" / "__init__.pyi").read_text()
+    classes = re.findall(r"^class (Agc\w+)\(", stub, re.MULTILINE)
+    page = reference.pages()["reference/optim.md"]
+    assert len(classes) > 30
+    assert not [name for name in classes if f"| `{name}` | `" not in page]
+
+
+def test_an_example_at_the_top_of_a_module_is_a_block_of_its_section():
+    assert "\n\n```pycon\n>>> model = timm.create_model(" in reference.pages()["reference/models.md"]
+
+
+def test_a_name_without_an_example_is_found():
+    docs = {"f": "Does.\n\n>>> f(1)", "g": "See f.", "h": "`h` of a family.", "k": "`k` of a family."}
+    names = {("m", name): doc for name, doc in docs.items()}
+    assert without_example(names, {"m": ""}) == ["m.g", "m.h"]
+    assert without_example(names, {"m": "All.\n\n>>> g(k(2))"}) == []
+
+
+WITH_EXAMPLES = sorted(
+    {
+        section(full)
+        for full, each in EXPLAINED.items()
+        if shown_code(inspect.getdoc(each)) or shown_code(importlib.import_module(section(full)).__doc__)
+    }
+)
+
+
+# Their examples train, quantise, time, draw or start processes, for seconds. Other tests call them in every run.
+SLOW = (
+    *("timm_nf.demo", "timm_nf.diagnostics.plots", "timm_nf.inference.bench", "timm_nf.inference.int8"),
+    "timm_nf.verify.stock",
+)
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(module, marks=[pytest.mark.slow] * (module in SLOW)) for module in WITH_EXAMPLES]
+)
+def test_the_examples_of_a_module_give_what_they_show(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    monkeypatch.chdir(tmp_path)
+    if module.startswith("timm_nf.hub."):
+        request.getfixturevalue("hub")
+    loaded = importlib.import_module(module)
+    names = {name: getattr(loaded, name) for name in loaded.__all__} | {
+        "timm": timm,
+        "timm_nf": timm_nf,
+        "torch": torch,
+    }
+    shown = [(module, loaded), *((full, each) for full, each in EXPLAINED.items() if section(full) == module)]
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for full, each in shown:
+        for test in finder.find(each, full, module=loaded, globs=dict(names)):
+            runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0

@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from examples import plain_loop
 from examples.plain_loop import SETTINGS, network
 from examples.with_accelerate import main
-from tests.support.formula_loop import differences, trajectory
+from tests.support.formula_loop import assert_equal, differences, trajectory
 
 ROUNDING = 2e-6
 
@@ -25,11 +25,6 @@ def an_accelerator_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def assert_equal(model, other):
-    for name, p in model.named_parameters():
-        assert torch.equal(other.get_parameter(name), p), name
 
 
 def test_it_equals_the_formula_and_has_the_statistics_inside():

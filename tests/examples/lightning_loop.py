@@ -14,7 +14,7 @@ from torch import nn
 from examples import plain_loop
 from examples.plain_loop import SETTINGS
 from examples.with_lightning import Digits, main
-from tests.support.formula_loop import differences, trajectory
+from tests.support.formula_loop import assert_equal, differences, trajectory
 from timm_nf import unitwise_norm
 
 ROUNDING = 2e-6
@@ -22,11 +22,6 @@ ROUNDING = 2e-6
 
 def furthest(trainer, expected):
     return max(differences(trainer.lightning_module.net, expected).values())
-
-
-def assert_equal(model, other):
-    for name, p in model.named_parameters():
-        assert torch.equal(other.get_parameter(name), p), name
 
 
 def test_it_equals_the_formula_and_prints_what_was_clipped(capsys):

@@ -1,19 +1,13 @@
 """The loop of transformers' Trainer: run by test_other_loops.py, where transformers is installed."""
 
-import torch
 from timm.optim import create_optimizer_v2
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from examples import plain_loop
 from examples.with_trainer import main
-from tests.support.formula_loop import differences, trajectory
+from tests.support.formula_loop import assert_equal, differences, trajectory
 
 ROUNDING = 2e-6
-
-
-def assert_equal(model, other):
-    for name, p in model.named_parameters():
-        assert torch.equal(other.get_parameter(name), p), name
 
 
 def test_it_equals_the_formula_and_has_the_statistics_inside(tmp_path):

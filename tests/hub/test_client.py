@@ -7,11 +7,11 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from timm.models import save_for_hf
 
 import timm_nf
 from tests.support import small_nets
 from tests.support.published import CARD, LABELS, create, logits
+from tests.support.saving import save_for_hf
 from timm_nf.inference.classify import labels
 from timm_nf.inference.named import canonical_name
 

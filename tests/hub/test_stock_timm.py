@@ -11,10 +11,10 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 
 import timm_nf
 from tests.support.published import CARD, create, logits
+from tests.support.saving import save_for_hf
 from tests.support.stand_in_hub import Answer
 from timm_nf.verify.golden import golden_params
 

@@ -30,9 +30,13 @@ def test_contenders_are_what_this_machine_can_run(monkeypatch):
     ]
     assert "timm_nf" not in bench.contenders("nf_resnet50", 1, 64)
     assert "stock" not in bench.contenders("nfnet_f7_plus", 1, 64)
+    assert bench.left_out() == {}
     monkeypatch.setattr(bench, "bfloat16_is_fast", lambda device: False)
     monkeypatch.setattr(bench.export, "onnx_is_installed", lambda: False)
-    assert list(bench.contenders("nfnet_f0", 1, 64)) == everything[:6] + everything[7:8]
+    with bench.inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert list(bench.contenders("nfnet_f0", 1, 64)) == everything[:6]
+        assert list(bench.left_out()) == everything[6:]
+    assert list(bench.left_out("cuda")) == ["fused, bfloat16", *everything[8:]]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,14 @@ def test_the_command_prints_ratios_to_the_first_row(small, capsys):
     assert lines[1].endswith("1.00x")
     assert [line for line in lines if line.startswith("fused, channels_last")]
     assert any("batch 1, 64 px, cpu" in line for line in lines)
+
+
+def test_the_command_names_what_it_leaves_out_and_why(small, capsys, monkeypatch):
+    monkeypatch.setattr(bench.torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    main(["bench", "nfnet_f0", "--size", "64", "--repeats", "3", "--json"])
+    printed = capsys.readouterr()
+    assert "left out: fused, bfloat16: the CPU has no bfloat16 instructions" in printed.err
+    assert "fused, bfloat16" not in json.loads(printed.out)["milliseconds"]
 
 
 def test_the_command_prints_json(small, capsys):

@@ -7,20 +7,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import nn
 
-import timm_nf
+from tests.support.exports import OVERLAY, fused, refused
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, NETS, build, create, state_dict
 from timm_nf.cli import main
 from timm_nf.inference import export
-
-OVERLAY = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64), "label_names": [f"label {i}" for i in range(10)]}}
-
-
-def fused(family="NFNet", **kwargs):
-    """A small network with parameters that make every part of it matter, fused."""
-    return timm_nf.fuse(build(family, torch.float32, **OVERLAY, **kwargs))
 
 
 def read(file):
@@ -225,19 +218,13 @@ def test_a_folder_without_a_license_and_a_fused_network_of_timms_are_refused(net
     code, line = refused(net, "-o", tmp_path / "fused", capsys=capsys)
     assert code == 1
     assert "a license is required" in line
-    stock = timm.create_model("nf_resnet50", depths=(1, 1), channels=(32, 48), num_classes=4, **OVERLAY)
-    save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    args = {"depths": (1, 1), "channels": (32, 48)}
+    stock = timm.create_model("nf_resnet50", num_classes=4, **args, **OVERLAY)
+    save_for_hf(stock, tmp_path / "stock", model_args=args, safe_serialization=True)
     code, line = refused(tmp_path / "stock", "-o", tmp_path / "fused", "--license", "mit", capsys=capsys)
     assert code == 1
     assert "timm-nf export" in line
     assert not (tmp_path / "fused").exists()
-
-
-def refused(*argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *map(str, argv)])
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("timm-nf: error"))
-    return stop.value.code, line
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 import timm_nf
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, relative_error, state_dict
 from timm_nf.layers import GateConv2d, SameConv2d, ScaledStdConv2d
 from timm_nf.layers.standardize import standardize_weight

@@ -1,10 +1,6 @@
-"""Fused networks under TorchScript, torch.compile, torch.export and tracing."""
-
-import io
-from typing import Any
+"""Fused networks under torch.compile, torch.export and tracing."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -12,52 +8,6 @@ import timm_nf
 from tests.support.small_nets import FAMILIES, SHORT, batch, build, relative_error
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-# TorchScript is deprecated but what older deployments load; torch says so at every call.
-TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning")
-
-
-@TORCHSCRIPT
-@EACH_FAMILY
-@pytest.mark.parametrize("fuse", [timm_nf.fuse, timm.utils.reparameterize_model], ids=["fuse", "reparameterize_model"])
-def test_scripts_saves_and_loads_at_any_size(family: str, fuse: Any) -> None:
-    model = build(family)
-    scripted = torch.jit.script(fuse(model))
-    buffer = io.BytesIO()
-    torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    for other in (scripted, torch.jit.load(buffer)):
-        for size in ((1, 64, 64), (3, 33, 47), (2, 70, 51)):
-            assert relative_error(other(batch(*size)), model(batch(*size))) < 1e-12
-
-
-@TORCHSCRIPT
-def test_scripts_in_training_mode_with_stochastic_depth_and_checkpointing_asked_for() -> None:
-    fused, x = timm_nf.fuse(build("NFNet", drop_path_rate=0.5).train()), batch(4)
-    fused.set_grad_checkpointing()
-    scripted = torch.jit.script(fused)
-    fused.set_grad_checkpointing(False)
-    outputs = []
-    for network in (fused, scripted):
-        torch.manual_seed(1)
-        outputs.append(network(x))
-    assert relative_error(outputs[1], outputs[0]) < 1e-12
-    assert relative_error(scripted(x), outputs[1]) > 1e-3  # other draws
-
-
-@TORCHSCRIPT
-@pytest.mark.parametrize("act", ["identity", "gelu", "silu", "relu", "relu6", "celu", "softplus", "sigmoid", "tanh"])
-def test_scripts_with_every_kind_of_activation(act: str) -> None:
-    model = build("NF_ResNet", act_layer=act)
-    assert relative_error(torch.jit.script(timm_nf.fuse(model))(batch()), model(batch())) < 1e-12
-
-
-@TORCHSCRIPT
-@EACH_FAMILY
-def test_freezing_for_inference_computes_the_same(family: str) -> None:
-    model, x = build(family, torch.float32), batch(dtype=torch.float32)
-    frozen = torch.jit.freeze(torch.jit.script(timm_nf.fuse(model)))
-    for _ in range(3):  # the second call specialises
-        assert relative_error(frozen(x), model(x)) < 1e-5
 
 
 @EACH_FAMILY

@@ -8,18 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 
-import timm_nf
+from tests.support.exports import OVERLAY, fused, refused
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, build, create
 from timm_nf.cli import main
 from timm_nf.inference import int8, named
-
-OVERLAY = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64), "label_names": [f"label {i}" for i in range(10)]}}
-
-
-def fused(family="NFNet", **kwargs):
-    return timm_nf.fuse(build(family, torch.float32, **OVERLAY, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +118,6 @@ def test_a_picture_that_cannot_be_read_is_named_and_leaves_nothing(pictures, tmp
 
 
 # The command
-
-
-def refused(*argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *map(str, argv)])
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("timm-nf: error"))
-    return stop.value.code, line
 
 
 def test_the_command_prints_what_was_compared(pictures, tmp_path, capsys):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import reference_nfnet as reference
 from tests.support.small_nets import relative_error
+from tests.support.standardisation import mixed_rows
 from timm_nf.layers import ScaledStdConv2d
 from timm_nf.layers.standardize import destandardize_weight, standardize_weight
 
@@ -36,16 +37,6 @@ ROUTES = pytest.mark.parametrize("route", [plain, other], ids=["cpu", "elsewhere
 def gain_like(weight: Tensor, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 1 + 0.3 * torch.randn(weight.shape[0], 1, 1, 1, generator=generator, dtype=weight.dtype)
-
-
-def mixed_rows(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Ordinary, floored, constant, zero and mean-heavy rows, (5, 3, 2, 2)."""
-    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight[1] *= 1e-3
-    weight[2] = 0.5
-    weight[3] = 0
-    weight[4] += 100
-    return weight.to(dtype)
 
 
 def numpy_formula(weight: Tensor, gain: Tensor, eps: float = 1e-4) -> np.ndarray:
@@ -272,6 +263,19 @@ def test_symbolic_tracing_records_a_single_call() -> None:
     for size in (7, 8):  # padding follows the size, it is not a constant of the trace
         x = torch.randn(2, 4, size, size)
         assert torch.equal(traced(x), conv(x))
+
+
+def test_symbolic_tracing_takes_a_layer_of_ones_own_that_calls_the_formula() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.gain = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ standardize_weight(self.weight, gain=self.gain, scale=1.7).T
+
+    own, x = Own(), torch.randn(2, 3)
+    assert torch.equal(torch.fx.symbolic_trace(own)(x), own(x))
 
 
 class _LargeResults(TorchDispatchMode):

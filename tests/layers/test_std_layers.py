@@ -268,14 +268,15 @@ def test_what_compiles_and_exports_gives_the_same(case: Case) -> None:
 
 @pytest.mark.parametrize("case", slow_but_for_kinds())
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # torch's own
-def test_torchscript_of_a_trace_and_of_the_fused_layer_gives_the_same(case: Case) -> None:
+def test_torchscript_of_a_trace_of_the_layer_and_of_the_fused_one_gives_the_same(case: Case) -> None:
     layer, x = case.build().eval(), case.input()
     traced: Any = torch.jit.trace(layer, (x,))
     torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=1e-12)
-    scripted: Any = torch.jit.script(timm_nf.fuse(layer))
-    for size in (6, 7):
-        x = case.input(size=size)
-        torch.testing.assert_close(scripted(x), layer(x), rtol=0, atol=1e-12)
+    for module in (layer, timm_nf.fuse(layer)):
+        scripted: Any = torch.jit.script(module)
+        for size in (6, 7):
+            x = case.input(size=size)
+            torch.testing.assert_close(scripted(x), layer(x), rtol=0, atol=1e-12)
 
 
 @EACH

@@ -216,6 +216,12 @@ def test_dilation_follows_the_strides_that_became_one() -> None:
     assert dilations == [(1, 1, 1), (1, 1, 2), (1, 1, 1), (1, 2, 1), (2, 4, 1)]
 
 
+def test_the_callers_feature_cfg_is_taken() -> None:
+    model = create("NFNet", features_only=True, feature_cfg={"feature_cls": "getter", "out_indices": (1,)})
+    assert type(model).__name__ == "FeatureGetterNet"
+    assert [feature.shape for feature in model(torch.zeros(1, 3, 32, 32))] == [(1, 32, 8, 8)]
+
+
 @EACH_FAMILY
 def test_features_only_gives_the_intermediates_of_every_stage(family: str) -> None:
     full, x = build(family), batch(1, 97, 75)

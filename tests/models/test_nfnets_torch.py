@@ -49,6 +49,17 @@ def test_symbolic_trace_computes_the_same_at_other_sizes(family: str) -> None:
         assert torch.equal(traced(batch(*size)), model(batch(*size)))
 
 
+def test_a_symbolic_trace_is_transformed_pickled_and_traced_again() -> None:
+    model, x = build(SHORT["NF_ResNet"], drop_path_rate=0.9).train(), batch(4, 32, 32)
+    traced = torch.fx.symbolic_trace(model)
+    again = [torch.fx.Transformer(traced).transform(), pickle.loads(pickle.dumps(traced)), copy.deepcopy(traced)]
+    torch.manual_seed(0)
+    expected = model(x)
+    for module in map(torch.fx.symbolic_trace, again):
+        torch.manual_seed(0)
+        assert relative_error(module(x), expected) < 1e-12
+
+
 @EACH_FAMILY
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_to_one_graph(family: str, training: bool) -> None:

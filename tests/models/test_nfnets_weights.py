@@ -14,10 +14,10 @@ import timm
 import timm.models.nfnet  # timm's own networks, whose registry names ours replace
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_for_hf
 from torch import nn
 
 from tests.support import GOLDEN
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, NAMES, NETS, batch, build, create, keywords, relative_error, state_dict
 from timm_nf.diagnostics import signal_stats
 from timm_nf.models.nfnets import checkpoint_filter_fn

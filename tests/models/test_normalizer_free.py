@@ -57,17 +57,44 @@ def norms(model: nn.Module) -> list[str]:
 # --- the variance ---
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def without_borders(model: nn.Module) -> nn.Module:
+    """The same network with circular padding: behind zeros a border has less variance than the rest."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            sizes = m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+            m.__init__(*sizes, m.bias is not None, "circular")
+    return model
+
+
+def deviations(build: Callable[[], nn.Module], images: tuple[int, ...], draws: int) -> dict[str, float]:
+    """Measured by analytic variance behind each block, minus 1, in the mean of several draws of the weights."""
+    total: dict[str, float] = {}
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        network = timm_nf.normalizer_free(build())
+        open_branches(network)
+        rows = signal_stats(network, torch.randn(images))
+        assert len(rows) == 1 + sum(isinstance(m, ResidualBlock) for m in network.modules())
+        for row in rows[1:]:
+            total[row["name"]] = total.get(row["name"], 0.0) + (row["avg_var"] / row["expected_var"] - 1) / draws
+    return total
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_signals_at_initialisation_follow_the_analytic_variance(name: str) -> None:
-    network = timm_nf.normalizer_free(NETWORKS[name]())
-    open_branches(network)
-    rows = signal_stats(network, torch.randn(4, 3, 224, 224))
-    assert len(rows) == 1 + sum(isinstance(m, ResidualBlock) for m in network.modules())
-    for row in rows[1:]:
-        assert row["avg_var"] == pytest.approx(row["expected_var"], rel=0.15), row["name"]
-    deviation = sum(abs(row["avg_var"] / row["expected_var"] - 1) for row in rows[1:]) / len(rows[1:])
-    assert deviation < 0.07
+    found = deviations(lambda: without_borders(NETWORKS[name]()), (4, 3, 128, 128), draws=3)
+    # The gate of squeeze-excite has a variance of its own, which every block adds.
+    assert max(map(abs, found.values())) < (0.1 if "regnet" in name else 0.05), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zeros_around_a_picture_take_variance_from_small_feature_maps(name: str) -> None:
+    found = deviations(NETWORKS[name], (4, 3, 224, 224), draws=1)
+    *_, last = found.values()
+    assert -0.15 < last < 0, found
+    assert max(map(abs, found.values())) < 0.15, found
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +260,7 @@ def test_it_trains_with_agcsgd_on_the_demos_digits() -> None:
     from timm_nf.demo import MEAN, STD, load_digits
 
     torch.manual_seed(0)
-    network = timm_nf.normalizer_free(timm.create_model("resnet18", in_chans=1, num_classes=10))
+    network = timm_nf.normalizer_free(timm.create_model("resnet18d", in_chans=1, num_classes=10))
     pixels, labels = load_digits()
     order = torch.randperm(len(labels))[:1000]
     x, y = (pixels[order].float() / 255 - MEAN) / STD, labels[order]

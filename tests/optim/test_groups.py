@@ -1,6 +1,5 @@
 import pytest
 import timm
-import timm.task
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -64,33 +63,47 @@ def test_models_without_get_classifier_are_asked_for_their_configured_name():
     assert names_of(model, classifier_weights(model)) == {"0.weight"}
 
 
-def wrapped_models(model):
+WRAPPERS = {
+    "plain": lambda model: model,
+    "distributed": Wrapper,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "distributed and compiled": lambda model: Wrapper(torch.compile(model, backend="eager")),
+    "compiled and distributed": lambda model: torch.compile(Wrapper(model), backend="eager"),
+}
+
+
+def tasks(timm_task, model):
     teacher = small_model()
     kwargs = {"criterion": nn.CrossEntropyLoss(), "verbose": False}
-    feature = timm.task.FeatureDistillationTask(model, teacher, distill_loss_weight=1.0, **kwargs)
-    logit = timm.task.LogitDistillationTask(model, teacher, **kwargs)
-    compiled = torch.compile(model, backend="eager")
+    feature = timm_task.FeatureDistillationTask(model, teacher, distill_loss_weight=1.0, **kwargs)
     return {
-        "plain": model,
-        "distributed": Wrapper(model),
-        "compiled": compiled,
-        "distributed and compiled": Wrapper(compiled),
-        "compiled and distributed": torch.compile(Wrapper(model), backend="eager"),
-        "task": timm.task.ClassificationTask(model, **kwargs),
-        "logit distillation": logit,
+        "task": timm_task.ClassificationTask(model, **kwargs),
+        "logit distillation": timm_task.LogitDistillationTask(model, teacher, **kwargs),
         "feature distillation": feature,
         "what train.py optimizes": feature.get_trainable_module(),
         "the same, distributed": Wrapper(feature.get_trainable_module()),
     }
 
 
-@pytest.mark.parametrize("wrapping", list(wrapped_models(small_model())))
-def test_the_classifier_is_found_inside_every_wrapper(wrapping):
-    model = small_model()
-    wrapped = wrapped_models(model)[wrapping]
+def assert_the_classifier_is_found(wrapped, model):
     assert names_of(model, classifier_weights(wrapped)) == {"fc.weight"}
     (exempt,) = [g for g in param_groups_agc(wrapped) if "clip_factor" in g]
     assert [id(p) for p in exempt["params"]] == [id(model.fc.weight)]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPERS)
+def test_the_classifier_is_found_inside_every_wrapper(wrapping):
+    model = small_model()
+    assert_the_classifier_is_found(WRAPPERS[wrapping](model), model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["task", "logit distillation", "feature distillation", "what train.py optimizes", "the same, distributed"],
+)
+def test_the_classifier_is_found_inside_every_task(name, timm_task):
+    model = small_model()
+    assert_the_classifier_is_found(tasks(timm_task, model)[name], model)
 
 
 def test_the_classifier_is_found_inside_an_average_of_the_weights():

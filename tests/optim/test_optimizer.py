@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import timm.optim
-import timm.task
 import timm.utils
 import torch
 from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers

@@ -67,17 +67,17 @@ def test_an_environment_gets_its_pins_runs_the_tests_and_is_deleted(page, tmp_pa
         report = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
         for file in report:
             (tmp_path / ".cache" / "versions" / "timm-oldest").mkdir(parents=True, exist_ok=True)
-            Path(file).write_text(REPORT)
+            Path(file).write_text(REPORT, encoding="utf-8")
         return SimpleNamespace(stdout=json.dumps(VERSIONS))
 
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(
-        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.20", "huggingface_hub": "2", "numpy": "2"}
+        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.22", "huggingface_hub": "2", "numpy": "2"}
     )
     monkeypatch.setattr(script.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
     monkeypatch.setattr(script.subprocess, "run", fake_run)
     assert script.main(["--only", "timm, oldest", "--", "tests/layers"]) == 1  # two tests failed
-    assert "timm==1.0.20" in commands[0]
+    assert "timm==1.0.22" in commands[0]
     assert "tests/layers" in commands[-1]
     assert not list((tmp_path / ".cache" / "versions").iterdir())
     assert "- timm, oldest: only `tests/layers`." in page.read_text()

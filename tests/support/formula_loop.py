@@ -63,3 +63,9 @@ def differences(model, expected):
     return {
         name: ((p - expected[name]).norm() / expected[name].norm().clamp(1e-3)).item() for name, p in actual.items()
     }
+
+
+def assert_equal(model, other):
+    """Fail at the first parameter that is not the same to the bit."""
+    for name, p in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), p), name

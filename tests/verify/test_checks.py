@@ -79,6 +79,14 @@ def test_device_without_float64_is_not_counted_as_passed(monkeypatch):
     assert [verdict.ok for verdict in checks._forward_checks("dm_nf_regnet_b0", CPU)] == [None, True, True, True]
 
 
+@pytest.mark.slow
+def test_without_float64_training_steps_are_compared_in_float32(monkeypatch):
+    monkeypatch.setattr(checks, "_has_float64", lambda device: False)
+    results = list(checks._step_checks(CPU))
+    assert [verdict.name for verdict in results if "float32" in verdict.name] == [verdict.name for verdict in results]
+    assert all(verdict.ok for verdict in results), results
+
+
 def test_not_a_number_fails():
     assert checks._at_most("x", math.nan, 1.0).ok is False
 

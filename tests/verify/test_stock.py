@@ -196,7 +196,7 @@ def test_weights_without_pictures_are_refused(trained):
         (["--checkpoint", "FILE"], 2, "--imagenet-val"),
         (["--use-ema", "--imagenet-val", "."], 2, "--checkpoint"),
         (["--checkpoint", "nowhere.pt", "--imagenet-val", "."], 2, "nowhere.pt"),
-        (["--checkpoint", __file__, "--imagenet-val", "."], 1, "is not read"),
+        (["--checkpoint", __file__, "--imagenet-val", "."], 1, "is no file of weights"),
     ],
 )
 def test_bad_input_is_one_line(argv, code, message, trained, only_checkpoint, capsys):

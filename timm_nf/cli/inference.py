@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from timm.models import is_model
 from torch import nn
 
+from .._text import quoted
 from ..inference.bench import Timing
 from .options import (
     CheckpointFile,
@@ -28,12 +30,27 @@ from .options import (
     note_left_out,
     writable,
 )
-from .terminal import complain, console, examples, note, print_facts, print_line, print_table, track, typer
+from .terminal import (
+    complain,
+    console,
+    examples,
+    file_sizes,
+    note,
+    print_facts,
+    print_line,
+    print_table,
+    track,
+    typer,
+    warn,
+)
 
 __all__ = ["commands"]
 
 commands = typer.Typer()
 """The typer application of classify, export and bench."""
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
 @commands.command(
@@ -61,74 +78,75 @@ def export(
     int8: Annotated[
         Path | None,
         typer.Option(
-            "--int8", metavar="PICTURES", help="Convolutions in int8, by a folder of pictures.", parser=existing_folder
+            "--int8",
+            metavar="PICTURES",
+            help="Store convolutions in int8. The ranges come from a folder of pictures.",
+            parser=existing_folder,
         ),
     ] = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Instead of the published: to time what is not trained yet.")
+        bool, typer.Option("--random-weights", help="Take random weights, to time an untrained network.")
     ] = False,
 ) -> None:
     """Bake standardised weights into plain convolutions and write the network for another run time.
 
-    What was written is reloaded and compared with PyTorch on a photograph before it takes the file's name. A folder
-    gets Hub layout (safetensors, config, card), which timm loads as the same architecture with `fused=True`; its card
-    needs a --license, which is known for published weights. Without --dtype the file is in float32.
+    The file is read back and compared with PyTorch on a photograph before it gets its name. A folder gets Hub layout
+    (safetensors, config, card). timm loads it as the same architecture with `fused=True`. Its card needs a --license,
+    which is known for published weights. Without --dtype the weights are float32.
 
-    With --int8 a part of the pictures gives onnxruntime the ranges of activations, and int8 is compared with float32 on
-    the rest.
+    With --int8, onnxruntime measures the ranges of activations on a part of the pictures. The rest compares int8 with
+    float32.
     """
-    if random_weights and (checkpoint or not _is_registered(network)):
-        raise typer.BadParameter("--random-weights is for a network by its name alone, without --checkpoint")
-    if int8 and (out.suffix != ".onnx" or dynamic_size or dtype):
-        raise typer.BadParameter("--int8 is for a file that ends in .onnx, without --dynamic-size and --dtype")
-    dtype = dtype or torch.float32
-    is_folder = _is_folder(out)
-    if _is_registered(network):
-        _require_fusable(network)
-    if is_folder:
-        if size or dynamic_batch or dynamic_size:
-            raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
-        if random_weights:
-            raise typer.BadParameter("a folder is for weights: with --random-weights, give a file to --out")
-        loaded = load_network(network, checkpoint, use_ema)
+    if random_weights:
+        _require_registered_alone(network, checkpoint)
+    if int8:
+        _require_plain_onnx(out, dynamic_size, dtype)
+    to_folder = _is_folder(out)
+    if to_folder:
+        _require_whole_network(size, dynamic_batch or dynamic_size, random_weights)
+    _require_fusable(network)
+    loaded = _with_random_weights(network) if random_weights else load_network(network, checkpoint, use_ema)
+    metadata: dict[str, str] = {}
+    if random_weights:
+        metadata["weights"] = "random"
+    if to_folder:
         if license is None and checkpoint is None and not Path(network).is_dir():
             license = _published_license(loaded.network)
-        _export_folder(loaded.network, loaded.weights, out, license, dtype)
-        return
-    loaded = _with_random_weights(network) if random_weights else load_network(network, checkpoint, use_ema)
-    metadata = {"weights": "random"} if random_weights else {}
-    if int8:
-        _export_int8(loaded.network, loaded.weights, out, int8, size, dynamic_batch, metadata)
+        _export_folder(loaded, out, license, dtype or torch.float32)
+    elif int8:
+        _export_int8(loaded, out, int8, size, dynamic_batch, metadata)
     else:
-        _export_file(loaded.network, loaded.weights, out, size, dynamic_batch, dynamic_size, dtype, metadata)
-
-
-def _is_registered(network: str) -> bool:
-    from timm.models import is_model
-
-    return is_model(network.partition(".")[0]) and not Path(network).is_dir()
+        _export_file(loaded, out, size, dynamic_batch, dynamic_size, dtype or torch.float32, metadata)
 
 
 def _require_fusable(network: str) -> None:
-    """Refuse a network that has nothing to fuse, before its weights are fetched.
-
-    Raises:
-        typer.BadParameter: which `main` prints in one line, with exit code 2.
-    """
+    """Refuse a network by its name that has nothing to fuse, before its weights are fetched."""
     from ..checkpoint import skeleton
     from ..inference.fuse import fuse
 
+    if Path(network).is_dir() or not is_model(network.partition(".")[0]):
+        return
     try:
         fuse(skeleton(network))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def _with_random_weights(network: str) -> Loaded:
-    from ..inference.named import random_model
+def _require_registered_alone(network: str, checkpoint: Path | None) -> None:
+    if checkpoint or not is_model(network.partition(".")[0]):
+        raise typer.BadParameter("--random-weights is for a network by its name alone, without --checkpoint")
 
-    with console(stderr=True).status(f"building {network}"):
-        return Loaded(random_model(network), "random, of no use but to time the network")
+
+def _require_plain_onnx(out: Path, dynamic_size: bool, dtype: torch.dtype | None) -> None:
+    if out.suffix != ".onnx" or dynamic_size or dtype:
+        raise typer.BadParameter("--int8 is for a file that ends in .onnx, without --dynamic-size and --dtype")
+
+
+def _require_whole_network(size: int | None, dynamic: bool, random_weights: bool) -> None:
+    if size or dynamic:
+        raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
+    if random_weights:
+        raise typer.BadParameter("a folder is for weights: with --random-weights, give a file to --out")
 
 
 def _is_folder(out: Path) -> bool:
@@ -149,30 +167,43 @@ def _is_folder(out: Path) -> bool:
     return is_folder
 
 
+def _with_random_weights(network: str) -> Loaded:
+    from ..inference.named import random_model
+
+    with console(stderr=True).status(f"building {network}"):
+        return Loaded(random_model(network), "random, of no use but to time the network")
+
+
 def _published_license(network: nn.Module) -> str | None:
     cfg: dict[str, str | None] = getattr(network, "pretrained_cfg", {})
     return cfg.get("license")
 
 
-def _export_folder(network: nn.Module, weights: str, out: Path, license: str | None, dtype: torch.dtype) -> None:
+def _fused(network: nn.Module) -> nn.Module:
+    """The network with plain convolutions: itself if it has them already."""
+    from ..inference.fuse import fuse
+
+    return network if getattr(network, "fused", False) else fuse(network)
+
+
+def _export_folder(loaded: Loaded, out: Path, license: str | None, dtype: torch.dtype) -> None:
     from ..hub.folder import write_folder
     from ..inference.fuse import fuse
 
     with console(stderr=True).status("fusing, writing, reading back"):
-        written = write_folder(fuse(network), out, card={"license": license}, dtype=dtype)
+        written = write_folder(fuse(loaded.network), out, card={"license": license}, dtype=dtype)
     print_facts(
         [
-            ("weights", weights),
+            ("weights", loaded.weights),
             *written.checks,
-            *(("file", f"{name}, {size:,} bytes") for name, size in written.files.items()),
-            ("load it with", f'timm.create_model("local-dir:{out}", pretrained=True)'),
+            *file_sizes(written.files),
+            ("load it with", f"timm.create_model({quoted(f'local-dir:{out}')}, pretrained=True)"),
         ]
     )
 
 
 def _export_file(
-    network: nn.Module,
-    weights: str,
+    loaded: Loaded,
     out: Path,
     size: int | None,
     dynamic_batch: bool,
@@ -180,14 +211,14 @@ def _export_file(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
+    from ..inference.bench import bfloat16_is_fast
     from ..inference.export import SUFFIXES, write
-    from ..inference.fuse import fuse
 
+    if dtype is torch.bfloat16 and not bfloat16_is_fast():
+        warn("this CPU has no bfloat16 instructions, and takes longer in bfloat16 than in float32")
     with console(stderr=True).status("exporting"):
-        if not getattr(network, "fused", False):
-            network = fuse(network)
         checks = write(
-            network,
+            _fused(loaded.network),
             out,
             size=size,
             dynamic_batch=dynamic_batch,
@@ -196,12 +227,12 @@ def _export_file(
             metadata=metadata,
         )
     print_table(("check", "measured"), [(check.name, check.measured) for check in checks])
-    print_facts([("weights", weights), ("wrote", f"{out}, {out.stat().st_size / 1e6:.1f} MB, {SUFFIXES[out.suffix]}")])
+    written = f"{out}, {out.stat().st_size / 1e6:.1f} MB, {SUFFIXES[out.suffix]}"
+    print_facts([("weights", loaded.weights), ("wrote", written)])
 
 
 def _export_int8(
-    network: nn.Module,
-    weights: str,
+    loaded: Loaded,
     out: Path,
     pictures: Path,
     size: int | None,
@@ -209,14 +240,13 @@ def _export_int8(
     metadata: Mapping[str, str],
 ) -> None:
     from ..env import machine
-    from ..inference.fuse import fuse
     from ..inference.images import find_images
     from ..inference.int8 import write
 
     images = find_images([pictures])
     note_left_out(images)
     found = write(
-        network if getattr(network, "fused", False) else fuse(network),
+        _fused(loaded.network),
         images.pictures,
         out,
         size=size,
@@ -227,7 +257,7 @@ def _export_int8(
     ratio = found.float_milliseconds / found.milliseconds
     print_facts(
         [
-            ("weights", weights),
+            ("weights", loaded.weights),
             ("pictures", f"{found.calibrated} to calibrate, {found.compared} others to compare with float32"),
             ("same best class", f"{100 * found.same_class:.1f} % of these"),
             ("logits", f"relative error {found.error:.1e}"),
@@ -240,35 +270,42 @@ def _export_int8(
     )
 
 
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
 @commands.command(epilog=examples("bench nfnet_f0", "bench nf_resnet50 --size 224 --batch 8 --json"))
 def bench(
     network: RegisteredNetwork,
     checkpoint: CheckpointFile = None,
     use_ema: UseEma = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
-    size: Annotated[int, typer.Option(min=1, help="Their height and width.")] = 192,
-    repeats: Annotated[int, typer.Option(min=3, help="Timed forward passes of each, in turn.")] = 11,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 192,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="Timed forward passes of each version. Versions take turns.")
+    ] = 11,
     device: FastestDevice = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Time inference on this machine: timm's network, ours, fused, in bfloat16, compiled, in onnxruntime, in int8.
 
-    The weights are random: they do not change the times. With a --checkpoint, the network that was trained is timed,
-    with its classes and arguments. The network is one of ours, or of timm's with standardised convolutions.
+    The weights are random: they do not change the times. With a --checkpoint, the trained network is timed, with its
+    classes and arguments. The network is one of ours, or one of timm's with standardised convolutions.
     """
     from ..env import machine
-    from ..inference.bench import contenders, time_inference
+    from ..inference.bench import contenders, left_out, time_inference
 
     device = device or fastest()
-    trained = None
+    trained: nn.Module | None = None
+    weights = "random"
     if checkpoint or use_ema:
-        trained = load_network(network, checkpoint, use_ema)
+        trained, weights = load_network(network, checkpoint, use_ema)
     try:
-        work = contenders(network, batch, size, device, trained.network if trained else None)
+        work = contenders(network, batch, size, device, trained)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    for label, why in left_out(device).items():
+        note(f"left out: {label}: {why}")
     timings = time_inference(work, repeats, device, track)
-    weights = trained.weights if trained else "random"
     if as_json:
         facts = {"model": network, "weights": weights, "batch": batch, "size": size, "device": device}
         facts["machine"] = machine()
@@ -294,6 +331,9 @@ def _print_timings(timings: Mapping[str, Timing]) -> None:
     print_table(columns, cells, right=columns[1:])
 
 
+# -- classify ----------------------------------------------------------------------------------------------------------
+
+
 @commands.command(
     epilog=examples("classify cat.jpg holiday/ --topk 3", "classify 7.png --model local-dir:demo_output/model")
 )
@@ -302,14 +342,14 @@ def classify(
     model: NetworkOption = "nfnet_f0.dm_in1k",
     checkpoint: CheckpointFile = None,
     use_ema: UseEma = False,
-    topk: Annotated[int, typer.Option(min=1, help="Classes to show of each picture.")] = 5,
+    topk: Annotated[int, typer.Option(min=1, help="Classes to show for each picture.")] = 5,
     device: Device = "cpu",
 ) -> None:
     """Classify pictures.
 
-    All formats are read that Pillow opens by itself. The orientation in EXIF is applied, and what is transparent shows
-    white. Files of other kinds in a folder are counted on stderr. A picture that cannot be read is reported there and
-    the others go on; the exit code is then 1.
+    Every format is read that Pillow opens by itself. The orientation in EXIF is applied. Transparent pixels are white.
+    Files of other kinds in a folder are counted on stderr. A picture that cannot be read is reported on stderr, the
+    others are classified, and the exit code is 1.
     """
     from ..inference.classify import classify
     from ..inference.images import find_images

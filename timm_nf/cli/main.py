@@ -1,4 +1,4 @@
-"""The `timm-nf` command: arguments in, tables out. What it prints, the other modules compute."""
+"""The `timm-nf` command: puts all commands together, runs one, and turns errors into one line and an exit code."""
 
 import inspect
 import io
@@ -14,7 +14,7 @@ from .terminal import complain, typer
 
 __all__ = ["app", "main"]
 
-_INTERRUPTED = 130  # as shells have it
+_INTERRUPTED = 130  # the exit code that shells give
 
 app = typer.Typer(
     name="timm-nf",
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 def _paragraphs(text: str) -> str:
-    """A docstring without the line breaks inside its paragraphs, which typer would keep."""
+    """A docstring without the line breaks inside its paragraphs. typer would keep them."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
@@ -58,23 +58,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with code 1 if the work failed, 2 if the command line was wrong and 130 if it was interrupted.
+
+    Examples:
+        >>> main(["recipe", "nfnet_f0", "--kind", "finetune"])
+        # nfnet_f0, fine-tuning...
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments  # anywhere, so that it can be added to the end of what failed
+    debug = "--debug" in arguments  # anywhere, so that people can add it at the end of the line that failed
     arguments = [argument for argument in arguments if argument != "--debug"]
-    stdout: object = sys.stdout
-    if isinstance(stdout, io.TextIOWrapper):
-        # A label that the terminal's encoding lacks is escaped.
-        cast("io.TextIOWrapper[Any]", stdout).reconfigure(errors="backslashreplace")
-    if debug:
-        logging.basicConfig()
-        logging.getLogger("timm_nf").setLevel(logging.DEBUG)
-    else:  # it announces every retry of a download; what became of it is ours to say, in one line
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _escape_unprintable()
+    _set_log_levels(debug)
     command: Callable[..., Any] = app
     try:
         code = command(arguments or ["--help"], prog_name="timm-nf", standalone_mode=False)
-    except typer.TyperException as error:  # what typer raises of its own is about the command line
+    except typer.TyperException as error:  # typer's own errors are about the command line
         message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
         complain(f"{message} (see timm-nf --help)")
         raise SystemExit(2) from None
@@ -85,14 +82,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         complain(_one_line(error))
         raise SystemExit(1) from None
-    if code == _INTERRUPTED:  # which typer returns as well
+    if code == _INTERRUPTED:  # typer returns it too
         print("timm-nf: interrupted", file=sys.stderr)
     if code:
         raise SystemExit(code)
 
 
+def _escape_unprintable() -> None:
+    """Escape characters that the terminal's encoding lacks, for example in labels. Python would raise an error."""
+    stdout: object = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        cast("io.TextIOWrapper[Any]", stdout).reconfigure(errors="backslashreplace")
+
+
+def _set_log_levels(debug: bool) -> None:
+    if debug:
+        logging.basicConfig()
+        logging.getLogger("timm_nf").setLevel(logging.DEBUG)
+    else:  # the Hub's client logs every retry of a download; our one line says how it ended
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def _one_line(error: Exception) -> str:
-    """What an error says, and of the operating system's the file and no number."""
+    """The error's text. For an operating system's error, the file and the text without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or reason(error)

@@ -1,4 +1,4 @@
-"""The commands of `timm-nf` that print what there is: list, info, recipe."""
+"""The commands of `timm-nf` that print what is known of our networks: list, info, recipe."""
 
 from dataclasses import fields
 from typing import Annotated
@@ -47,8 +47,8 @@ def info(name: Variant) -> None:
             ("parameters", f"{params:,}"),
             ("multiply-adds", f"{macs / 1e9:.3f} G at {variant.train_size} px"),
             ("train / test size", f"{variant.train_size} / {variant.test_size} px"),
-            ("dropout", f"{variant.drop_rate} in the paper's recipe, 0 unless asked for"),
-            ("stochastic depth", _stochastic_depth(name)),
+            ("dropout", _in_recipe(variant.drop_rate)),
+            ("stochastic depth", _in_recipe(_stochastic_depth(name))),
             ("RandAugment", _rand_augment(variant.rand_augment)),
             ("weights", weights),
             *((f"config {field.name}", str(getattr(variant.cfg, field.name))) for field in fields(variant.cfg)),
@@ -58,12 +58,15 @@ def info(name: Variant) -> None:
     )
 
 
-def _stochastic_depth(name: str) -> str:
-    """The rate in the recipe from scratch, or else in the one that there is."""
+def _in_recipe(rate: float) -> str:
+    return f"{rate} in the paper's recipe, 0 unless asked for"
+
+
+def _stochastic_depth(name: str) -> float:
+    """The rate in the network's first recipe: the one from scratch, if there is one."""
     from ..recipes import purposes, settings
 
-    rate = settings(name, purposes(name)[0])["drop_path"]
-    return f"{rate} in the paper's recipe, 0 unless asked for"
+    return settings(name, purposes(name)[0])["drop_path"]
 
 
 def _rand_augment(magnitude: int | None) -> str:
@@ -77,21 +80,21 @@ def _rand_augment(magnitude: int | None) -> str:
 )
 def recipe(
     name: Variant,
-    kind: Annotated[str, typer.Option(help="scratch, finetune or small-batch.")] = "scratch",
-    world_size: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
+    purpose: Annotated[str, typer.Option("--kind", help="scratch, finetune or small-batch.")] = "scratch",
+    world_size: Annotated[int, typer.Option(min=1, help="Processes that share each batch.")] = 1,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Of all processes together; the learning rate follows, but an NF-RegNet's."),
+        typer.Option(min=1, help="Batch size of all processes; the learning rate follows it, except in NF-RegNets."),
     ] = None,
 ) -> None:
     """Print a paper's training settings as a file for timm's train.py --config.
 
-    Its first lines say what train.py cannot express, and how to test the result as the authors do.
+    The file's first lines say what train.py cannot express, and how to test the result as the authors do.
     """
     from ..recipes import as_yaml
 
     try:
-        text = as_yaml(name, kind, world_size, batch_size)
+        text = as_yaml(name, purpose, world_size, batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     print(text, end="")

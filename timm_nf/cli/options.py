@@ -8,9 +8,11 @@ import torch
 from timm.models import is_model
 from torch import nn
 
+from .._accelerator import accelerators
+from .._dtypes import dtype_name
 from ..checkpoint import Checkpoint, read
 from ..inference.images import Found
-from ..inference.named import canonical_name, load_model, near_names
+from ..inference.named import canonical_name, load_model, near_names, require_tag
 from ..variants import VARIANTS
 from .terminal import console, note, typer
 
@@ -38,20 +40,21 @@ __all__ = [
     "load_network",
     "note_left_out",
     "read_checkpoint",
+    "require_checkpoint",
     "writable",
 ]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as train.py spells them
 _PLOTS = (".png", ".pdf", ".svg")
 _NETWORK = "NAME or NAME.TAG as timm has it, hf-hub:USER/REPO, local-dir:FOLDER, or a folder in Hub layout."
-_REGISTERED = "NAME as timm has it; a TAG is passed over."
+_REGISTERED = "NAME as timm has it; a TAG is ignored."
 
 
 # -- parsers -----------------------------------------------------------------------------------------------------------
 
 
 def any_path(text: str | Path) -> Path:
-    """A path with its `~` expanded, which shells leave in `--out=~/x`."""
+    """A path with its `~` expanded. Shells leave it in `--out=~/x`."""
     return Path(os.path.expanduser(text))
 
 
@@ -63,7 +66,11 @@ def existing_file(text: str | Path) -> Path:
     """
     path = any_path(text)
     if not path.is_file():
-        found = "is a directory" if path.is_dir() else "is a pipe or a device" if path.exists() else "is not there"
+        found = "is not there"
+        if path.is_dir():
+            found = "is a directory"
+        elif path.exists():
+            found = "is a pipe or a device"
         raise typer.BadParameter(f"expected a file, {path} {found}")
     return path
 
@@ -76,12 +83,13 @@ def existing_folder(text: str | Path) -> Path:
     """
     path = any_path(text)
     if not path.is_dir():
-        raise typer.BadParameter(f"expected a folder, {path} {'is a file' if path.exists() else 'is not there'}")
+        found = "is a file" if path.exists() else "is not there"
+        raise typer.BadParameter(f"expected a folder, {path} {found}")
     return path
 
 
 def _network(name: str) -> str:
-    """Refuse what can be no network, before anything is built or fetched."""
+    """Refuse a name that no network can have, before anything is built or fetched."""
     try:
         return canonical_name(name)
     except ValueError as error:
@@ -89,7 +97,7 @@ def _network(name: str) -> str:
 
 
 def _registered(name: str) -> str:
-    """Refuse what is no name in timm's registry."""
+    """Refuse a name that is not in timm's registry."""
     found = _network(name)
     if ":" in found or not is_model(found.partition(".")[0]):
         raise typer.BadParameter(f"expected the name of a network in timm's registry, got the place {name!r}")
@@ -97,42 +105,45 @@ def _registered(name: str) -> str:
 
 
 def _variant(name: str) -> str:
+    """Refuse a name that is none of our networks, and a tag of weights that the network does not have."""
     bare, _, tag = name.lower().partition(".")
     if bare not in VARIANTS:
         known = "; timm has" if is_model(bare) else near_names(bare, list(VARIANTS))
         raise typer.BadParameter(f"timm_nf has no network {name!r}{known}; `timm-nf list` shows all {len(VARIANTS)}")
-    if tag and not (tag == "dm_in1k" and VARIANTS[bare].hf_hub_id):
-        held = "it has dm_in1k" if VARIANTS[bare].hf_hub_id else "none are published"
-        raise typer.BadParameter(f"{bare} has no weights with the tag {tag!r}: {held}")
+    if tag:
+        try:
+            require_tag(bare, tag)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     return bare
 
 
 def _dtype(name: str) -> torch.dtype:
     """Torch's name of a dtype, or train.py's."""
-    for short, dtype in _DTYPES.items():
-        if name in (short, str(dtype).removeprefix("torch.")):
-            return dtype
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
-    raise typer.BadParameter(f"expected {names} (or {', '.join(_DTYPES)}), got {name}")
+    by_name = _DTYPES | {dtype_name(dtype): dtype for dtype in _DTYPES.values()}
+    if name not in by_name:
+        full = ", ".join(map(dtype_name, _DTYPES.values()))
+        raise typer.BadParameter(f"expected {full} (or {', '.join(_DTYPES)}), got {name}")
+    return by_name[name]
 
 
 def _devices() -> list[str]:
     """The devices of this machine, as torch names them."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
+    found = accelerators()
+    if found is None:
         return ["cpu"]
-    numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    return ["cpu", accelerator.type, *numbered]
+    return ["cpu", found.device_type, *(f"{found.device_type}:{i}" for i in range(found.number))]
 
 
 def _device(name: str) -> str:
-    if name.lower() not in (here := _devices()):
+    here = _devices()
+    if name.lower() not in here:
         raise typer.BadParameter(f"expected a device of this machine, which has {', '.join(here)}, got {name!r}")
     return name.lower()
 
 
 def _plot(text: str | Path) -> Path:
-    """Refuse before the work what could not be written after it."""
+    """Refuse a file that could not be written, before the work that it would hold."""
     file = any_path(text)
     if not file.parent.is_dir() or file.suffix not in _PLOTS or file.is_dir():
         known = ", ".join(_PLOTS)
@@ -176,16 +187,22 @@ CheckpointFile = Annotated[
     ),
 ]
 """A file of weights as `--checkpoint`."""
-UseEma = Annotated[bool, typer.Option("--use-ema", help="The checkpoint's averaged weights, not those of the steps.")]
+UseEma = Annotated[
+    bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights, not those of the last step.")
+]
 """Whether to take the averaged weights of the file."""
 Dtype = Annotated[
     torch.dtype | None,
-    typer.Option("--dtype", metavar="DTYPE", help=f"Round to {', '.join(_DTYPES)}, in full or short.", parser=_dtype),
+    typer.Option(
+        "--dtype", metavar="DTYPE", help=f"Dtype of the weights: {', '.join(_DTYPES)}, or torch's name.", parser=_dtype
+    ),
 ]
 """A dtype as `--dtype`, in torch's or train.py's spelling."""
 License = Annotated[
     str | None,
-    typer.Option("--license", help="Of the card, as the Hub spells it, apache-2.0 say. It is yours to choose."),
+    typer.Option(
+        "--license", help="License of the card, as the Hub spells it, for example apache-2.0. It is never guessed."
+    ),
 ]
 """The license of a card."""
 Device = Annotated[
@@ -231,11 +248,18 @@ def read_checkpoint(checkpoint: Path | None, use_ema: bool) -> Checkpoint | None
     Raises:
         typer.BadParameter: which `main` prints in one line, with exit code 2.
     """
-    if checkpoint is not None:
-        return read(checkpoint, use_ema)
-    if use_ema:
+    require_checkpoint(checkpoint, use_ema)
+    return None if checkpoint is None else read(checkpoint, use_ema)
+
+
+def require_checkpoint(checkpoint: Path | None, use_ema: bool) -> None:
+    """Refuse --use-ema without --checkpoint.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
+    if use_ema and checkpoint is None:
         raise typer.BadParameter("--use-ema is about the weights of a --checkpoint: give one")
-    return None
 
 
 def load_network(name: str, checkpoint: Path | None = None, use_ema: bool = False) -> Loaded:
@@ -243,21 +267,22 @@ def load_network(name: str, checkpoint: Path | None = None, use_ema: bool = Fals
 
     Args:
         name: As `Network` takes it.
-        checkpoint: File of weights instead of those that belong to the name.
-        use_ema: The averaged weights in it.
+        checkpoint: File of weights, in place of the published ones.
+        use_ema: Take the averaged weights of the file.
     """
     with console(stderr=True).status(f"loading {name}"):
         content = read_checkpoint(checkpoint, use_ema)
-        return Loaded(load_model(name, content), f"those of {name}" if content is None else content.origin)
+        weights = f"those of {name}" if content is None else content.origin
+        return Loaded(load_model(name, content), weights)
 
 
 def note_left_out(found: Found) -> None:
-    """Say on stderr how many files of the folders are no pictures that can be read."""
+    """Say on stderr how many files of the folders are no pictures that Pillow reads."""
     if found.left_out:
         note(f"left out: {found.others()}")
 
 
 def fastest() -> str:
-    """The accelerator if there is one, as torch names it."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
+    """The accelerator if there is one, as torch names it; otherwise the CPU."""
+    found = accelerators()
+    return "cpu" if found is None else found.device_type

@@ -1,12 +1,12 @@
 """How the `timm-nf` command prints: tables, facts, progress, and errors in one line."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from .._text import install_hint
 
-# Every command imports typer from here, so that this is the message where it is missing.
+# Every command imports typer from here. If it is missing, this is the only message.
 try:
     import typer
     from rich.console import Console
@@ -16,26 +16,26 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"timm-nf: error: {missing.name} is not installed: {install_hint('cli')}") from None
 
 __all__ = [
-    "complain", "console", "examples", "note", "print_facts", "print_line", "print_table", "print_text", "track",
-    "typer", "visible", "warn",
+    "complain", "console", "examples", "file_sizes", "note", "print_facts", "print_line", "print_table", "print_text",
+    "track", "typer", "visible", "warn",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 
 def examples(first: str, second: str) -> str:
-    """The end of a command's help."""
+    """Two command lines for the end of a command's help."""
     return f"Examples:\n\ntimm-nf {first}\n\ntimm-nf {second}"  # typer joins single line breaks
 
 
 def visible(text: str) -> str:
-    """A text of a file or a server, with its control characters written out: it cannot steer the terminal."""
+    """Escape control characters. Text from a file or a server could otherwise steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def console(stderr: bool = False) -> Console:
-    """Where to print; markup is not read, as file names may look like it."""
-    # Into a pipe or a file, no line is cut at some terminal's width.
+    """Where to print. Markup is off: file names may look like it."""
+    # A pipe or a file has no width at which lines would have to be cut.
     made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not made.is_terminal:
         made.width = 240
@@ -59,7 +59,13 @@ def print_text(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print cells, line by line, under column names; those in `right` are aligned to the right."""
+    """Print a table.
+
+    Args:
+        columns: Names of the columns.
+        cells: The cells of each line.
+        right: Names of the columns that are aligned to the right.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
@@ -76,6 +82,11 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     for name, value in facts:
         table.add_row(visible(name), visible(value))
     console().print(table)
+
+
+def file_sizes(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """A fact for each file that was written, from its name and its size in bytes."""
+    return [("file", f"{name}, {size:,} bytes") for name, size in sizes.items()]
 
 
 def note(text: str) -> None:

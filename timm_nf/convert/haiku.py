@@ -6,6 +6,18 @@ A tree is `{module: {name: array}}`, as haiku makes it. Shapes: convolutions HWI
 (O,), skip gains ().
 
 Source of the names: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+
+Examples:
+    >>> model = timm.create_model(
+    ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
+    ... )
+    >>> tree = timm_to_haiku(model.state_dict())
+    >>> sorted(tree["NFNet/~/stem_conv0"])
+    ['bias', 'gain', 'w']
+    >>> haiku_to_timm(tree).keys() == model.state_dict().keys()
+    True
+    >>> layout(tree)[:2]
+    ('NFNet', [1, 1, 1, 1])
 """
 
 # torch's types of from_numpy are incomplete.

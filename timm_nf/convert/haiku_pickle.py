@@ -6,6 +6,14 @@ unpickling helpers can be abused too.
 The machine below knows only the opcodes that a tree of arrays needs. `pickletools` decodes their binary arguments. A
 name in the file becomes a member of an enumeration, so nothing is imported or called, and jax, haiku and dill are not
 needed. An array is a view of bytes of the file, so no object takes more memory than its part of the file.
+
+Examples:
+    >>> import pickle
+    >>> import numpy as np
+    >>> with open("tree.npz", "wb") as file:
+    ...     pickle.dump({"conv": {"w": np.ones((1, 1, 2, 3), np.float32)}}, file)
+    >>> load_haiku("tree.npz")["conv"]["w"].shape
+    (1, 1, 2, 3)
 """
 
 # A value from a file can have any type.

@@ -1,4 +1,16 @@
-"""Recognises the network of the authors' parameter tree, and loads such a tree into it."""
+"""Recognises the network of the authors' parameter tree, and loads such a tree into it.
+
+Examples:
+    >>> import pickle
+    >>> arguments = {"depths": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "group_size": 8, "num_classes": 3}
+    >>> model = timm.create_model("nfnet_f0", **arguments)
+    >>> tree = timm_nf.convert.timm_to_haiku(model.state_dict())
+    >>> infer_variant(tree)[0]
+    'nfnet_f0'
+    >>> with open("net.npz", "wb") as file:
+    ...     pickle.dump(tree, file)
+    >>> load_haiku_into(timm.create_model("nfnet_f0", **arguments), "net.npz")
+"""
 
 import dataclasses
 import itertools
@@ -37,7 +49,9 @@ def infer_variant(params: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
     blocks = [block + (f"_{number}" if number else "") for number in range(sum(depths))]
     stage_chs = [shapes[f"{family}/~/{blocks[last - 1]}/~/conv2", "w"][3] for last in itertools.accumulate(depths)]
     per_group, mid_chs = zip(*(shapes[f"{family}/~/{name}/~/conv1", "w"][2:] for name in blocks), strict=True)
-    stem, last_stem = ("stem_conv0", "stem_conv3") if family == "NFNet" else ("initial_conv", "initial_conv")
+    stem = last_stem = "initial_conv"
+    if family == "NFNet":
+        stem, last_stem = "stem_conv0", "stem_conv3"
     in_chans, stem_chs = shapes[f"{family}/~/{stem}", "w"][2], shapes[f"{family}/~/{last_stem}", "w"][3]
     final_chs = shapes.get((f"{family}/~/final_conv", "w"), (0,))[-1]
     num_classes = shapes.get((f"{family}/~/linear", "w"), (0,))[-1]

@@ -1,7 +1,29 @@
-"""What a clip factor would clip: statistics of given gradients, and ratios measured on one's own pictures.
+"""Tells what a clip factor would clip: in the gradients that are there, or on one's own pictures.
 
-A clip factor limits the ratio of gradient norm to weight norm. That ratio depends on the network, on how far it is
-trained, and on the batch size: gradients of larger batches are smaller. So it is measured.
+A clip factor limits the ratio of gradient norm to weight norm. The ratio depends on the network, on how far it is
+trained, and on the batch size: gradients of larger batches are smaller. Therefore it is measured.
+
+Examples:
+    >>> model = timm.create_model("test_resnet", num_classes=3)
+    >>> batches = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))]
+    >>> measured = measure_clip_range(model, batches, count=1)
+    >>> isinstance(measured, ClipRange), isinstance(measured.stages[0], Stage)
+    (True, True)
+    >>> 0 <= measured.share(0.01) <= 1  # of units that a factor of 0.01 would have clipped
+    True
+
+    On pictures, with train.py's augmentation:
+
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> for name in ("cat", "dog"):
+    ...     Path("pictures", name).mkdir(parents=True)
+    ...     Image.new("RGB", (64, 64)).save(Path("pictures", name, "0.png"))
+    >>> model, batches = network_and_batches(
+    ...     "test_resnet", Path("pictures"), 2, 64, pretrained=False, checkpoint=None, device="cpu"
+    ... )
+    >>> next(iter(batches))[0].shape
+    torch.Size([2, 3, 64, 64])
 """
 
 # timm and torch type only a part of what they export.
@@ -9,7 +31,7 @@ trained, and on the batch size: gradients of larger batches are smaller. So it i
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +47,11 @@ from torch import Tensor, nn
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._progress import Progress, silent
 from ..checkpoint import Checkpoint, fill
-from ..inference.images import picture_config
+from ..inference.images import image_mode, picture_config
 from ..optim import agc
 from ..optim.exempt import classifier_weights
 from ..optim.gradients import parameters_with_gradient
-from ..optim.units import unit_axes
+from ..optim.units import Axis, unit_axes
 
 __all__ = [
     "AT_REST",
@@ -48,17 +70,17 @@ QUANTILES = (0.05, 0.5, 0.95, 0.99)
 SHARES = (0.01, 0.05, 0.10, 0.25)
 """The shares of units for which `ClipRange` states a clip factor."""
 AT_REST = 1e-6
-"""A unit with a smaller ratio of gradient norm to weight norm hardly moves; no clip factor is meant for it."""
+"""A unit with a smaller ratio of gradient norm to weight norm hardly moves. No clip factor is meant for it."""
 _STAGE = re.compile(r"[^.\d]*(\.?\d+)?")  # stem, stages.0, layer1, blocks.3, head
 
 Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)
 
 
-# -- statistics of the gradients that are there ------------------------------------------------------------------------
+# -- the gradients that are there --------------------------------------------------------------------------------------
 
 
 class ParameterClipStats(agc.ClipStats):
-    """What clipping would do to the gradient of one parameter."""
+    """What clipping would do to the gradient of the parameter `name`."""
 
     name: str
 
@@ -69,22 +91,22 @@ def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = C
     Args:
         model: Any model, wrapped or not.
         clip_factor: Largest ratio of gradient norm to weight norm.
-        eps: Smaller weight norms count as this one.
+        eps: Floor on the weight norm.
 
     Returns:
-        One row for every parameter with a gradient: `name`; `units`; `zero_grad_units`, those with a gradient of
-        exactly zero (at initialisation, with skip gains of 0, most of a normalizer-free network's);
-        `non_finite_units`, those where it is infinite or NaN;
-        `clipped_fraction`, 0 for the classifier's weight, which is exempt; `ratio_quantiles` of gradient norm over
-        weight norm.
+        One row for every parameter with a gradient. `units` counts its units, `zero_grad_units` those with a gradient
+        of exactly zero, and `non_finite_units` those where it is infinite or NaN. At initialisation, most units of a
+        normalizer-free network have a gradient of zero, as its skip gains are 0. `clipped_fraction` is 0 for the
+        classifier's weight, which is exempt. `ratio_quantiles` are those of gradient norm over weight norm.
 
     Raises:
-        ValueError: A negative or NaN factor or eps, or a gradient that cannot be clipped.
+        ValueError: if the factor or eps is negative or NaN, or if a gradient cannot be clipped.
 
     Examples:
-        >>> layer = nn.Linear(2, 3, bias=False)
+        >>> layer = torch.nn.Linear(2, 3, bias=False)
         >>> layer.weight.grad = torch.ones(3, 2)
-        >>> agc_stats(layer)[0]["units"]
+        >>> row: ParameterClipStats = agc_stats(layer)[0]
+        >>> row["units"]
         3
     """
     clip_factor = agc.checked_setting("clip_factor", clip_factor)
@@ -102,34 +124,51 @@ def agc_stats(model: nn.Module, clip_factor: float = CLIP_FACTOR, eps: float = C
     return rows
 
 
-# -- ratios on one's own pictures --------------------------------------------------------------------------------------
+# -- one's own pictures ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Ratios of gradient norm to weight norm of the units of one part of a network, over all batches."""
+    """Ratios of gradient norm to weight norm of the units of one part of a network, over all batches.
+
+    Attributes:
+        name: The part's name in the network.
+        units: Number of units that may be clipped: the classifier's weight does not count.
+        zero_units: Number of units whose gradient was exactly zero in every batch.
+        ratios: (units * batches,) in float32, without the zeros.
+    """
 
     name: str
-    units: int  # that may be clipped, so without the classifier's weight
-    zero_units: int  # whose gradient was exactly zero in every batch
-    ratios: np.ndarray  # of every unit in every batch, without zeros; float32
+    units: int
+    zero_units: int
+    ratios: np.ndarray
 
     def quantiles(self, at: Sequence[float]) -> list[float]:
-        """Quantiles of the ratios; NaN without any."""
+        """Quantiles of the ratios; NaN if there are no ratios."""
         return np.quantile(self.ratios, at).tolist() if self.ratios.size else [float("nan")] * len(at)
 
 
 @dataclass(frozen=True)
 class ClipRange:
-    """What `measure_clip_range` has measured."""
+    """What `measure_clip_range` has measured.
+
+    Attributes:
+        stages: The stages in the order of the network.
+        batches: Number of measured batches.
+        warmup_losses: The loss of every step of the warmup.
+    """
 
     stages: list[Stage]
     batches: int
     warmup_losses: list[float]
 
+    def ratios(self) -> np.ndarray:
+        """The ratios of all stages: of every unit in every batch that gave it a gradient."""
+        return np.concatenate([stage.ratios for stage in self.stages])
+
     def clip_factor(self, share: float) -> float:
         """The clip factor that would have clipped this share of all units with a gradient; NaN if none has one."""
-        ratios = np.concatenate([stage.ratios for stage in self.stages])
+        ratios = self.ratios()
         return float(np.quantile(ratios, 1 - share)) if ratios.size else float("nan")
 
     def idle(self) -> float:
@@ -140,7 +179,7 @@ class ClipRange:
 
     def share(self, clip_factor: float) -> float:
         """The share of all units with a gradient that this clip factor would have clipped; NaN if none has one."""
-        ratios = np.concatenate([stage.ratios for stage in self.stages])
+        ratios = self.ratios()
         return float((ratios > clip_factor).mean()) if ratios.size else float("nan")
 
 
@@ -161,38 +200,54 @@ def network_and_batches(
         batch_size: Of every batch; an incomplete last batch is dropped.
         img_size: Height and width in pixels, the network's own by default.
         pretrained: Start from the published weights.
-        checkpoint: Start from these weights; a classifier of another size is replaced by a new one.
+        checkpoint: Start from these weights. A classifier of another size is replaced by a new one.
         device: Where to run, as torch names it.
 
     Returns:
         The network, and batches of pictures (N, C, H, W) and labels (N,).
 
     Raises:
-        ValueError: There are fewer pictures than one batch, fewer than two classes, weights of another network, or a
-            network that takes no pictures.
+        ValueError: if there are fewer pictures than one batch, or fewer than two classes, if the weights belong to
+            another network, or if the network takes no pictures.
     """
+    dataset = _dataset(data, batch_size)
+    model = _network(name, len(dataset.reader.class_to_idx), pretrained, checkpoint)
+    config = picture_config(model, use_test_size=False)
+    if img_size is not None:
+        config["input_size"] = (config["input_size"][0], img_size, img_size)
+    return model.to(device), _loader(dataset, config, batch_size, device)
+
+
+def _dataset(data: Path, batch_size: int) -> Any:
+    """The pictures in a folder, which must be at least one batch in at least two classes."""
     dataset: Any = create_dataset("", root=str(data))
-    classes = len(dataset.reader.class_to_idx)
     if len(dataset) < batch_size:
         raise ValueError(
             f"expected at least one batch of {batch_size} pictures in {data}, got {len(dataset)}; "
             "give a smaller --batch-size"
         )
+    classes = len(dataset.reader.class_to_idx)
     if classes < 2:
         raise ValueError(f"expected a folder of pictures for each of at least 2 classes in {data}, got {classes}")
+    return dataset
+
+
+def _network(name: str, classes: int, pretrained: bool, checkpoint: Checkpoint | None) -> Any:
+    """The network with a classifier of this many classes."""
     if checkpoint is None:
-        model: Any = timm.create_model(name, pretrained, num_classes=classes)
-    else:
-        model = fill(name, checkpoint).float()
-        if model.num_classes != classes:
-            model.reset_classifier(classes)
-    config = picture_config(model, use_test_size=False)
-    model = model.to(device)
-    channels, *size = config["input_size"]
-    dataset.input_img_mode = "RGB" if channels == 3 else "L"  # as in train.py
+        return timm.create_model(name, pretrained, num_classes=classes)
+    model: Any = fill(name, checkpoint).float()
+    if model.num_classes != classes:
+        model.reset_classifier(classes)
+    return model
+
+
+def _loader(dataset: Any, config: dict[str, Any], batch_size: int, device: str) -> Iterable[Batch]:
+    """train.py's loader for training, with the defaults of its arguments."""
+    dataset.input_img_mode = image_mode(config["input_size"][0])
     loader: Any = create_loader(
         dataset,
-        input_size=(channels, img_size or size[0], img_size or size[1]),
+        input_size=config["input_size"],
         batch_size=batch_size,
         is_training=True,
         use_prefetcher=False,
@@ -202,7 +257,7 @@ def network_and_batches(
         num_workers=2,
         device=torch.device(device),
     )
-    return model, loader
+    return loader
 
 
 def measure_clip_range(
@@ -215,16 +270,16 @@ def measure_clip_range(
     """Ratios of gradient norm to weight norm on a few batches, after a few steps of training.
 
     Args:
-        model: Any timm model, on the device of its parameters; the warmup changes it.
-        batches: (N, C, H, W) and labels (N,); begun again when they end.
-        count: How many batches to measure, with one backward pass each and no step between them.
-        warmup_steps: Steps of clipped SGD before the measurement (clip factor 0.01, learning rate rising to
-            0.1 N / 256). A normalizer-free network starts with most of its gradients at exactly zero, as its skip gains
-            are 0.
+        model: Any timm model. The warmup changes it.
+        batches: Pictures (N, C, H, W) and labels (N,). They are read again from the beginning when they end.
+        count: How many batches to measure. Each has one backward pass, and no step follows.
+        warmup_steps: Steps of clipped SGD before the measurement, with clip factor 0.01 and a learning rate that rises
+            to 0.1 N / 256. Without them most gradients of a new normalizer-free network are exactly zero, as its skip
+            gains are 0.
         track: Shows progress.
 
     Raises:
-        ValueError: `batches` is empty, a loss or a gradient is not finite, or all gradients are zero.
+        ValueError: if `batches` is empty, a loss or a gradient is not finite, or all gradients are zero.
     """
     endless = _again_and_again(batches)
     model.train()
@@ -240,7 +295,7 @@ def measure_clip_range(
 
 
 def _backward(model: nn.Module, batch: Batch) -> float:
-    """The loss of a batch, its gradients left in the parameters."""
+    """Compute the loss of a batch and return it. Its gradients are left in the parameters."""
     images, labels = batch
     device = next(model.parameters()).device
     model.zero_grad()
@@ -250,9 +305,9 @@ def _backward(model: nn.Module, batch: Batch) -> float:
 
 
 def _warm_up(model: nn.Module, batches: Iterator[Batch], steps: int, track: Progress) -> list[float]:
-    """Train for a few steps; the loss of each."""
+    """Train for a few steps, and return the loss of each."""
     losses: list[float] = []
-    # Said here, as a network without a classifier is no reason to warn: its ratios are measured all the same.
+    # Naming the exempt weights silences a warning: the ratios of a network without a classifier are measured too.
     exempt = classifier_weights(model)
     optimizer = create_optimizer_v2(
         model, "agcsgd", lr=0.0, momentum=0.9, weight_decay=2e-5, clip_factor=CLIP_FACTOR, clip_exempt=exempt
@@ -260,69 +315,78 @@ def _warm_up(model: nn.Module, batches: Iterator[Batch], steps: int, track: Prog
     for step in track(range(steps), "warming up"):
         batch = next(batches)
         loss = _backward(model, batch)
-        losses.append(loss)
         if not np.isfinite(loss):
             raise ValueError(f"the loss was {loss} in step {step + 1} of the warmup; use fewer --warmup-steps")
+        losses.append(loss)
+        peak = 0.1 * len(batch[1]) / 256
         for group in optimizer.param_groups:
-            group["lr"] = 0.1 * len(batch[1]) / 256 * (step + 1) / steps
+            group["lr"] = peak * (step + 1) / steps
         optimizer.step()
     return losses
 
 
 def _ratios(model: nn.Module, batches: Iterator[Batch], count: int, track: Progress) -> dict[str, list[Tensor]]:
-    """By parameter, the ratios of its units (units,) in every batch that gave it a gradient."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    """For each parameter, the ratios of its units (units,) in every batch that gave it a gradient."""
     exempt = {id(p) for p in classifier_weights(model)}
+    clipped = {name: p for name, p in model.named_parameters() if id(p) not in exempt}
     axes = unit_axes(model)
     found: dict[str, list[Tensor]] = {}
     for batch in track(range(count), "measuring"):
         loss = _backward(model, next(batches))
         if not np.isfinite(loss):
             raise ValueError(f"the loss was {loss} in batch {batch + 1}: these weights have diverged")
-        clipped = (p for p in model.parameters() if id(p) not in exempt)
-        checked = parameters_with_gradient(clipped, lambda _, p: f"parameter {names[id(p)]}")
-        for units in agc.measure(checked, CLIP_FACTOR, CLIP_EPS, lambda p: axes.get(id(p), 0)):
-            for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
-                if not ratio.isfinite().all():
-                    raise ValueError(f"the gradient of {names[id(p)]} was not finite in batch {batch + 1}")
-                found.setdefault(names[id(p)], []).append(ratio.cpu())
+        for name, ratio in _ratios_of_gradients(clipped, axes).items():
+            if not ratio.isfinite().all():
+                raise ValueError(f"the gradient of {name} was not finite in batch {batch + 1}")
+            found.setdefault(name, []).append(ratio.cpu())
     return found
 
 
+def _ratios_of_gradients(parameters: dict[str, nn.Parameter], axes: Mapping[int, Axis]) -> dict[str, Tensor]:
+    """The ratios (units,) of the parameters that have a gradient now."""
+    names = {id(p): name for name, p in parameters.items()}
+    checked = parameters_with_gradient(parameters.values(), lambda _, p: f"parameter {names[id(p)]}")
+    ratios: dict[str, Tensor] = {}
+    for units in agc.measure(checked, CLIP_FACTOR, CLIP_EPS, lambda p: axes.get(id(p), 0)):
+        for p, ratio in zip(units.parameters, units.ratio.split_with_sizes(units.counts), strict=True):
+            ratios[names[id(p)]] = ratio
+    return ratios
+
+
 def _stages(model: nn.Module, ratios: dict[str, list[Tensor]], count: int) -> list[Stage]:
-    """The ratios of the parameters, stage by stage, in the order of the network."""
+    """The stages in the order of the network, from the ratios of their parameters in `count` batches."""
     by_stage: dict[str, list[Tensor]] = {}
     for name, _ in model.named_parameters():
         if name in ratios:
             found = ratios[name]
-            # A batch that left the parameter out has given it no gradient.
+            # A batch without the parameter has given it no gradient.
             missing = [torch.zeros_like(found[0])] * (count - len(found))
             by_stage.setdefault(_stage_of(name), []).append(torch.stack(found + missing))
     return [_stage(name, found) for name, found in by_stage.items()]
 
 
 def _stage(name: str, ratios: Sequence[Tensor]) -> Stage:
-    """A stage from the ratios (batches, units) of its parameters."""
+    """A stage, from the ratios (batches, units) of its parameters."""
     together = torch.cat(list(ratios), dim=1).float()
     zero = (together == 0).all(0)
     return Stage(name, together.shape[1], int(zero.sum()), together[together > 0].numpy())
 
 
 def _stage_of(parameter: str) -> str:
-    """The stage in a parameter's name: `stages.0` of `stages.0.1.conv1.weight`."""
+    """The stage in a parameter's name, such as `stages.0` in `stages.0.1.conv1.weight`."""
     found = _STAGE.match(parameter)
     return found[0] if found and found[0] else parameter.partition(".")[0]
 
 
 def _again_and_again(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, from the beginning whenever they end."""
+    """The batches, again from the beginning whenever they end."""
     while True:
         empty = True
         try:
             for batch in batches:
                 empty = False
                 yield batch
-        except RuntimeError as error:  # a loader's worker raises a traceback, with the reason in its last line
+        except RuntimeError as error:  # a loader's worker raises a whole traceback; its last line has the reason
             raise ValueError(f"no batch could be read, {str(error).strip().splitlines()[-1]}") from error
         if empty:
             raise ValueError("expected at least one batch, got none")

@@ -1,4 +1,15 @@
-"""Networks by name, and batches of pictures or noise for them."""
+"""Networks by name for `timm-nf diagnose`, and batches of pictures or noise for them.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model, weights = named_network("test_resnet")
+    >>> input_batch(model).shape
+    torch.Size([16, 3, 160, 160])
+    >>> len(pick_pictures([Path(f"{number}.png") for number in range(100)]))
+    15
+    >>> open_branches(timm.create_model("nfnet_f0", depths=(1, 1), channels=(16, 32), group_size=8))
+    2
+"""
 
 # timm and torch type only a part of what they export.
 # pyright: reportUnknownArgumentType=false
@@ -15,23 +26,28 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._gain_names import is_gain
+from .._seed import seeded
+from .._versions import input_channels
 from ..checkpoint import Checkpoint
 from ..inference.classify import load_model
 from ..inference.images import reader
 
 __all__ = ["INPUTS", "input_batch", "named_network", "open_branches", "pick_pictures"]
 
-INPUTS = 16  # 16 x 6 x 6 values of a channel where NFNet-F0 is narrowest: the noise of a mean's square is 2e-3 there
+# NFNet-F0's smallest maps have 6 x 6 pixels. With 16 images a channel has 576 values there, and the square of its mean
+# has a noise of 2e-3.
+INPUTS = 16
 """The number of pictures or noise images in a batch of `input_batch`."""
 
 
 def open_branches(model: nn.Module) -> int:
-    """Set to 1 the scales that start at 0, so that the residual branches of a new network take part.
+    """Set the scales that start at 0 to 1, so that the residual branches of a new network take part.
 
-    These are skip gains, and scales of last normalisations and standardised convolutions, if all entries are 0.
+    They are skip gains, and the scales of a branch's last normalisation or standardised convolution. A scale is only
+    set if all its entries are 0.
 
     Returns:
-        How many were set.
+        How many scales were set.
     """
     opened = 0
     for name, p in model.named_parameters():
@@ -46,13 +62,13 @@ def named_network(name: str, checkpoint: Checkpoint | None = None) -> tuple[nn.M
     """A network by name, and in words which weights it has.
 
     Args:
-        name: A folder in Hub layout, or what `timm.create_model` takes. A bare name is the network at initialisation,
-            seed 0, with its residual branches opened. A name with a tag has published weights.
-        checkpoint: Weights of this network, instead of those that its name stands for.
+        name: A folder in Hub layout, or a name for `timm.create_model`. A bare name is the network at initialisation,
+            with seed 0 and with its residual branches opened. A name with a tag has published weights.
+        checkpoint: Weights of this network, in place of those that the name stands for.
 
     Raises:
-        ValueError: if the checkpoint is another network's.
-        RuntimeError: if it cannot be loaded; says what to do.
+        ValueError: if the checkpoint belongs to another network.
+        RuntimeError: if the weights cannot be loaded. The message says what to do.
     """
     if checkpoint is not None:
         return load_model(name, checkpoint), f"those of {checkpoint.origin}"
@@ -60,15 +76,14 @@ def named_network(name: str, checkpoint: Checkpoint | None = None) -> tuple[nn.M
         return load_model(f"local-dir:{name}"), "its weights"
     if {".", ":"} & set(name):
         return load_model(name), "its published weights"
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded(0):
         model = timm.create_model(name)
     opened = open_branches(model)
     return model, f"at initialisation, {opened} zero scales of residual branches set to 1"
 
 
 def pick_pictures(found: Sequence[Path]) -> list[Path]:
-    """At most `INPUTS` of these pictures, at even steps, so that they are of many classes."""
+    """At most `INPUTS` of these pictures, at even steps, so that they come from many classes."""
     return list(found[:: math.ceil(len(found) / INPUTS)])
 
 
@@ -77,18 +92,18 @@ def input_batch(model: Any, pictures: Sequence[Path] = ()) -> Tensor:
 
     Args:
         model: A network of timm.
-        pictures: Read and scaled as the network takes them in evaluation. Without pictures, noise at its training size.
+        pictures: Picture files, preprocessed as for the network's evaluation. Without them the batch is noise at the
+            network's training size.
 
     Returns:
         (N, in_chans, H, W) in float32.
 
     Raises:
-        ValueError: if one of the pictures cannot be read, or the network takes none.
+        ValueError: if a picture cannot be read, or the network takes no pictures.
     """
     if not pictures:
         input_size: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]
-        channels, *size = input_size
         noise = torch.Generator().manual_seed(0)
-        return torch.randn(INPUTS, getattr(model, "in_chans", channels), *size, generator=noise)
+        return torch.randn(INPUTS, input_channels(model), *input_size[1:], generator=noise)
     read = reader(model)
     return torch.stack([read(path) for path in pictures])

@@ -1,4 +1,14 @@
-"""The plots of the diagnostics; the only module here that needs matplotlib."""
+"""The plots of the diagnostics. Only this module needs matplotlib.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from timm_nf.diagnostics.clipping import measure_clip_range
+    >>> from timm_nf.diagnostics.signals import signal_stats
+    >>> model = timm.create_model("test_resnet", num_classes=3)
+    >>> x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    >>> draw_signals({"test_resnet": signal_stats(model, x)}, "at initialisation", Path("signals.png"))
+    >>> draw_clip_range(measure_clip_range(model, [(x, y)], count=1), "test_resnet", Path("clip_range.png"))
+"""
 
 # matplotlib types only a part of what it exports.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,26 +25,26 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .._temporary import replacing
-from .clipping import AT_REST, SHARES, ClipRange
+from .clipping import AT_REST, SHARES, ClipRange, Stage
 from .signals import PANELS, SignalStats, Statistic
 
 __all__ = ["draw_clip_range", "draw_signals"]
 
-# A panel is logarithmic from this ratio of its largest to its smallest value: equal steps are a line on a plain one.
+# The axis is logarithmic if the largest value is this many times the smallest. On a linear axis equal steps are a line.
 _LOG_FROM = 20.0
 
 
 def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file: Path) -> None:
-    """Write a plot of three panels with a line for every network.
+    """Draw three panels with a line for every network.
 
-    The variance that a normalizer-free network expects is dashed: 1 + k alpha^2 at block k of a stage.
+    The expected variance of a normalizer-free network is dashed: 1 + k alpha^2 at block k of a stage.
 
     Args:
-        measured: What `diagnostics.signal_stats` returned, by the network's name in the legend.
-        title: Of the picture.
-        file: To write, in the format that its suffix names.
+        measured: For each name in the legend, the rows of `diagnostics.signal_stats`.
+        title: The picture's title.
+        file: The file to write. Its suffix names the format.
     """
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         _draw_panel(axes, measured, key)
         axes.set_title(words, fontsize=10)
@@ -57,7 +67,7 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
 
 
 def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: Statistic) -> None:
-    """One statistic of every network; for the variance also the expected one, dashed."""
+    """Draw one statistic of every network. The panel of the variance also has the expected variance, dashed."""
     shown: list[float] = []
 
     def line(values: list[float], color: str, **style: Any) -> None:
@@ -75,14 +85,14 @@ def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: 
 
 
 def _number(value: float | None) -> float:
-    """A value as matplotlib takes it: it leaves a gap for NaN."""
+    """A value for matplotlib. It leaves a gap for NaN."""
     return math.nan if value is None else value
 
 
 def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
-    """Write a plot of the distribution of every stage's ratios, with the clip factors of `SHARES`.
+    """Draw the distribution of every stage's ratios, and lines at the clip factors of `SHARES`.
 
-    A share that only a factor below `AT_REST` would clip has no line.
+    A share has no line if only a factor below `AT_REST` would clip it.
     """
     stages = [stage for stage in measured.stages if stage.ratios.size]
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(stages)), layout="constrained")
@@ -105,11 +115,15 @@ def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
         "ratio, each stage\nscaled to its own peak. The classifier's weight is never clipped and left out.",
         fontsize=9,
     )
-    names = [f"{stage.name} ({stage.units} unit{'s' if stage.units != 1 else ''})" for stage in reversed(stages)]
-    axes.set_yticks(range(len(stages)), names)
+    axes.set_yticks(range(len(stages)), [_name_and_units(stage) for stage in reversed(stages)])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(title="clip factor that clips", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=11)
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight", pad_inches=0.15)  # names of stages may be long
+
+
+def _name_and_units(stage: Stage) -> str:
+    units = "1 unit" if stage.units == 1 else f"{stage.units} units"
+    return f"{stage.name} ({units})"

@@ -1,7 +1,7 @@
 """Signal propagation of a network, block by block (arXiv:2101.08692, section 3).
 
-timm's `extract_spp_stats` leaves its hooks on the model, runs it in training mode and does not see the residual
-branch. These numbers equal those that the authors' code reports (nfnets/base.py, signal_metrics).
+The numbers equal those of the authors' code (nfnets/base.py, signal_metrics). timm's `extract_spp_stats` leaves its
+hooks on the model, runs it in training mode and does not see the residual branch.
 """
 
 # timm and torch type only a part of what they export.
@@ -30,7 +30,7 @@ Statistic = Literal["avg_sq_mean", "avg_var", "res_avg_var"]
 
 
 class SignalStats(TypedDict):
-    """The signal after one block, or at the input of the first; see `signal_stats`."""
+    """The signal after one block, or at the input of the first block. `signal_stats` describes the values."""
 
     name: str
     avg_sq_mean: float
@@ -45,6 +45,7 @@ PANELS: dict[Statistic, str] = {
     "res_avg_var": "variance of the residual branch",
 }
 """The statistics that are drawn, with their titles."""
+# The last module of a block's residual branch.
 _BRANCH_ENDS: dict[type[nn.Module], str] = {
     NormFreeBlock: "conv3",
     StockNormFreeBlock: "drop_path",
@@ -53,38 +54,45 @@ _BRANCH_ENDS: dict[type[nn.Module], str] = {
     BasicBlock: "bn2",
     Bottleneck: "bn3",
 }
-_CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # what timm calls the parts that hold blocks
-# Parts beside those that hold blocks of other kinds: HRNet's stage2, CaiT's blocks_token_only.
+_CONTAINER = re.compile(r"stages|blocks|layers|layer[1-4]|s[1-4]")  # timm's names of the parts that hold blocks
+# Parts with blocks of another kind, beside those: HRNet's stage2, CaiT's blocks_token_only.
 _ALIKE = re.compile(r"stage|block|layer(?!0)")
 
 
+# -- finding blocks ----------------------------------------------------------------------------------------------------
+
+
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a network, found by the names that timm gives to what holds them."""
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        children = dict(module.named_children())
-        if "blocks" in children:  # beside a layer that changes resolution: ConvNeXt, ResNetV2, Swin
-            yield from walk(f"{name}.blocks", children["blocks"])
-        elif type(module) in (nn.Sequential, nn.ModuleList) or "b1" in children:  # RegNet has s1.b1
-            for key, child in children.items():
-                yield from walk(f"{name}.{key}", child)
-        else:
-            yield name, module
-
+    """The blocks of a network, by the names that timm gives to the parts that hold them."""
     parts = dict(model.named_children())
     held = [name for name in parts if _CONTAINER.fullmatch(name)]
     for name, module in parts.items():
         if name in held:
-            yield from walk(name, module)
+            yield from _blocks_in(name, module)
         elif held and _ALIKE.match(name) and isinstance(module, nn.Sequential | nn.ModuleList):
             raise TypeError(f"{type(model).__name__} has blocks in {name!r} as well, which signal_stats does not know")
 
 
+def _blocks_in(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks in one part of a network. `name` is the part's name."""
+    children = dict(module.named_children())
+    if "blocks" in children:  # beside a layer that changes resolution: ConvNeXt, ResNetV2, Swin
+        yield from _blocks_in(f"{name}.blocks", children["blocks"])
+    elif type(module) in (nn.Sequential, nn.ModuleList) or "b1" in children:  # RegNet has s1.b1
+        for key, child in children.items():
+            yield from _blocks_in(f"{name}.{key}", child)
+    else:
+        yield name, module
+
+
 def _skips(model: nn.Module) -> dict[str, tuple[nn.Module, SkipInit]]:
-    """The blocks that end in a `SkipInit`, and these."""
+    """The blocks that end in a `SkipInit`, by name, each with its `SkipInit`."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     ends = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, SkipInit)}
     return {name: (modules[name], end) for name, end in ends.items()}
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 def _channels_first(model: nn.Module, name: str, out: object) -> Tensor:
@@ -108,17 +116,18 @@ def _channels_first(model: nn.Module, name: str, out: object) -> Tensor:
 
 
 def _channel_stats(x: Tensor) -> tuple[float, float]:
-    """Mean over channels of the squared mean and of the variance of (N, C, ...), over all other axes."""
+    """The mean squared channel mean and the mean channel variance of (N, C, ...)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
     var, mean = torch.var_mean(x, 1, correction=0)
     return mean.square().mean().item(), var.mean().item()
 
 
-Branch = Callable[[tuple[Any, ...], Tensor], Tensor]  # a module's arguments and output -> its branch's output
+# Computes a branch's output from the arguments and the output of the branch's last module.
+Branch = Callable[[tuple[Any, ...], Tensor], Tensor]
 
 
 def _gated(args: tuple[Any, ...], out: Tensor) -> Tensor:
-    """The branch's output, if its last module returns the gate of its argument."""
+    """The branch's output if its last module returns the gate of squeeze-excite for its argument."""
     return 2 * out * args[0]
 
 
@@ -127,7 +136,7 @@ def _as_it_is(_: tuple[Any, ...], out: Tensor) -> Tensor:
 
 
 def _branch_end(block: Any) -> tuple[nn.Module | None, Branch]:
-    """The last module of a residual branch, and how the branch's output follows from its arguments and output."""
+    """The last module of a residual branch, and how to compute the branch's output from it."""
     if isinstance(block, NormFreeBlock) and block.attn_last is not None:
         return block.attn_last, _gated
     for block_class, end in _BRANCH_ENDS.items():
@@ -141,7 +150,7 @@ def _is_norm_free(block: nn.Module) -> bool:
 
 
 def _is_fresh(norm: Any) -> bool:
-    """Whether a module is batch normalisation with the running statistics of its initialisation."""
+    """Whether a module is batch normalisation whose running statistics are those of its initialisation."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return False
     return not norm.running_mean.any() and bool((norm.running_var == 1).all())
@@ -154,72 +163,81 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
     Batch normalisation that has never seen data takes the statistics of `x`, as in the first step of a training. With
     its initial mean 0 and variance 1 it would do nothing.
 
+    `avg_sq_mean` is the mean over channels of the squared channel mean, and `avg_var` that of the channel variance.
+    `res_avg_var` is the variance of the residual branch, before stochastic depth and the skip gain. It is None for the
+    stem and outside NFNets and ResNets.
+
+    `expected_var` is 1 for the stem, and 1 + k alpha^2 for block k of a stage. Blocks that `normalizer_free` made have
+    their own number. It is None for other networks. The variance follows it if skip gains are 1 and no shortcut pools:
+    the mean of four independent values has a quarter of their variance.
+
     Args:
         model: A network of timm with blocks, wrapped or not; or any network whose residual blocks end in `SkipInit`, as
-            those of `normalizer_free` do. Parameters, buffers, modes and hooks are left as found.
-        x: (N, in_chans, H, W), on the model's device; of any number of axes for blocks that end in `SkipInit`.
+            those of `normalizer_free` do. Parameters, buffers, modes and hooks stay as they are.
+        x: (N, in_chans, H, W) on the model's device. Networks with `SkipInit` may have any number of axes.
 
     Returns:
-        One row for the stem and one for every block: `name`; `avg_sq_mean`, mean over channels of the squared channel
-        mean; `avg_var`, mean channel variance; `res_avg_var`, that of the residual branch before stochastic depth and
-        the skip gain, None for the stem and outside NFNets and ResNets; `expected_var`, 1 for the
-        stem and 1 + k alpha^2 for the k-th block of a stage, None outside NFNets and blocks that `normalizer_free` has
-        converted, which have their own number. The variance follows it where skip
-        gains are 1, as far as no shortcut pools: the mean of four independent values has a quarter of the variance.
+        One row for the stem and one for every block.
 
     Raises:
-        TypeError: if the model has no blocks, or some in parts with other names, or if its blocks return neither images
-            nor tokens.
+        TypeError: if the model has no blocks, or some in parts with unknown names, or if its blocks return neither
+            images nor tokens.
 
     Examples:
         >>> import timm, timm_nf
         >>> model = timm.create_model(
         ...     "nfnet_f0", depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), group_size=8, num_classes=3
         ... )
-        >>> rows = signal_stats(model, torch.randn(2, 3, 32, 32))
+        >>> rows: list[SignalStats] = signal_stats(model, torch.randn(2, 3, 32, 32))
         >>> rows[1]["expected_var"]
         1.04
     """
     net = innermost(model)
-    skips = _skips(net)
-    blocks = [] if skips else list(_blocks(net))
-    if not blocks and not skips:
-        raise TypeError(
-            f"expected a network with residual blocks in stages, blocks, layers, layer1 or s1, as timm names them, got "
-            f"{type(net).__name__}"
-        )
     recorder = _Recorder(net)
     with ExitStack() as undo:
         _evaluate(net, undo)
-        recorder.attach(blocks, undo)
-        recorder.attach_skips(skips, undo)
+        recorder.attach(undo)
         net(x)
     return recorder.rows
 
 
 class _Recorder:
-    """Hooks that write a row of statistics for the stem and for every block."""
+    """Hooks that add a row of statistics for the stem and for every block."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.rows: list[SignalStats] = []
-        self.branch_vars: dict[nn.Module, float] = {}  # of the blocks whose output is still to come
+        self.branch_vars: dict[nn.Module, float] = {}  # of blocks whose branch has run, and whose output has not come
 
-    def attach(self, blocks: list[tuple[str, nn.Module]], undo: ExitStack) -> None:
-        """Register the hooks; `undo` removes them."""
+    def attach(self, undo: ExitStack) -> None:
+        """Register the hooks. `undo` removes them.
+
+        Raises:
+            TypeError: if there are no blocks.
+        """
+        if skips := _skips(self.net):
+            self.attach_to_skips(skips, undo)
+        elif blocks := list(_blocks(self.net)):
+            self.attach_to_blocks(blocks, undo)
+        else:
+            raise TypeError(
+                f"expected a network with residual blocks in stages, blocks, layers, layer1 or s1, as timm names them, "
+                f"got {type(self.net).__name__}"
+            )
+
+    def attach_to_blocks(self, blocks: list[tuple[str, nn.Module]], undo: ExitStack) -> None:
+        _, first = blocks[0]
+        undo.enter_context(first.register_forward_pre_hook(self.on_first_input))
         for name, block in blocks:
-            if block is blocks[0][1]:
-                undo.enter_context(block.register_forward_pre_hook(self.on_first_input))
             end, branch = _branch_end(block)
             if end is not None:
                 undo.enter_context(end.register_forward_hook(partial(self.on_branch, block, branch)))
             undo.enter_context(block.register_forward_hook(partial(self.on_block, name)))
 
-    def attach_skips(self, skips: dict[str, tuple[nn.Module, SkipInit]], undo: ExitStack) -> None:
-        """Likewise, for blocks that end in a `SkipInit`."""
-        for index, (name, (block, skip)) in enumerate(skips.items()):
-            if index == 0:
-                undo.enter_context(block.register_forward_pre_hook(self.on_first_signal))
+    def attach_to_skips(self, skips: dict[str, tuple[nn.Module, SkipInit]], undo: ExitStack) -> None:
+        first, _ = next(iter(skips.values()))
+        undo.enter_context(first.register_forward_pre_hook(self.on_first_signal))
+        for name, (block, skip) in skips.items():
             undo.enter_context(skip.register_forward_hook(partial(self.on_skip, name, block)))
 
     def on_first_signal(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -236,7 +254,7 @@ class _Recorder:
         self.add("stem", x, None, 1.0 if _is_norm_free(block) else None)
 
     def on_branch(self, block: nn.Module, branch: Branch, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        # Computed here, as later operations may overwrite the tensor.
+        # Not later: an operation in place may overwrite the tensor.
         self.branch_vars[block] = _channel_stats(branch(args, out))[1]
 
     def on_block(self, name: str, block: Any, _: tuple[Any, ...], out: object) -> None:
@@ -260,8 +278,11 @@ class _Recorder:
 
 
 def _evaluate(net: nn.Module, undo: ExitStack) -> None:
-    """Put a network into evaluation mode, its new batch normalisation excepted; `undo` puts all back as it was."""
-    for module in net.modules():  # each has a mode of its own: parts of a network may be frozen
+    """Put a network into evaluation mode, except for batch normalisation that has never seen data.
+
+    `undo` restores all modes.
+    """
+    for module in net.modules():  # each has its own mode: parts of a network may be frozen
         undo.callback(setattr, module, "training", module.training)
     net.eval()
     for norm in filter(_is_fresh, net.modules()):
@@ -270,9 +291,11 @@ def _evaluate(net: nn.Module, undo: ExitStack) -> None:
         setattr(norm, "track_running_stats", False)  # noqa: B010  (updates nothing)
 
 
-# A signal begins with variance 1. At a hundred times its magnitude it has exploded, at a hundredth it has died. float16
-# ends at 65504, so there is no room for squares above 1e4, and it loses digits below 6e-5. Initialised networks stay
-# away from both: the smallest of each of timm's families and of ours have variances of 2e-3 to 18.
+# -- what is wrong with a signal ---------------------------------------------------------------------------------------
+
+# A signal begins with variance 1. It has exploded at a hundred times its magnitude, and died at a hundredth. float16
+# has no values above 65504 and loses digits below 6e-5. Initialised networks stay away from both: the smallest of each
+# of timm's families and of ours have variances from 2e-3 to 18.
 EXPLODED = 1e4
 """A squared mean or variance above this is called exploded."""
 DEAD = 1e-4
@@ -290,15 +313,20 @@ def _trouble(key: Statistic, value: float) -> str | None:
 
 
 def troubles(rows: Sequence[SignalStats]) -> list[str]:
-    """In words, where a signal is not finite, explodes or dies; [] if nowhere.
+    """Where a signal is not finite, explodes or dies, in words. The list is empty if nothing is wrong.
 
     Args:
         rows: As `signal_stats` returns them.
+
+    Examples:
+        >>> row = {"name": "stem", "avg_sq_mean": 0.0, "avg_var": 1e-9, "res_avg_var": None, "expected_var": None}
+        >>> troubles([row])[0].partition(",")[0]
+        'the signal dies'
     """
     meanings = {
         "is not finite": "nothing computed from it can be used",
         "explodes": "a hundred times the magnitude of the input and more; half precision overflows soon",
-        "dies": "less than a hundredth of the magnitude of the input is left of what tells pictures apart",
+        "dies": "pictures differ in it by less than a hundredth of the input's magnitude",
     }
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:

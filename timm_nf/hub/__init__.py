@@ -1,4 +1,4 @@
-"""Networks to and from the Hugging Face Hub, with every file read back and every hash compared."""
+"""Networks to and from the Hugging Face Hub. Every file is read back, and every hash is compared."""
 
 from .client import pull, push
 from .errors import HubError

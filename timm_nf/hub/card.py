@@ -1,6 +1,17 @@
-"""Model cards, made of facts by huggingface_hub's card classes: one for a pushed network, one for the zoo.
+"""Model cards for a pushed network and for the zoo, by huggingface_hub's card classes.
 
-`python -m scripts.model_card` writes the zoo's to MODEL_CARD.md.
+`python -m scripts.model_card` writes the zoo's card to MODEL_CARD.md.
+
+Examples:
+    >>> require_license({"license": "apache-2.0"})  # raises ValueError without one
+    >>> data = metadata({"license": "apache-2.0"}, name="net")
+    >>> data.tags
+    ['image-classification', 'timm', 'timm_nf']
+    >>> facts = Facts("nfnet_f0", {}, "hf-hub:user/net", parameters=9, dtype="float32", sha256="", size=99, versions={})
+    >>> "hf-hub:user/net" in network_card(data, "net", facts)
+    True
+    >>> zoo().splitlines()[0]
+    '---'
 """
 
 import copy
@@ -10,6 +21,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .._text import quoted
 from .._variant_table import COLUMNS, table_row
 from ..variants import VARIANTS
 
@@ -23,16 +35,16 @@ class Facts:
     """What is known of the files that a card belongs to.
 
     Attributes:
-        architecture: Name in timm's registry.
-        arguments: Arguments of `timm.create_model`, where they are not the default.
-        source: What `timm.create_model` loads, say `hf-hub:user/repo`.
-        parameters: Their number.
-        dtype: Of the weights.
-        sha256: Of model.safetensors.
-        size: Of model.safetensors, in bytes.
-        versions: By package.
-        base: What the weights were derived from, `user/repo@commit`.
-        deviation: Relative error of stock timm's logits against ours, if stock timm is what loads the files.
+        architecture: The name in timm's registry.
+        arguments: Arguments of `timm.create_model` that are not the default.
+        source: What `timm.create_model` loads, for example `hf-hub:user/repo`.
+        parameters: Number of parameters.
+        dtype: Dtype of the weights.
+        sha256: The sha256 of model.safetensors.
+        size: The size of model.safetensors, in bytes.
+        versions: The version of each package that wrote the files.
+        base: The repository that the weights come from, `user/repo@commit`; None if they were not pulled.
+        deviation: Relative error of stock timm's logits against ours; None unless stock timm loads the files.
         recipe: Settings of the training.
     """
 
@@ -50,12 +62,12 @@ class Facts:
 
     @property
     def needs_timm_nf(self) -> bool:
-        """Whether the network is in timm's registry only after importing timm_nf."""
+        """Whether timm has the network only after timm_nf was imported."""
         return self.deviation is None and self.architecture in VARIANTS
 
 
 def require_license(card: ModelCardData | Mapping[str, Any] | None) -> None:
-    """Refuse a card without a license, which nobody but the owner of the weights knows.
+    """Refuse a card without a license. Only the owner of the weights knows it.
 
     Raises:
         ValueError: if there is none.
@@ -72,9 +84,9 @@ def metadata(card: ModelCardData | Mapping[str, Any] | None, name: str, base: st
     """The card's metadata: the given fields, and those that every network of timm has.
 
     Args:
-        card: As given by the user, not changed. The license is required.
-        name: Of the model, for its evaluation results.
-        base: The repository the weights were derived from, if the card names none.
+        card: The user's fields. They are not changed. The license is required.
+        name: The model's name, for its evaluation results.
+        base: The repository that the weights come from, for cards that name no base model.
 
     Raises:
         ValueError: if there is no license, or the Hub does not take a field.
@@ -99,9 +111,9 @@ def network_card(data: ModelCardData, title: str, facts: Facts) -> str:
     """The card of one saved network.
 
     Args:
-        data: As `metadata` gives it.
+        data: The metadata, from `metadata`.
         title: The heading.
-        facts: Of the files that were written.
+        facts: What is known of the files.
     """
     sections = {"": _about(facts), "Use": _use(facts)}
     if facts.deviation is not None:
@@ -159,7 +171,7 @@ import timm
 import torch
 {registers}from PIL import Image
 
-model = timm.create_model("{facts.source}", pretrained=True).eval()
+model = timm.create_model({quoted(facts.source)}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.inference_mode():
     logits = model(transform(Image.open("picture.png").convert("RGB"))[None])
@@ -167,12 +179,12 @@ with torch.inference_mode():
 
 
 def _render(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:
-    """A card's text, its metadata read back by the class that the Hub's client reads it with.
+    """The text of a card. The Hub's client reads its metadata back, and so checks it.
 
     Args:
         data: The metadata.
         title: The heading.
-        sections: Markdown by heading; under an empty heading, text without one.
+        sections: Markdown by heading. An empty heading is left out.
     """
     parts = [f"---\n{data}\n---", f"# {title}"]
     for heading, text in sections.items():
@@ -188,12 +200,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value as one cell: a bar or a line break in it would end the cell."""
-    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
+    """A value as the text of a cell. A bar or a line break would end the cell."""
+    if value is None:
+        return ""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def zoo() -> str:
-    """MODEL_CARD.md: the card of all networks of the package."""
+    """The text of MODEL_CARD.md, the card of all networks of the package."""
     data = metadata({"license": "apache-2.0", "tags": ["nfnet", "normalizer-free"]}, "timm_nf")
     f4_plus, _ = VARIANTS["nfnet_f4_plus"].cfg.count(VARIANTS["nfnet_f4_plus"].train_size)
     with_weights = [name for name, row in VARIANTS.items() if row.hf_hub_id]
@@ -257,7 +271,6 @@ Not intended for decisions about people. The ImageNet weights inherit that data 
 """,
     "Limits": """
 - Training NFNets at large batch sizes needs adaptive gradient clipping; `--opt agcsgd` has the paper's policy.
-- `torch.jit.trace` takes every network. `torch.jit.script` takes fused ones only (`timm_nf.fuse(model)`).
 - At an output stride of 8 or 16, convolutions are dilated in place of strided. The authors have no such networks: the
   weights load, but the function is an approximation.
 - Pretrained weights converted to one input channel (grey images) or to a multiple of three keep their function. With

@@ -1,6 +1,22 @@
-"""Push and pull: nothing is published unread, nothing is loaded unchecked.
+"""Publishes networks on the Hub and downloads them, with every file read back or checked.
 
-Weights are safetensors, never pickles. timm's `hf-hub:` and `local-dir:` load what is written here too.
+Weights are safetensors, never pickles. timm loads the files by `hf-hub:` and `local-dir:`.
+
+Examples:
+    Logged in to the Hub as `user`:
+
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3)
+    >>> written = push(model, "alice/net", card={"license": "apache-2.0"})
+    >>> pull("alice/net", sha256=written.sha256).num_classes
+    3
+
+    The steps of `push`, for files that were written before:
+
+    >>> from pathlib import Path
+    >>> token = require_hub("alice/net2", token=None)
+    >>> written = timm_nf.hub.write_folder(model, "net", card={"license": "apache-2.0"})
+    >>> upload(Path("net"), written, "alice/net2", token=token).commit is None
+    False
 """
 
 # huggingface_hub types only a part of what it exports.
@@ -13,11 +29,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
@@ -43,7 +60,7 @@ from .folder import (
 
 __all__ = ["pull", "push", "require_hub", "upload"]
 
-# Hashes of files that are in the cache under their own names, as where a system has no links.
+# Holds the hashes of cached files that no link names, as on systems without symbolic links.
 _HASHES = "timm_nf-hashes.json"
 _OTHER_CACHE = "give another cache_dir (or set HF_HOME), or local_files_only (HF_HUB_OFFLINE=1) for what it has already"
 _PULL_REQUEST = re.compile(r"refs/pr/(\d+)")
@@ -67,31 +84,31 @@ def push(
     dry_run: bool = False,
     recipe: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Publish a network on the Hub in one commit, after it was written, read back and compared.
+    """Write a network, read it back, compare it, and publish it on the Hub in one commit.
 
     The repository does not change before that commit. If somebody else commits in between, this commit is refused.
 
     Args:
-        model: Any model that timm's factory made; not changed.
-        repo_id: `user/name`, made if it is missing; also as `hf-hub:user/name` or its address.
+        model: Any model that timm's factory made. It is not changed.
+        repo_id: `user/name`, also as `hf-hub:user/name` or as its address. It is made if it is missing.
         card: Fields of the card's metadata. The license is required, so there is no push without a card. The
             repository that `pull` recorded becomes the base model.
-        revision: A branch, made if it is missing, or `refs/pr/N` for a pull request that is there.
-        private: Make the repository private; an existing one has to be private already.
+        revision: A branch, which is made if it is missing; or `refs/pr/N` for an existing pull request.
+        private: Make the repository private. An existing one has to be private already.
         create_pr: Propose the commit as a pull request to the main branch.
-        commit_message: By default one that says what was done.
-        token: By default the login's.
-        dtype: Round floating weights to it; by default they stay as they are.
+        commit_message: The commit's message. By default it says what was done.
+        token: The token, by default the login's.
+        dtype: Dtype to round floating weights to. By default they stay as they are.
         overwrite_card: Replace an existing README.md.
-        architecture: A name in timm's registry, under which others load the files. With `dm_nfnet_f0`, stock timm can
+        architecture: The name in timm's registry under which others load the files. With `dm_nfnet_f0`, stock timm can
             load an NFNet.
         dry_run: Do everything but upload.
         recipe: Settings of the training, for the card.
 
     Raises:
-        ValueError: if the card has no license, before anything is written; if the model cannot be saved so, or
-            arguments exclude each other.
-        HubError: if the Hub or the network did not allow it; says what to do.
+        ValueError: if the card has no license, before anything is written; if the model cannot be saved, or arguments
+            exclude each other.
+        HubError: if the Hub, the network or the disk does not allow it. The message says what to do.
     """
     require_license(card)
     repo_id, revision = _named(repo_id, revision)
@@ -126,17 +143,17 @@ def upload(
     token: str | None = None,
     overwrite_card: bool = False,
 ) -> Written:
-    """Publish in one commit what `write_folder` has written to `folder`; the arguments are those of `push`.
+    """Publish in one commit what `write_folder` has written to `folder`. The arguments are those of `push`.
 
     Raises:
-        HubError: if the Hub or the network did not allow it; says what to do.
+        HubError: if the Hub or the network does not allow it. The message says what to do.
     """
     repo_id, revision = _named(repo_id, revision)
     token = require_hub(repo_id, token)
     pull_request = _PULL_REQUEST.fullmatch(revision or "")
     with explained(repo_id, revision, token):
-        api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
-        if not pull_request:  # which is there, or the revision is unknown
+        api = _api(token)
+        if not pull_request:  # a pull request belongs to a repository that exists
             repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         info = api.model_info(repo_id)
         _require_case(repo_id, info.id)
@@ -146,8 +163,9 @@ def upload(
             if not pull_request:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             info = api.model_info(repo_id, revision=revision)
-        there = {file.rfilename for file in info.siblings or ()}
-        names = [name for name in written.files if overwrite_card or name != README or README not in there]
+        names = list(written.files)
+        if not overwrite_card and any(file.rfilename == README for file in info.siblings or ()):
+            names = [name for name in names if name != README]
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, folder / name) for name in names],
@@ -172,23 +190,23 @@ def pull(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
-    """A network from the Hub in evaluation mode, its files compared with the hashes the Hub has of them.
+    """A network from the Hub in evaluation mode, with its files compared with the Hub's hashes.
 
     `model.pretrained_cfg["hf_hub_id"]` is then `user/name@commit`. The weights keep the dtype of the file. A pull needs
-    the memory of the file's size once, and some 50 MB for the client.
+    memory for the file once, and some 50 MB for the client.
 
     Args:
-        repo_id: `user/name` or `user/name@revision`; also with `hf-hub:` before it, or as its address.
-        revision: A branch, a tag or a commit, the main branch by default.
-        sha256: Required of model.safetensors, whatever the Hub says.
-        token: By default the login's.
-        cache_dir: By default the Hub client's cache.
-        local_files_only: Use the cache alone. Its files are compared with the hashes that name them there, or that an
+        repo_id: `user/name` or `user/name@revision`, also with `hf-hub:` before it or as its address.
+        revision: A branch, a tag or a commit, by default the main branch.
+        sha256: The sha256 that model.safetensors must have, whatever the Hub says.
+        token: The token, by default the login's.
+        cache_dir: The cache, by default the Hub client's.
+        local_files_only: Use only the cache. Its files are compared with the hashes that name them there, or that an
             earlier pull recorded.
 
     Raises:
         ValueError: if the arguments, the hash, the weights or the labels are not what was expected.
-        HubError: if the Hub or the network did not allow it, or a file is damaged; says what to do.
+        HubError: if the Hub or the network does not allow it, or a file is damaged. The message says what to do.
     """
     name, revision = _named(repo_id, revision)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
@@ -197,36 +215,61 @@ def pull(
     offline = local_files_only or constants.is_offline_mode()
     with explained(name, revision, token, _OTHER_CACHE):
         _require_name(name)
-        hashes: dict[str, str] = {}
-        wanted = None
-        if not offline:
-            _clean(get_token())
-            api = HfApi(token=token, library_name="timm_nf", library_version=__version__)
-            info = api.model_info(name, revision=revision, files_metadata=True)
-            _require_case(name, info.id)
-            wanted = info.sha
-            hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}
-            _refuse_missing(name, hashes)
-        download = partial(_download, name, hashes=hashes, offline=offline, token=token, cache_dir=cache_dir)
-        # By branch or tag, so that the cache learns which commit that is; the weights by that commit.
+        listing = _Listing(None, {}) if offline else _listing(name, revision, token)
+        download = partial(_download, name, hashes=listing.hashes, offline=offline, token=token, cache_dir=cache_dir)
+        # The config by branch or tag: this is how the cache learns the commit. The weights by that commit.
         folder = download(CONFIG, revision).parent
-        if wanted not in (None, folder.name):
-            raise HubError(f"{name} changed from {wanted} to {folder.name} while it was pulled: pull again")
-        weights = download(WEIGHTS, folder.name)
-        if sha256 is not None and (got := sha256_of(weights)) != sha256.lower():
-            raise ValueError(f"{name}@{folder.name}: expected {WEIGHTS} with sha256 {sha256.lower()}, got {got}")
-    model: Any = _load(folder, f"{name}@{folder.name}")
+        commit = folder.name
+        if listing.commit not in (None, commit):
+            raise HubError(f"{name} changed from {listing.commit} to {commit} while it was pulled: pull again")
+        weights = download(WEIGHTS, commit)
+        if sha256 is not None:
+            _require_sha256(weights, sha256.lower(), f"{name}@{commit}")
+    model: Any = _load(folder, f"{name}@{commit}")
     for key in ("file", "url", "state_dict", "hf_hub_filename"):  # a config may name other sources
         model.pretrained_cfg.pop(key, None)
-    model.pretrained_cfg.update(hf_hub_id=f"{name}@{folder.name}", source="hf-hub")
+    model.pretrained_cfg.update(hf_hub_id=f"{name}@{commit}", source="hf-hub")
     return model.eval()
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------
 
 
+class _Listing(NamedTuple):
+    """A repository at a revision: the commit (None offline), and the hash of each file."""
+
+    commit: str | None
+    hashes: dict[str, str]
+
+
+def _listing(repo_id: str, revision: str | None, token: str | None) -> _Listing:
+    """Ask the Hub for the commit and the files of a repository."""
+    _clean(get_token())  # refuses a bad login before it is sent
+    info = _api(token).model_info(repo_id, revision=revision, files_metadata=True)
+    _require_case(repo_id, info.id)
+    hashes = {file.rfilename: _hash_of(file) for file in info.siblings or ()}
+    _refuse_missing(repo_id, hashes)
+    return _Listing(info.sha, hashes)
+
+
+def _hash_of(file: RepoSibling) -> str:
+    """The sha256 of a file in LFS or Xet, otherwise the id of its git blob."""
+    known = file.lfs.sha256 if file.lfs else file.blob_id
+    return known or ""
+
+
+def _api(token: str | None) -> HfApi:
+    return HfApi(token=token, library_name="timm_nf", library_version=__version__)
+
+
+def _require_sha256(file: Path, expected: str, origin: str) -> None:
+    got = sha256_of(file)
+    if got != expected:
+        raise ValueError(f"{origin}: expected {WEIGHTS} with sha256 {expected}, got {got}")
+
+
 def _clean(token: str | None) -> str | None:
-    """A token without the white space around it. An HTTP library's error would quote one that no header can carry."""
+    """A token without white space around it. No header can carry others, and an HTTP library's error would quote it."""
     token = token.strip() if token else None
     if token and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("expected a token of printable characters without spaces; copy it from the Hub again")
@@ -240,7 +283,7 @@ def _require_name(repo_id: str) -> None:
 
 
 def _named(repo_id: str, revision: str | None) -> Repository:
-    """The repository, and the revision that was given with it or beside it."""
+    """The repository, and the revision that was given in its name or as an argument."""
     name, pinned = repository(repo_id)
     if pinned and revision:
         raise ValueError(f"expected one revision, got {pinned!r} in {repo_id!r} and {revision!r}")
@@ -248,16 +291,16 @@ def _named(repo_id: str, revision: str | None) -> Repository:
 
 
 def _require_case(repo_id: str, found: str | None) -> None:
-    """Refuse a name in another case than the Hub's, under which the cache would hold it a second time."""
+    """Refuse a name in another case than the Hub's: the cache would hold the repository twice."""
     if found and found != repo_id and found.lower() == repo_id.lower():
         raise HubError(f"the Hub has no {repo_id}, but {found}: write it so")
 
 
 def require_hub(repo_id: str, token: str | None) -> str | None:
-    """Refuse what no push can do, before anything is written; the token without white space.
+    """Refuse a push that cannot succeed, before anything is written. Return the token without white space.
 
     Raises:
-        HubError: if `repo_id` is no name of a repository, there is no login, or the network is switched off.
+        HubError: if `repo_id` is no name of a repository, there is no login, or HF_HUB_OFFLINE is set.
     """
     with explained(repo_id, None, token):
         _require_name(repository(repo_id).name)
@@ -287,15 +330,16 @@ def _download(
     token: str | None,
     cache_dir: str | Path | None,
 ) -> Path:
-    """A file in the cache, compared with the hash that the Hub has of it, or else with the one that names it."""
+    """A file in the cache, compared with the Hub's hash, or offline with the hash that names it in the cache.
+
+    A damaged file is removed, since timm does not look at hashes and would load it. Online it is fetched again once.
+    """
+    attempts = 1 if offline else 2
     path = Path()
-    attempts = [False]
-    if not offline:
-        attempts.append(True)
-    for force in attempts:
+    for attempt in range(attempts):
         path = Path(
             hf_hub_download(
-                repo_id, name, revision=revision, force_download=force, local_files_only=offline,
+                repo_id, name, revision=revision, force_download=attempt > 0, local_files_only=offline,
                 library_name="timm_nf", token=token, cache_dir=cache_dir,
             )
         )  # fmt: skip
@@ -307,15 +351,15 @@ def _download(
             if not offline and not path.is_symlink():
                 _record_hash(path, expected)
             return path
-        _logger.warning("%s is damaged, its hash is not %s%s", path, expected, "" if force else "; fetching it again")
-        _remove(path)  # timm does not look at hashes, and would load it
+        _logger.warning("%s is damaged, its hash is not %s", path, expected)
+        _remove(path)
     raise HubError(f"{path} is damaged and was removed, its hash is not what the Hub says: pull again with a network")
 
 
 def _known_hash(path: Path) -> str:
-    """The hash of a file of a snapshot: the name that its link points to, or what an earlier pull recorded, or ''."""
+    """The hash of a file in a snapshot: the name that its link points to, or what an earlier pull recorded, or ''."""
     if path.is_symlink():
-        # Only the first link: a file that came through Xet is a link itself, named by another hash.
+        # Only the first link counts: a file from Xet is a link itself, and named by another hash.
         return path.readlink().name
     return _recorded(path).get(_in_snapshot(path), "")
 
@@ -336,7 +380,7 @@ def _recorded(path: Path) -> dict[str, str]:
 
 
 def _record_hash(path: Path, hash: str) -> None:
-    """Note the Hub's hash of a file that no link names by it, for pulls without a network."""
+    """Record the Hub's hash of a file that no link names, for offline pulls."""
     known = _recorded(path)
     if known.get(_in_snapshot(path)) == hash:
         return
@@ -344,12 +388,12 @@ def _record_hash(path: Path, hash: str) -> None:
     try:
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(known | {_in_snapshot(path): hash}), encoding="utf-8")
-    except OSError as error:  # a cache that cannot be written has to be read online
+    except OSError as error:  # the pull has succeeded; only offline pulls need the record
         _logger.warning("%s could not be written (%s): offline pulls will not work", file, reason(error))
 
 
 def _remove(path: Path) -> None:
-    """Remove a file of a snapshot, and the file that it links to if that is in the repository's cache too."""
+    """Remove a file of a snapshot, and the file that it links to if that is in the repository's cache."""
     target, cache = path.resolve(), path.parents[2].resolve()
     path.unlink()  # also a link that points out of the cache, which the client would keep
     if target.is_relative_to(cache):
@@ -357,11 +401,12 @@ def _remove(path: Path) -> None:
 
 
 def _load(folder: Path, origin: str) -> nn.Module:
+    """The network that a folder's config describes, with the folder's weights."""
     try:
         model: Any = skeleton(f"local-dir:{folder}")
         # If `pretrained_cfg` names an architecture too, timm prefers it.
         model.pretrained_cfg["architecture"] = json.loads((folder / CONFIG).read_text("utf-8"))["architecture"]
-    except Exception as error:  # whatever a config.json makes timm raise
+    except Exception as error:  # a config.json can make timm raise anything
         raise ValueError(
             f"{CONFIG} of {origin} describes no network that timm can build here ({reason(error)})"
         ) from error

@@ -1,4 +1,13 @@
-"""Errors of the Hub's client as one line that says what to do. It contains no token and no signed address."""
+"""Turns errors of the Hub's client into one line that says what to do, without tokens and signed addresses.
+
+Examples:
+    >>> try:
+    ...     with explained("user/net", revision=None, token=None):
+    ...         raise PermissionError(13, "Permission denied", "cache")  # as the Hub's client does
+    ... except HubError as error:
+    ...     print(error)
+    cache cannot be written: name a folder that can be written
+"""
 
 # huggingface_hub.errors re-exports HTTPError without saying so.
 # pyright: reportPrivateImportUsage=false
@@ -28,7 +37,7 @@ from huggingface_hub.errors import (
 __all__ = ["LOGIN_HINT", "HubError", "explained"]
 
 LOGIN_HINT = "log in with `hf auth login` or set HF_TOKEN"
-"""What to do without a login."""
+"""How to log in, as a part of messages."""
 
 
 class HubError(RuntimeError):
@@ -39,13 +48,13 @@ class HubError(RuntimeError):
 def explained(
     repo_id: str, revision: str | None, token: str | None, other_folder: str = "name a folder that can be written"
 ) -> Generator[None]:
-    """Turn what the Hub's client raises inside into a `HubError`; everything else passes.
+    """Turn errors of the Hub's client into `HubError`. Other errors pass.
 
     Args:
-        repo_id: The repository, as it was written.
-        revision: Of it; the main branch by default.
-        token: That was given.
-        other_folder: What to do where a folder cannot be written.
+        repo_id: The repository, as the caller wrote it.
+        revision: Its revision, by default the main branch.
+        token: The token that the caller gave.
+        other_folder: What to do if a folder cannot be written.
 
     Raises:
         HubError: in place of the client's error, with what to do.
@@ -69,7 +78,7 @@ def _raise_explained(error: Exception, repo_id: str, revision: str | None, token
 
 
 def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool) -> str | None:
-    """The line for an error or for its cause; None for an error that is not the client's."""
+    """The line for an error or for its cause, None if the error is not the client's."""
     url = f"{constants.ENDPOINT}/{repo_id}"
     match error:
         case LocalTokenNotFoundError():
@@ -110,7 +119,9 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
             return f"the Hub refuses the card: {str(error).partition(chr(10))[2]}"
         case _:
             pass
-    return _explain(error.__cause__, repo_id, revision, logged_in) if error.__cause__ else None
+    if error.__cause__ is None:
+        return None
+    return _explain(error.__cause__, repo_id, revision, logged_in)
 
 
 def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str:
@@ -142,5 +153,5 @@ def _said(error: HfHubHTTPError) -> str:
         try:
             said = str(error.response.json().get("error", ""))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, HTTPError, RuntimeError):
-            said = ""  # the body is no object, or was never read
+            said = ""  # the body is no JSON object, or was never read
     return " ".join(said.split())[:200] or f"status {error.response.status_code}"

@@ -1,4 +1,18 @@
-"""A network as the folder of files that a Hub repository is. Every file is read back and compared."""
+"""Writes a network as a folder in Hub layout. Every file is read back and compared.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3)
+    >>> written = write_folder(model, "net", card=None)
+    >>> isinstance(written, Written), sorted(written.files)
+    (True, ['config.json', 'model.safetensors'])
+    >>> written.sha256 == sha256_of(Path("net", "model.safetensors"))
+    True
+    >>> len(git_blob_id(Path("net", "config.json")))
+    40
+    >>> first_not_finite({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
+    'b'
+"""
 
 # timm and safetensors type only a part of what they export.
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -23,13 +37,14 @@ from timm.data import resolve_model_data_config
 from timm.models._hub import save_config_for_hf  # timm.models has only save_for_hf, which writes weights too
 from torch import Tensor, nn
 
+from .._dtypes import FLOATS, dtype_name
 from .._labels import own_labels
 from .._relative_error import relative_error
 from .._temporary import temporary_folder
 from .._text import reason
-from .._versions import saved_arguments
+from .._versions import input_channels, saved_arguments
 from .._wrappers import innermost
-from ..checkpoint import FLOATS, assign, fitted, skeleton
+from ..checkpoint import assign, fitted, skeleton
 from ..version import __version__
 from .card import Facts, metadata, network_card
 
@@ -43,8 +58,8 @@ CONFIG = "config.json"
 """The name of the config in a Hub folder."""
 README = "README.md"
 """The name of the card in a Hub folder."""
-_PINNED = re.compile(r"[^@]+@[0-9a-f]{40}")  # as `hub.pull` records it
-# Every network has these arguments. The card names them only where they have another value.
+_PINNED = re.compile(r"[^@]+@[0-9a-f]{40}")  # a repository and a commit, as `hub.pull` records them
+# Arguments that every network has. The card names them only if they have another value.
 _USUAL_ARGUMENTS = {"fused": False, "in_chans": 3, "global_pool": "avg", "num_classes": 1000}
 
 
@@ -53,12 +68,12 @@ class Written:
     """What `write_folder` wrote, or `hub.push` published.
 
     Attributes:
-        files: Sizes in bytes by name.
-        sha256: Of model.safetensors.
+        files: The size in bytes of every file, by name.
+        sha256: The sha256 of model.safetensors.
         checks: What was compared, and the result, in words.
-        card: Text of README.md, also where an older one stays; empty without a card.
-        url: Of the commit or the pull request; None if nothing was uploaded.
-        commit: Its id.
+        card: The text of the card, even if an older README.md stays; empty without a card.
+        url: The address of the commit or the pull request, None if nothing was uploaded.
+        commit: The id of the commit, None if nothing was uploaded.
     """
 
     files: dict[str, int]
@@ -83,17 +98,17 @@ def write_folder(
     """Write a network as a Hub repository: model.safetensors, config.json and README.md, read back and compared.
 
     Args:
-        model: Any model that timm's factory made; not changed.
-        folder: A new folder appears whole or not at all. In an existing one, each file is replaced whole.
-        card: Fields of the card's metadata, the license among them; None for no README.md.
-        dtype: Round floating weights to it; by default they stay as they are.
-        architecture: A name in timm's registry, under which others load the files; by default the model's own.
+        model: Any model that timm's factory made. It is not changed.
+        folder: A new folder appears whole or not at all. In an existing folder, each file is replaced whole.
+        card: Fields of the card's metadata, with the license. None writes no README.md.
+        dtype: Dtype to round floating weights to. By default they stay as they are.
+        architecture: The name in timm's registry under which others load the files. By default the model's own.
         overwrite_card: Replace an existing README.md.
-        repo_id: What the card's snippet loads; by default the folder.
+        repo_id: The repository that the card's snippet loads. By default it loads the folder.
         recipe: Settings of the training, for the card.
 
     Raises:
-        ValueError: if the model cannot be saved so, or the card has no license.
+        ValueError: if the model cannot be saved, or the card has no license.
         RuntimeError: if the files do not give the same tensors and logits.
     """
     folder = Path(folder)
@@ -102,9 +117,8 @@ def write_folder(
     architecture = architecture or own
     if not timm.is_model(architecture):
         raise ValueError(f"timm knows no architecture {architecture!r}")
-    base = _pinned_base(source)
-    name = repo_id or folder.resolve().name
-    data = None if card is None else metadata(card, name.rpartition("/")[2], base and base.partition("@")[0])
+    title = repo_id or folder.resolve().name
+    data = None if card is None else _metadata(card, title, source)
     tensors = _publishable(source, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder.parent) as temporary:
@@ -114,24 +128,27 @@ def write_folder(
         tensors = _as_loaded(tensors, new, architecture)
         _write_weights(tensors, new)
         back = _read_back(source, tensors, new, None if architecture == own else architecture)
-        facts = Facts(
-            architecture=architecture,
-            arguments=_unusual_arguments(new / CONFIG),
-            source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}",
-            parameters=sum(p.numel() for p in source.parameters()),
-            dtype=", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
-            sha256=sha256_of(new / WEIGHTS),
-            size=(new / WEIGHTS).stat().st_size,
-            versions=_versions(),
-            base=base,
-            deviation=back.deviation,
-            recipe=recipe or {},
-        )
-        text = network_card(data, name, facts) if data else ""
-        if data and (overwrite_card or not (folder / README).exists()):
-            (new / README).write_text(text, encoding="utf-8")
+        sha256 = sha256_of(new / WEIGHTS)
+        text = ""
+        if data is not None:
+            facts = Facts(
+                architecture=architecture,
+                arguments=_unusual_arguments(new / CONFIG),
+                source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}",
+                parameters=sum(p.numel() for p in source.parameters()),
+                dtype=", ".join(sorted({dtype_name(t.dtype) for t in tensors.values()})),
+                sha256=sha256,
+                size=(new / WEIGHTS).stat().st_size,
+                versions=_versions(),
+                base=_pinned_base(source),
+                deviation=back.deviation,
+                recipe=recipe or {},
+            )
+            text = network_card(data, title, facts)
+            if overwrite_card or not (folder / README).exists():
+                (new / README).write_text(text, encoding="utf-8")
         files = _move_into_place(new, folder)
-    return Written(files, facts.sha256, back.checks, text)
+    return Written(files, sha256, back.checks, text)
 
 
 def sha256_of(file: Path) -> str:
@@ -154,12 +171,12 @@ def _own_architecture(model: Any) -> str:
     """The model's name in timm's registry.
 
     Raises:
-        ValueError: if timm's factory did not make it, or cannot make it as it is.
+        ValueError: if timm's factory did not make the model, or cannot make it again.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture") or not hasattr(model, "forward_head"):
         raise ValueError(f"expected a classifier made by timm.create_model, got {type(model).__name__}")
-    # `fuse` sets this attribute on networks of timm's own. Ours have a property of that name, and can be built fused.
+    # `fuse` sets this attribute on timm's own networks. Ours have a property of that name, and can be built fused.
     if vars(model).get("fused"):
         raise ValueError(
             f"a fused model of timm's own {cfg['architecture']} has no architecture in timm that loads it: save it "
@@ -169,26 +186,32 @@ def _own_architecture(model: Any) -> str:
 
 
 def _pinned_base(model: Any) -> str | None:
-    """The repository and commit that the weights were pulled from, `user/repo@commit`."""
+    """The repository and commit that the weights were pulled from, `user/repo@commit`; None if they were not."""
     recorded = str(model.pretrained_cfg.get("hf_hub_id"))
     return recorded if _PINNED.fullmatch(recorded) else None
+
+
+def _metadata(card: ModelCardData | Mapping[str, Any], title: str, model: Any) -> ModelCardData:
+    """The card's metadata. The repository that the weights were pulled from becomes the base model."""
+    base = _pinned_base(model)
+    return metadata(card, title.rpartition("/")[2], base.partition("@")[0] if base else None)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if all are finite."""
     for name, tensor in tensors.items():
-        # The extremes, which NaN passes on: a mask would need memory.
+        # Both extremes are NaN if one entry is. A mask of all entries would need memory.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             return name
     return None
 
 
 def _publishable(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors to write: on the CPU, contiguous, each in memory of its own, finite, and in one floating dtype.
+    """The tensors to write: on the CPU, contiguous, finite, in one floating dtype, and each in its own memory.
 
     Raises:
-        ValueError: if they are not finite, not dense, on the meta device, of several floating dtypes, or of one that
-            networks do not compute in.
+        ValueError: if a tensor is infinite or NaN, sparse, on the meta device, or has a dtype in which networks do not
+            compute, or if there are several floating dtypes.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"expected a floating dtype ({', '.join(map(str, FLOATS))}), got {dtype}")
@@ -203,7 +226,7 @@ def _publishable(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tenso
         if first_not_finite({name: rounded}):
             why = f"too large for {dtype}" if torch.isfinite(tensor).all() else "NaN or infinite"
             raise ValueError(f"{name} is {why}: such a network is not published")
-        # Of tied weights and views, safetensors would write none.
+        # safetensors refuses tensors that share memory, such as tied weights and views.
         memory = rounded.untyped_storage().data_ptr()
         tensors[name] = rounded.clone() if memory in held else rounded
         held.add(memory)
@@ -214,7 +237,7 @@ def _publishable(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tenso
 
 
 def _require_numbers(name: str, tensor: Tensor) -> None:
-    """Refuse what is no dense tensor of numbers that networks compute in."""
+    """Refuse a tensor without values, one that is not dense, and one with a dtype in which networks do not compute."""
     if tensor.is_meta:
         raise ValueError(f"expected a model with weights, {name} is on the meta device")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -227,43 +250,45 @@ def _require_numbers(name: str, tensor: Tensor) -> None:
 
 
 def _write_config(model: Any, file: Path, architecture: str, license: str | None) -> None:
-    """Write what timm writes, corrected.
+    """Write timm's config with these corrections.
 
-    - `architecture` may be another one than the model's.
-    - The license is the card's. timm would copy tag and license of the published weights of the same architecture.
-    - The number of classes stands at the top level alone. timm repeats it in `model_args`, and transformers' Auto
-      classes then pass it twice. timm reads the one at the top level where `model_args` has none.
+    - `architecture` may differ from the model's own.
+    - The license is the card's. timm would copy the tag and the license of the architecture's published weights.
+    - The number of classes stands only at the top level, where timm finds it. timm repeats it in `model_args`, and
+      transformers' Auto classes then pass it twice.
 
     Raises:
-        ValueError: if the network is fused and the architecture is another one, or the labels do not fit.
+        ValueError: if the network is fused and the architecture is not its own, or if the labels do not fit.
     """
     labels = own_labels(model, "the model's config")
     save_config_for_hf(model, cast(Any, file), labels, **saved_arguments(model))  # typed str, opened as a Path
-    config: dict[str, Any] = json.loads(file.read_text())
-    for key in ("input_size", "test_input_size"):  # timm below 1.0.31 leaves the channels that the architecture has
-        if key in config["pretrained_cfg"]:
-            config["pretrained_cfg"][key][0] = getattr(model, "in_chans", config["pretrained_cfg"][key][0])
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     config["architecture"] = architecture
+    pretrained_cfg: dict[str, Any] = config["pretrained_cfg"]
+    for key in ("input_size", "test_input_size"):  # timm below 1.0.31 writes the architecture's number of channels
+        if key in pretrained_cfg:
+            pretrained_cfg[key][0] = input_channels(model)
     for key in ("tag", "license"):
-        config["pretrained_cfg"].pop(key, None)
+        pretrained_cfg.pop(key, None)
     if license:
-        config["pretrained_cfg"]["license"] = license
+        pretrained_cfg["license"] = license
     arguments: dict[str, Any] = config.get("model_args", {})
     arguments.pop("num_classes", None)
-    # Stock timm stops at the key `fused`, so that its nfnet_f0 does not load our weights. Its other networks do too.
+    # Stock timm's networks raise at the argument `fused`, which keeps our weights out of its own nfnet_f0. Another
+    # architecture is meant to load them, so the argument goes.
     if architecture != _own_architecture(model) and arguments.pop("fused", False):
         raise ValueError(f"a fused network cannot be loaded as {architecture}: push it before fusing")
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _unusual_arguments(file: Path) -> dict[str, Any]:
-    """The arguments with which a config has `timm.create_model` called, without those of every network."""
+    """The arguments that a config gives to `timm.create_model`, without the usual ones."""
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     arguments: dict[str, Any] = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
     unusual: dict[str, Any] = {}
     for key, value in arguments.items():
         if isinstance(value, list):
-            unusual[key] = tuple(cast(list[Any], value))  # as the caller wrote it
+            unusual[key] = tuple(cast(list[Any], value))  # as callers write it; JSON has no tuples
         elif key not in _USUAL_ARGUMENTS or value != _USUAL_ARGUMENTS[key]:
             unusual[key] = value
     return unusual
@@ -273,7 +298,7 @@ def _as_loaded(tensors: Mapping[str, Tensor], folder: Path, architecture: str) -
     """The tensors in the shapes of the network that the folder's config describes.
 
     Raises:
-        ValueError: if that network cannot be built, or cannot load them.
+        ValueError: if that network cannot be built, or does not take the tensors.
     """
     try:
         described = skeleton(f"local-dir:{folder}")
@@ -288,7 +313,7 @@ def _as_loaded(tensors: Mapping[str, Tensor], folder: Path, architecture: str) -
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write the tensors beside the config, readable for whom the config is.
+    """Write the tensors beside the config, with the config's file mode.
 
     Raises:
         RuntimeError: if safetensors cannot write them.
@@ -303,7 +328,7 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _move_into_place(new: Path, folder: Path) -> dict[str, int]:
-    """Move the files to where they belong; their sizes by name."""
+    """Move the files into the folder, and return their sizes by name."""
     sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
     if not folder.exists():
         new.rename(folder)
@@ -314,7 +339,7 @@ def _move_into_place(new: Path, folder: Path) -> dict[str, int]:
 
 
 def _versions() -> dict[str, str]:
-    """The versions that wrote the files, also of packages that run from a checkout."""
+    """The versions of the packages that wrote the files. Packages that run from a checkout have one too."""
     return {
         "timm_nf": __version__,
         "timm": timm.__version__,
@@ -327,7 +352,7 @@ def _versions() -> dict[str, str]:
 
 
 class _ReadBack(NamedTuple):
-    """What was compared, in words, and the deviation of the logits where another architecture loads the files."""
+    """What was compared, in words, and the deviation of the logits if another architecture loads the files."""
 
     checks: list[tuple[str, str]]
     deviation: float | None
@@ -338,8 +363,8 @@ def _read_back(model: Any, tensors: Mapping[str, Tensor], folder: Path, other: s
 
     Args:
         model: The network that was written.
-        tensors: That were written.
-        folder: Where.
+        tensors: The tensors that were written.
+        folder: Where they were written.
         other: The architecture that loads the files, if it is not the model's own.
 
     Raises:
@@ -375,9 +400,9 @@ def _compare_tensors(tensors: Mapping[str, Tensor], file: Path) -> tuple[str, st
 
 @torch.no_grad()
 def _deviations(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> tuple[float, float]:
-    """Relative errors of features and of logits: the folder as timm loads it, against the model with `tensors`.
+    """Relative errors of features and of logits of the network that timm loads, against the model with `tensors`.
 
-    Logits alone do not suffice: some classifiers start at zero.
+    Logits alone would not do: some classifiers start at zero.
     """
     expected: Any = copy.deepcopy(model)
     expected = expected.cpu().float().to(memory_format=torch.contiguous_format).eval()
@@ -392,7 +417,7 @@ def _deviations(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
 
 
 def _deviation(measured: Tensor, expected: Tensor) -> float:
-    """Their relative error; 0 for equal ones, also where all are 0."""
+    """The relative error; 0 if the tensors are equal, even if both are 0."""
     return 0.0 if torch.equal(measured, expected) else relative_error(measured, expected)
 
 

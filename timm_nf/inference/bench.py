@@ -1,4 +1,24 @@
-"""Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported."""
+"""Times a network on this machine: timm's version, ours, and ours fused, in bfloat16, compiled and exported.
+
+Examples:
+    >>> stock_name("nfnet_f0")
+    'dm_nfnet_f0'
+    >>> versions = contenders("nfnet_f0", batch=1, size=192)  # nothing is built yet
+    >>> "stock" in versions and "fused" in versions
+    True
+    >>> x = torch.ones(1000)
+    >>> builders = {"sum": lambda: x.sum, "double": lambda: x.double}  # in place of the versions, to be quick
+    >>> timings = time_inference(builders, repeats=2)
+    >>> isinstance(timings["sum"], Timing)
+    True
+    >>> times = time_in_turn({"sum": x.sum, "double": x.double}, repeats=2)
+    >>> len(times["double"])  # milliseconds
+    2
+    >>> peak_memory(x.double)  # bytes
+    8000
+    >>> ("fused, bfloat16" in left_out("cpu")) != bfloat16_is_fast("cpu")  # not timed where it is slow
+    True
+"""
 
 # timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -24,6 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from .._progress import Progress, silent
 from .._seed import seeded
 from .._temporary import temporary_folder
+from .._versions import input_channels
 from ..checkpoint import skeleton
 from ..variants import VARIANTS
 from . import export, int8
@@ -34,6 +55,7 @@ __all__ = [
     "Work",
     "bfloat16_is_fast",
     "contenders",
+    "left_out",
     "peak_memory",
     "stock_name",
     "time_in_turn",
@@ -77,10 +99,34 @@ def _cpu_instructions() -> set[str]:
     if hasattr(torch.cpu, "get_capabilities"):  # older torch has none
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # neither Linux nor a torch that can tell
         return set()
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def left_out(device: str = "cpu") -> dict[str, str]:
+    """The versions of a network that are not timed on a device of this machine, with the reason of each."""
+    reasons: dict[str, str] = {}
+    if not bfloat16_is_fast(device):
+        reasons["fused, bfloat16"] = "the CPU has no bfloat16 instructions, and takes longer than in float32"
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and not _compiler_is_there():
+        reasons["fused, compiled"] = "torch.compile finds no C++ compiler"
+    if not on_cpu or not export.onnx_is_installed():
+        why = "it is not installed" if on_cpu else "it is timed on CPUs"
+        reasons |= {"fused, onnxruntime": why, "fused, int8": f"onnxruntime computes it: {why}"}
+    return reasons
+
+
+def _compiler_is_there() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # only this asks for it
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return False
+    return True
 
 
 def contenders(
@@ -98,13 +144,14 @@ def contenders(
     Returns:
         `{label: function that builds the version and returns its work}`. The versions are `stock` (timm's network),
         `timm_nf` (ours, if there is one) and `fused`. Some are also timed in channels_last, in bfloat16, compiled by
-        inductor with frozen weights, and in onnxruntime, in float32 and with convolutions in int8.
+        inductor with frozen weights, and in onnxruntime, in float32 and with convolutions in int8. `left_out` says
+        which of these are not.
 
     Raises:
         ValueError: before anything is built, if the network has no standardised convolutions.
     """
     fuse(skeleton(name) if trained is None else trained)  # refuses what cannot be fused
-    channels: int = getattr(trained, "in_chans", 3)
+    channels = 3 if trained is None else input_channels(trained)
     images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stock() -> nn.Module:
@@ -127,13 +174,12 @@ def contenders(
         table["timm_nf, channels_last"] = partial(_eager, ours, images, **last)
     table["fused"] = partial(_eager, fused, images)
     table["fused, channels_last"] = partial(_eager, fused, images, **last)
-    if bfloat16_is_fast(device):
-        table["fused, bfloat16"] = partial(_eager, fused, images, **last, dtype=torch.bfloat16)
+    table["fused, bfloat16"] = partial(_eager, fused, images, **last, dtype=torch.bfloat16)
     table["fused, compiled"] = partial(_compiled, fused, images)
-    if torch.device(device).type == "cpu" and export.onnx_is_installed():
-        table["fused, onnxruntime"] = partial(_onnxruntime, fused, images)
-        table["fused, int8"] = partial(_int8, fused, images)
-    return table
+    table["fused, onnxruntime"] = partial(_onnxruntime, fused, images)
+    table["fused, int8"] = partial(_int8, fused, images)
+    without = left_out(device)
+    return {label: build for label, build in table.items() if label not in without}
 
 
 def _eager(create: Callable[[], nn.Module], images: Tensor, **options: Any) -> Work:
@@ -248,7 +294,7 @@ def peak_memory(work: Work) -> int:
     with temporary_folder() as folder:
         file = folder / "trace.json"
         seen.export_chrome_trace(str(file))
-        events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
+        events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
     return max(accumulate(event["args"]["Bytes"] for event in allocations), default=0)
 

@@ -1,4 +1,18 @@
-"""What a network sees in picture files, with the preprocessing and the labels that belong to its weights."""
+"""What a network sees in picture files, with the preprocessing and the labels that belong to its weights.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> Image.new("RGB", (64, 64), "grey").save("grey.png")
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> labels(model)
+    ['class 0', 'class 1', 'class 2']
+    >>> (prediction,) = classify(model, [Path("grey.png")])
+    >>> isinstance(prediction, Prediction), len(prediction.classes)
+    (True, 3)
+    >>> preprocessing("nfnet_f0")["input_size"]
+    (3, 256, 256)
+"""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -32,8 +46,11 @@ class Prediction:
 
 def preprocessing(name: str) -> dict[str, Any]:
     """What timm does to a picture before it is evaluated with a registered name's weights."""
-    cfg = get_pretrained_cfg(name)
-    return resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
+    found = get_pretrained_cfg(name)
+    cfg: dict[str, Any] = {}
+    if found is not None:
+        cfg = found.to_dict()
+    return resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
 
 
 def labels(model: Any) -> list[str]:

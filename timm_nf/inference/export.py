@@ -2,6 +2,15 @@
 
 Constant weights are baked in first (`timm_nf.fuse`), so that a file holds convolutions and elementwise operations, not
 the arithmetic of standardised weights, which exporters keep for every inference otherwise.
+
+Examples:
+    >>> from pathlib import Path
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> checks = write(timm_nf.fuse(model), Path("net.ts"), size=32)
+    >>> isinstance(checks[0], FileCheck), all(check.ok for check in checks)
+    (True, True)
+    >>> onnx_is_installed()
+    True
 """
 
 # timm, onnx and onnxruntime have no types or partial ones.
@@ -116,7 +125,9 @@ def _inputs(
 ) -> list[tuple[Tensor, ...]]:
     """What the file is tried with: one or more times, batches that together are the photographs."""
     photos = photographs(model, size).to(dtype)
-    inputs: list[tuple[Tensor, ...]] = [(photos,), (photos[:1],)] if dynamic_batch else [photos.split(1)]
+    inputs: list[tuple[Tensor, ...]] = [photos.split(1)]
+    if dynamic_batch:
+        inputs = [(photos,), (photos[:1],)]
     if dynamic_size:
         height, width = photos.shape[-2:]
         other = nn.functional.interpolate(inputs[0][0].float(), (height + 37, width + 64))

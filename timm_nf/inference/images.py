@@ -1,4 +1,22 @@
-"""Finding pictures, and reading them as a model takes them."""
+"""Finds pictures, and reads them as a model takes them.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> Image.new("L", (40, 30)).save("grey.png")
+    >>> found = find_images([Path(".")])
+    >>> isinstance(found, Found), found.pictures
+    (True, [PosixPath('grey.png')])
+    >>> open_picture("grey.png").mode, open_picture("grey.png", channels=1).mode
+    ('RGB', 'L')
+    >>> image_mode(3), image_mode(1)
+    ('RGB', 'L')
+    >>> model = timm.create_model("test_resnet")
+    >>> picture_config(model)["input_size"], image_mode(3)
+    ((3, 160, 160), 'RGB')
+    >>> reader(model)("grey.png").shape, photographs(model, size=64, count=2).shape
+    (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
+"""
 
 # timm, onnx and onnxruntime have no types or partial ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -21,8 +39,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from .._text import reason
+from .._versions import input_channels
 
-__all__ = ["Found", "find_images", "open_picture", "photographs", "picture_config", "reader"]
+__all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
 # Pillow starts Ghostscript for EPS, and only recognises MPEG.
 _NOT_READ = {"EPS", "MPEG"}
@@ -228,7 +247,7 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         ValueError: if the model takes neither grey nor colour.
     """
     data: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
-    channels: int = getattr(model, "in_chans", None) or data["input_size"][0]
+    channels = input_channels(model)
     if channels not in (1, 3):
         raise ValueError(f"expected a network of 1 or 3 input channels, as pictures have them, got one of {channels}")
     data["input_size"] = (channels, *data["input_size"][1:])
@@ -236,6 +255,11 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         if len(data[key]) != channels:  # timm's loader does that with a colour network's on grey
             data[key] = (statistics.fmean(data[key]),) * channels
     return data
+
+
+def image_mode(channels: int) -> str:
+    """The mode in which timm's data sets open pictures for this many input channels, as train.py sets it."""
+    return "RGB" if channels == 3 else "L"
 
 
 def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | Path], Tensor]:
@@ -282,4 +306,4 @@ def photographs(model: Any, size: int | None = None, count: int = 4) -> Tensor:
     whole = open_picture(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     corners = [50 * i for i in range(count)]
     crops = torch.stack([transform(whole.crop((at, at, whole.width, whole.height))) for at in corners])
-    return crops[:, [i % 3 for i in range(getattr(model, "in_chans", 3))]]
+    return crops[:, [i % 3 for i in range(input_channels(model))]]

@@ -2,6 +2,27 @@
 
 Only convolutions are quantised, in QDQ form. Weights are signed, with a scale per channel. Activations are unsigned,
 with a scale per tensor. `python -m benchmarks.int8` measures other types of nodes, and shows why they stay float32.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> pictures = [Path(f"{number}.png") for number in range(10)]
+    >>> for number, file in enumerate(pictures):
+    ...     Image.new("RGB", (32, 32), (20 * number, 100, 100)).save(file)
+    >>> len(split(pictures)[0])  # for calibration, the other two for the comparison
+    8
+    >>> model = timm.create_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8, num_classes=3).eval()
+    >>> compared = write(timm_nf.fuse(model), pictures, Path("net.onnx"), size=32)
+    >>> isinstance(compared, Comparison), compared.compared
+    (True, 2)
+    >>> session(Path("net.onnx"))(torch.zeros(3, 32, 32)).shape
+    torch.Size([1, 3])
+
+    The same without pictures and without the comparison:
+
+    >>> from timm_nf.inference import export
+    >>> checks = export.write(timm_nf.fuse(model), Path("float.onnx"), size=32)
+    >>> quantize(Path("float.onnx"), Path("int8.onnx"), torch.rand(2, 1, 3, 32, 32))
 """
 
 # onnx and onnxruntime have no types or partial ones.

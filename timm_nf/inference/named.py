@@ -1,4 +1,18 @@
-"""Creates networks by name, with weights from the Hub, from a file, or random ones."""
+"""Creates networks by name, with weights from the Hub, from a file, or random ones.
+
+Examples:
+    >>> canonical_name("NFNet_F0"), is_known("nfnet_f0"), is_known("nfnet_f9")
+    ('nfnet_f0', True, False)
+    >>> require_tag("nfnet_f0", "dm_in1k")  # raises ValueError for a tag that it does not have
+    >>> written = timm_nf.hub.write_folder(random_model("test_resnet"), "net", card=None)
+    >>> load_model("net").training
+    False
+    >>> near_names("nfnet_f9", ["nfnet_f0", "resnet50"])
+    ' (did you mean nfnet_f0?)'
+    >>> timm_name("net"), timm_name("nfnet_f0")
+    ('local-dir:net', 'nfnet_f0')
+    >>> require_tag("test_resnet", "r160_in1k")  # raises if there are no weights of this tag
+"""
 
 # timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,7 +32,7 @@ from .._seed import seeded
 from .._text import reason
 from ..checkpoint import Checkpoint, fill
 
-__all__ = ["canonical_name", "is_known", "load_model", "near_names", "random_model", "timm_name"]
+__all__ = ["canonical_name", "is_known", "load_model", "near_names", "random_model", "require_tag", "timm_name"]
 
 _PLACE = re.compile(r"hf[-_]hub:|https?:", re.IGNORECASE)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
@@ -53,10 +67,22 @@ def canonical_name(name: str) -> str:
         if _REPOSITORY.fullmatch(name):
             hint = f"; a repository of the Hub is written hf-hub:{name}"
         raise ValueError(f"no network or folder is called {name!r}{hint}; `timm-nf list` shows ours")
-    if tag and f"{bare}.{tag}" not in (tagged := timm.list_models(f"{bare}.*", include_tags=True)):
-        held = ", ".join(full.partition(".")[2] for full in tagged[:5] if "." in full) or "none"
-        raise ValueError(f"{bare} has no weights with the tag {tag!r}; it has {held}")
-    return f"{bare}.{tag}" if tag else bare
+    if not tag:
+        return bare
+    require_tag(bare, tag)
+    return f"{bare}.{tag}"
+
+
+def require_tag(name: str, tag: str) -> None:
+    """Refuse a tag of weights that a registered network does not have.
+
+    Raises:
+        ValueError: with the tags that it has.
+    """
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", include_tags=True)]
+    if tag not in tags:
+        held = ", ".join(filter(None, tags[:5])) or "none"
+        raise ValueError(f"{name} has no weights with the tag {tag!r}; it has {held}")
 
 
 def near_names(name: str, names: list[str]) -> str:

@@ -3,6 +3,9 @@
 # torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,3 +31,15 @@ def has_fixed_sizes(x: Tensor) -> bool:
     all sizes.
     """
     return is_eager(x) and all(type(size) is int for size in x.shape)
+
+
+@torch.jit.unused
+def recorded_call(function: Callable[..., Tensor], *args: Any) -> Any:
+    """One call of `function` in a symbolic trace, or None if no argument is a proxy.
+
+    For functions that ask for what a proxy cannot answer, such as a number of axes.
+    """
+    for arg in args:
+        if isinstance(arg, torch.fx.Proxy):
+            return arg.tracer.create_proxy("call_function", function, args, {})
+    return None

@@ -51,8 +51,8 @@ def formula(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         (O, I, K, K).
     """
-    if torch.jit.is_tracing():
-        return _traced(weight, gain, eps)
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return _plainest(weight, gain, eps)
     rows = weight.flatten(1)
     # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
     rows = rows - rows.mean(1, keepdim=True)
@@ -63,17 +63,17 @@ def formula(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     return torch.addcmul(-mean * scale, rows, scale).view_as(weight)
 
 
-def _traced(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula for converters of traces.
+def _plainest(weight: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The formula for converters of TorchScript.
 
     coremltools 9.0 knows neither var_mean, addcmul nor view_as. torch's older ONNX exporter loses nodes of a product
     with rsqrt.
     """
-    axes = tuple(range(1, weight.ndim))
-    centred = weight - weight.mean(axes, keepdim=True)
-    centred = centred - centred.mean(axes, keepdim=True)
-    norm2 = centred.square().sum(axes, keepdim=True).clamp(min=eps)
-    return centred * (gain.view(-1, *[1] * len(axes)) / norm2.sqrt())
+    rows = weight.flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    rows = rows - rows.mean(1, keepdim=True)
+    norm2 = rows.square().sum(1, keepdim=True).clamp(min=eps)
+    return (rows * (gain.view(-1, 1) / norm2.sqrt())).view(weight.shape)
 
 
 def _unit_rows(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,6 +87,10 @@ class Activation(nn.Module):
     Args:
         name: A key of `ACTIVATIONS` or an alias of one.
         gain: Factor on the output. By default it is gamma.
+
+    Examples:
+        >>> Activation("relu")(torch.tensor([-1.0, 1.0]))
+        tensor([0.0000, 1.7140])
     """
 
     def __init__(self, name: str, gain: float | None = None) -> None:

@@ -1,18 +1,35 @@
 """Stochastic depth. Unlike timm's layer, it does not rescale the branches that remain."""
 
+# torch.jit exports names without listing them.
+# pyright: reportPrivateImportUsage=false
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StochasticDepth"]
+from ._eager import recorded_call
 
-torch.fx.wrap("_first_elements")  # symbolic tracing records one call of it, as it knows no number of axes
+__all__ = ["StochasticDepth"]
 
 
 def _first_elements(x: Tensor) -> Tensor:
     """(N, ...) -> (N, 1, ..., 1)."""
+    if not torch.jit.is_scripting():
+        call = recorded_call(_first_elements, x)
+        if call is not None:
+            return call
     for axis in range(1, x.dim()):
         x = x.narrow(axis, 0, 1)
     return x
+
+
+def check_drop_path_rate(rate: float) -> None:
+    """Refuse a rate that is no probability.
+
+    Raises:
+        ValueError: if it does not lie between 0 and 1.
+    """
+    if not 0.0 <= rate <= 1.0:  # false for NaN
+        raise ValueError(f"drop_path_rate must lie between 0 and 1, got {rate}")
 
 
 class StochasticDepth(nn.Module):
@@ -22,6 +39,10 @@ class StochasticDepth(nn.Module):
         rate: Probability that the branch of an example is dropped.
 
     Source: nfnets/base.py, StochDepth.
+
+    Examples:
+        >>> StochasticDepth(rate=0.5)(torch.tensor(0.2), torch.zeros(4, 8, 2, 2)).shape
+        torch.Size([4, 1, 1, 1])
     """
 
     def __init__(self, rate: float) -> None:

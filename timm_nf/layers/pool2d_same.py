@@ -23,7 +23,7 @@ class SameMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        if torch.jit.is_scripting() or has_fixed_sizes(x):
+        if not torch.jit.is_scripting() and has_fixed_sizes(x):
             # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
             return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
         # Padding repeats the edge: windows that reach outside contain the edge already, so no maximum changes. Padding
@@ -38,6 +38,10 @@ class SameAvgPool2d(nn.Module):
 
     Args:
         stride: 2, or 1 if a reduced output stride keeps the resolution.
+
+    Examples:
+        >>> SameAvgPool2d()(torch.arange(3.0).view(1, 1, 1, 3))
+        tensor([[[[0.5000, 2.0000]]]])
     """
 
     def __init__(self, stride: int = 2) -> None:

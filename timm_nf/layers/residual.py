@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._eager import is_eager
-from .drop import StochasticDepth
+from .drop import StochasticDepth, check_drop_path_rate
 
 __all__ = ["SkipInit", "add_scaled", "global_mean"]
 
@@ -48,11 +48,17 @@ def global_mean(x: Tensor, axes: int = 2) -> Tensor:
     Args:
         x: (N, C, ...), with this many axes behind the channels. Symbolic tracing could not ask `x` for them.
         axes: How many.
+
+    Examples:
+        >>> global_mean(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[[[1.5000]]]])
     """
     if axes == 0:
         return x
     if not torch.jit.is_scripting() and is_eager(x):
         return _GlobalMean.apply(x)
+    if axes == 2:  # torch's older ONNX exporter knows no list that a loop makes
+        return x.mean((2, 3), keepdim=True)
     return x.mean(list(range(2, 2 + axes)), keepdim=True)
 
 
@@ -114,6 +120,10 @@ def add_scaled(shortcut: Tensor, out: Tensor, gain: Tensor, gate: Tensor | None 
 
     Returns:
         (N, C, H, W), in the dtype of `shortcut` and `out`.
+
+    Examples:
+        >>> add_scaled(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), gain=torch.tensor([0.5])).flatten()
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
     if not torch.jit.is_scripting() and is_eager(out):
         return _AddScaled.apply(shortcut, out, gain, gate)
@@ -147,8 +157,7 @@ class SkipInit(nn.Module):
 
     def __init__(self, alpha: float = 0.2, drop_path_rate: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if not 0.0 <= drop_path_rate <= 1.0:
-            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        check_drop_path_rate(drop_path_rate)
         self.alpha = alpha
         self.drop_path = StochasticDepth(drop_path_rate) if drop_path_rate > 0 else None
         # One element, not a scalar: FSDP2 refuses to shard scalar parameters.

@@ -1,4 +1,4 @@
-"""Convolutions along one, two or three axes that pad by the size of their input: TensorFlow's SAME rule.
+"""Convolutions along one, two or three axes under TensorFlow's SAME rule: the padding depends on the input's size.
 
 Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
@@ -28,7 +28,7 @@ def per_axis(name: str, value: Numbers, axes: int) -> tuple[int, ...]:
     """One number for every axis.
 
     Raises:
-        ValueError: if there is another number of them.
+        ValueError: if there are neither one nor as many numbers as axes.
     """
     numbers = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(numbers) != axes:
@@ -37,12 +37,12 @@ def per_axis(name: str, value: Numbers, axes: int) -> tuple[int, ...]:
 
 
 class SamePadding:
-    """What convolutions along any number of axes have in common that pad SAME, or by numbers where a subclass does.
+    """The common part of convolutions along any number of axes that pad SAME. Subclasses may also pad by numbers.
 
     Attributes:
-        axes: How many axes the kernel has.
-        same_pad: Whether the padding depends on the input's size, or on its end, so that torch's layer has no number
-            for it.
+        axes: Number of the kernel's axes.
+        same_pad: Whether the layer pads by itself. torch's layer pads both ends alike, and by the same number for all
+            input sizes.
     """
 
     axes: int
@@ -67,7 +67,7 @@ class SamePadding:
             for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
         )
         reach = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-        # A kernel of one needs no padding at any stride, and at stride 1 SAME is symmetric if the kernel is odd.
+        # A kernel of one needs no padding at any stride. At stride 1, SAME is symmetric if the kernel is odd.
         by_size = any(r > 1 and (s > 1 or r % 2 == 0) for r, s in zip(reach, stride, strict=True))
         own = (0,) * self.axes if by_size else tuple(r // 2 for r in reach)
         given = self._given(padding, own)
@@ -82,13 +82,14 @@ class SamePadding:
             device=device, dtype=dtype,
         )  # fmt: skip
         self.same_pad = given is None and by_size
+        self._pads = [number for number in reversed(numbers) for _ in range(2)]  # both ends, the last axis first
 
     def _given(self, padding: Any, own: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The numbers that `padding` asks for, None for SAME. This class takes nothing but SAME.
+        """The numbers that `padding` asks for, None for SAME. This class only takes SAME.
 
         Args:
-            padding: As given.
-            own: The attribute `padding` under the SAME rule.
+            padding: The constructor's argument.
+            own: The value that the attribute `padding` has under the SAME rule.
         """
         if padding is None or padding == own or (isinstance(padding, int) and own == (padding,) * self.axes):
             return None
@@ -98,21 +99,24 @@ class SamePadding:
         )
 
     def effective_weight(self) -> Tensor:
-        """(O, I, *K), what the input is convolved with."""
+        """The weight of the convolution, (O, I, *K)."""
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, I * groups, *size) -> (N, O, *ceil(size / stride)) under the SAME rule."""
         if not self.same_pad:
-            return self._conv_forward(input, self.effective_weight(), self.bias)
+            if self.padding_mode == "zeros":
+                return self._convolve_as_stated(input)
+            return self._convolve(F.pad(input, self._pads, self.padding_mode), [0, 0, 0][: len(self.kernel_size)])
         before, after = self._margins(input)
         if not torch.jit.is_scripting() and self._cuts(input, before, after):
             return self._unpadded(input, before, after)
         pads: list[int] = []
-        for axis in range(len(before)):
-            pads += [before[-1 - axis], after[-1 - axis]]  # the last axis first
+        for axis, _ in enumerate(self.kernel_size):  # TorchScript unrolls loops over tuples, exporters know no others
+            pads.append(before[-1 - axis])  # the last axis first
+            pads.append(after[-1 - axis])
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self._convolve(F.pad(input, pads, mode), [0] * len(before))
+        return self._convolve(F.pad(input, pads, mode), [0, 0, 0][: len(before)])
 
     def _margins(self, input: Tensor) -> tuple[list[int], list[int]]:
         """What the SAME rule pads before and after each axis."""
@@ -130,10 +134,11 @@ class SamePadding:
 
     @torch.jit.unused
     def _cuts(self, input: Tensor, before: list[int], after: list[int]) -> bool:
-        """Whether `_unpadded` is the way, since it costs less than a padded copy of the input.
+        """Whether `_unpadded` costs less than a padded copy of the input.
 
-        On CPUs a row and a column of outputs more do not: the activation behind them takes longer over the part that
-        is left.
+        If both ends are padded alike, it does. Otherwise it computes one more row and column and cuts them off. That
+        pays on accelerators if the input is larger than the output. On CPUs it does not: the activation takes longer
+        over the cut output.
         """
         if self.padding_mode != "zeros" or not has_fixed_sizes(input):
             return False
@@ -145,19 +150,30 @@ class SamePadding:
     def _unpadded(self, input: Tensor, before: list[int], after: list[int]) -> Tensor:
         """The convolution without a padded copy of its input.
 
-        torch pads both ends alike. Where SAME wants one zero more at the end, a stride more at either end moves no
-        window and adds one in front, whose output is cut off.
+        torch pads both ends alike. If SAME wants one more zero at the end, both ends get one more stride of padding.
+        This moves no window, and adds one in front, whose output is cut off.
         """
-        more = [int(a != b) for a, b in zip(before, after, strict=True)]
-        padding = [b + m * s for b, m, s in zip(before, more, self.stride, strict=True)]
+        extra = [int(a != b) for a, b in zip(before, after, strict=True)]  # windows in front
+        padding = [b + e * s for b, e, s in zip(before, extra, self.stride, strict=True)]
         out = self._convolve(input, padding)
-        return out[(..., *(slice(m, None) for m in more))] if any(more) else out
+        if any(extra):
+            out = out[(..., *(slice(e, None) for e in extra))]
+        return out
 
 
 class SameConv1d(SamePadding, nn.Conv1d):
-    """`SameConv2d` along one axis, (N, C, L); its arguments."""
+    """`SameConv2d` along one axis, (N, C, L). It has the same arguments.
+
+    Examples:
+        >>> SameConv1d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5)).shape
+        torch.Size([1, 8, 3])
+    """
 
     axes = 1
+
+    def _convolve_as_stated(self, input: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv1d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _convolve(self, input: Tensor, padding: list[int]) -> Tensor:
         weight = self.effective_weight()
@@ -165,9 +181,11 @@ class SameConv1d(SamePadding, nn.Conv1d):
 
 
 class SameConv2d(SamePadding, nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: the output is ceil(size / stride), zeros go to the end first.
+    """Convolution with TensorFlow's SAME padding: the output has ceil(size / stride) pixels.
 
-    The arguments are nn.Conv2d's, in its order, so that what builds a layer of this class by it can: PEFT does.
+    If the number of zeros is odd, one more is at the end.
+
+    The arguments are those of nn.Conv2d in its order, so that tools such as PEFT can build this layer from another one.
 
     Examples:
         >>> SameConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6)).shape
@@ -176,16 +194,17 @@ class SameConv2d(SamePadding, nn.Conv2d):
     Args:
         in_channels: I times groups.
         out_channels: O.
-        kernel_size: K of all axes, or one for each.
-        stride: Likewise; at most what the kernel reaches, (K - 1) * dilation + 1, unless that is 1.
-        padding: May be left out. The layer pads SAME whatever it is, and takes nothing but what its own attribute
-            `padding` will be: 0 if it pads by itself, (K - 1) * dilation / 2 otherwise.
-        dilation: Of all axes, or one for each.
-        groups: Divides both channel counts.
-        bias: Whether there is one.
+        kernel_size: K of all axes, or one number for each.
+        stride: Stride of all axes, or one number for each. At most the kernel's reach, (K - 1) * dilation + 1, unless
+            that is 1.
+        padding: May be left out. The only other value is that of the attribute `padding`: 0 if the layer pads by
+            itself, otherwise (K - 1) * dilation / 2.
+        dilation: Dilation of all axes, or one number for each.
+        groups: Divides both numbers of channels.
+        bias: Whether there is a bias.
         padding_mode: What is padded, as torch names it.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: if the sizes do not fit together, or `padding` asks for another padding than SAME.
@@ -193,15 +212,28 @@ class SameConv2d(SamePadding, nn.Conv2d):
 
     axes = 2
 
+    def _convolve_as_stated(self, input: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
     def _convolve(self, input: Tensor, padding: list[int]) -> Tensor:
         weight = self.effective_weight()
         return F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class SameConv3d(SamePadding, nn.Conv3d):
-    """`SameConv2d` along three axes, (N, C, D, H, W); its arguments."""
+    """`SameConv2d` along three axes, (N, C, D, H, W). It has the same arguments.
+
+    Examples:
+        >>> SameConv3d(3, 8, 3, stride=2)(torch.zeros(1, 3, 5, 6, 7)).shape
+        torch.Size([1, 8, 3, 3, 4])
+    """
 
     axes = 3
+
+    def _convolve_as_stated(self, input: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv3d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _convolve(self, input: Tensor, padding: list[int]) -> Tensor:
         weight = self.effective_weight()

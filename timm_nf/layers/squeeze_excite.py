@@ -41,6 +41,10 @@ class GateConv2d(nn.Conv2d):
         ValueError: if kernel size, stride, padding or groups have another value.
 
     Source: nfnets/base.py, SqueezeExcite, whose layers are haiku's default linear layers.
+
+    Examples:
+        >>> GateConv2d(8, 4)(torch.zeros(2, 8, 1, 1)).shape
+        torch.Size([2, 4, 1, 1])
     """
 
     def __init__(
@@ -104,6 +108,10 @@ class SqueezeExcite(nn.Module):
         axes: Number of axes behind the channels.
 
     Source: nfnets/base.py, SqueezeExcite. The code has a relu, arXiv:2102.06171 writes gelu.
+
+    Examples:
+        >>> SqueezeExcite(8)(torch.zeros(2, 8, 5, 5)).flatten(1)[0, :2]
+        tensor([0.5000, 0.5000], grad_fn=<SliceBackward0>)
     """
 
     def __init__(

@@ -7,17 +7,16 @@ Shapes: O output channels, I input channels per group, K kernel size. Sources: a
 deepmind-research nfnets/base.py at f5de0ede.
 """
 
-# torch.jit and timm.layers do not list what they export.
-# pyright: reportPrivateImportUsage=false, reportUnknownVariableType=false
+# torch.jit does not list what it exports.
+# pyright: reportPrivateImportUsage=false
 
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from ._eager import is_eager
-from ._standardize_formula import STD_EPS, as_rows, check_gain, formula, jvp, vjp
+from ._eager import is_eager, recorded_call
+from ._standardize_formula import STD_EPS, as_rows, check_gain, formula, jvp, statistics_dtype, vjp
 from .standardize_triton import standardize, takes_kernel
 
 __all__ = ["destandardize_weight", "standardize_weight"]
@@ -112,20 +111,32 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
 
     Source: arXiv:2101.08692, section 4.2; nfnets/base.py, WSConv2D.standardize_weight.
     """
-    if takes_kernel(weight):
-        return standardize(weight, gain, eps, scale=scale)
-    if not torch.jit.is_tracing():  # where sizes are tensors
-        check_gain(weight, gain)
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, gain.dtype), torch.float32)
-    if dtype != weight.dtype:
-        return standardize_weight(weight.to(dtype), gain, eps, scale).to(weight.dtype)
+    if not torch.jit.is_scripting():
+        call = recorded_call(standardize_weight, weight, gain, eps, scale)
+        if call is not None:
+            return call
+        if takes_kernel(weight):
+            return standardize(weight, gain, eps, scale=scale)
+        if not torch.jit.is_tracing():  # where sizes are tensors
+            check_gain(weight, gain)
+    given = weight.dtype
+    dtype = statistics_dtype(weight, gain)
+    if dtype != given:
+        weight = weight.to(dtype)
     gain = gain.to(dtype)
     if scale != 1.0:
         gain = gain * scale
-    # Fake, distributed, traced and compiled tensors have no values to look at.
-    if is_eager(weight) and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu":
-        return _StandardizeOnCPU.apply(weight, gain, eps)[0]
-    return formula(weight, gain, eps)
+    if not torch.jit.is_scripting() and _has_values(weight):
+        out = _StandardizeOnCPU.apply(weight, gain, eps)[0]
+    else:
+        out = formula(weight, gain, eps)
+    return out if dtype == given else out.to(given)
+
+
+@torch.jit.unused
+def _has_values(weight: Tensor) -> bool:
+    """Whether the statistics on a CPU can be looked at: not of fake, distributed, traced and compiled tensors."""
+    return is_eager(weight) and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
 
 
 def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, Tensor]:
@@ -137,10 +148,12 @@ def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, 
 
     Returns:
         (O, I, K, K) and (O, 1, 1, 1).
+
+    Examples:
+        >>> weight = torch.tensor([3.0, -3.0]).view(1, 2, 1, 1)
+        >>> standardize_weight(*destandardize_weight(weight)).flatten()
+        tensor([ 3.0000, -3.0000])
     """
-    axes = tuple(range(1, weight.ndim))
+    axes = list(range(1, weight.ndim))
     weight = weight - weight.mean(axes, keepdim=True)
     return weight, weight.square().sum(axes, keepdim=True).clamp(min=eps).sqrt()
-
-
-register_notrace_function(standardize_weight)  # timm's feature extractor records one call of it

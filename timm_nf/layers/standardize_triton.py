@@ -9,6 +9,13 @@ an autograd.Function, which takes the least time on the host of what gives forwa
 
 Shapes: O output channels, I input channels per group, K kernel size, N = I * K * K. Source: arXiv:2101.08692,
 section 4.2.
+
+Examples:
+    >>> weight, gain = torch.randn(8, 4, 3, 3), torch.ones(8, 1, 1, 1)
+    >>> takes_kernel(weight)  # a tensor on the CPU
+    False
+    >>> standardize(weight, gain).square().sum((1, 2, 3)).sqrt()[:2]  # the norms of the first two units
+    tensor([1.0000, 1.0000])
 """
 
 # Triton and torch's autograd functions have no types.
@@ -33,6 +40,7 @@ __all__ = ["standardize", "takes_kernel"]
 _NO_PROJECTION = 1e9  # its square is lost in float64
 
 
+@torch.jit.unused
 def takes_kernel(weight: Tensor) -> bool:
     """Whether `standardize` is the way for this weight: eager, and on a device other than the CPU.
 

@@ -5,6 +5,14 @@ so that the fan-in is over the input channels of its group and over the kernel.
 
 Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
+
+Examples:
+    >>> x = torch.zeros(1, 4, 9)  # (N, C, L)
+    >>> [tuple(layer(4, 8, 3)(x).shape) for layer in (ScaledStdConv1d, ScaledStdConvTranspose1d)]
+    [(1, 8, 7), (1, 8, 11)]
+    >>> x = torch.zeros(1, 4, 9, 9, 9)  # (N, C, D, H, W)
+    >>> [tuple(layer(4, 8, 3)(x).shape) for layer in (ScaledStdConv3d, ScaledStdConvTranspose3d)]
+    [(1, 8, 7, 7, 7), (1, 8, 11, 11, 11)]
 """
 
 # torch.jit does not list what it exports. A mixin uses what torch's classes beside it have.
@@ -37,11 +45,10 @@ __all__ = [
     "bake",
 ]
 
-torch.fx.wrap("standardize_weight")  # symbolic tracing records one call of it; this holds for calls in this module
-
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
 
+@torch.jit.unused
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """In which autocast would convolve with the weight, if a kernel can write that."""
     # autocast leaves float64 alone and knows no meta tensors
@@ -84,10 +91,11 @@ class _Standardized:
 
         On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
         """
-        if (dtype := _autocast_dtype(self.weight)) is not None:
-            return self._from_rows(
-                standardize(self._rows(self.weight), self.gain, self.eps, out_dtype=dtype, scale=self.scale)
-            )
+        if not torch.jit.is_scripting():
+            dtype = _autocast_dtype(self.weight)
+            if dtype is not None:
+                rows = standardize(self._rows(self.weight), self.gain, self.eps, out_dtype=dtype, scale=self.scale)
+                return self._from_rows(rows)
         return self._standardized_weight()
 
     def _standardized_weight(self) -> Tensor:
@@ -114,6 +122,13 @@ def bake(plain: _Plain, layer: Any, weight: Tensor) -> _Plain:
         plain: On the meta device.
         layer: What `plain` replaces.
         weight: In the shape of the layer's.
+
+    Examples:
+        >>> layer = ScaledStdLinear(4, 8)
+        >>> weight = timm_nf.standardize_weight(layer.weight, layer.gain)
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(bake(torch.nn.Linear(4, 8, device="meta"), layer, weight)(x), layer(x), atol=1e-6)
+        True
     """
     plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), layer.weight.requires_grad)
     if layer.bias is not None:
@@ -296,12 +311,10 @@ class _ScaledStdConvTranspose(_Standardized):
         self._add_gain(out_channels, scale, eps)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
-        return weight.view(groups, ins, outs, *self.kernel_size).transpose(1, 2).flatten(0, 1)
+        return weight.unflatten(0, (self.groups, self.in_channels // self.groups)).transpose(1, 2).flatten(0, 1)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        groups, ins, outs = self.groups, self.in_channels // self.groups, self.out_channels // self.groups
-        return rows.view(groups, outs, ins, *self.kernel_size).transpose(1, 2).flatten(0, 1)
+        return rows.unflatten(0, (self.groups, self.out_channels // self.groups)).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As torch's layer: (N, in_channels, *size) -> (N, O, *output size).
@@ -311,7 +324,7 @@ class _ScaledStdConvTranspose(_Standardized):
             output_size: Of the axes of the kernel, or of all; says what a stride leaves open.
         """
         output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, self.axes, self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         weight = self.effective_weight()
         return self._transposed(
@@ -403,6 +416,10 @@ class ScaledStdLinear(_Standardized, nn.Linear):
 
     Raises:
         TypeError: if there is to be no bias, as adapters ask for.
+
+    Examples:
+        >>> ScaledStdLinear(4, 8)(torch.zeros(2, 4)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -5,6 +5,16 @@ No constant scales an activation, which would cost a pass over memory:
 - alpha, the skip gain and the 2 of squeeze-excite scale the gate. A block ends in one addcmul, see `add_scaled`.
 
 Source: deepmind-research nfnets/{nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+
+Examples:
+    >>> from timm_nf.variants import NfCfg
+    >>> cfg = NfCfg(depths=(1,), channels=(32,), group_size=8)
+    >>> stem, stride, _ = make_stem(cfg, in_chans=3, dd={})
+    >>> block = NormFreeBlock(
+    ...     cfg, 16, 32, beta=1.0, nominal_stride=1, stride=1, dilation=(1, 1), drop_path_rate=0.0, first=True
+    ... )
+    >>> stride, block(stem(torch.zeros(1, 3, 32, 32))).shape
+    (4, torch.Size([1, 32, 8, 8]))
 """
 
 # torch's types of constructors and hooks are incomplete.
@@ -34,6 +44,10 @@ class Downsample(nn.Module):
     Args:
         conv: The convolution.
         pool_stride: Stride of the average pool, None for no pool.
+
+    Examples:
+        >>> Downsample(torch.nn.Conv2d(8, 16, 1), pool_stride=2)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 3, 3])
     """
 
     def __init__(self, conv: nn.Module, pool_stride: int | None) -> None:

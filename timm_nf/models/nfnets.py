@@ -8,6 +8,12 @@ Where arXiv:2102.06171 and the authors' code differ, this file follows the code,
 - F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 5.
 
 Sources: arXiv:2101.08692, arXiv:2102.06171; deepmind-research nfnets/{base,nfnet,nf_resnet,nf_regnet}.py at f5de0ede.
+
+Examples:
+    >>> model = timm.create_model("nfnet_f0", depths=(1, 1), channels=(16, 32), group_size=8, num_classes=10)
+    >>> model = nfnet_f0(depths=(1, 1), channels=(16, 32), group_size=8, num_classes=10)  # the same
+    >>> model(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 10])
 """
 
 # timm's model builder has no types.
@@ -31,6 +37,7 @@ from .._gain_names import is_gain
 from .._versions import build_network, make_head, reset_head
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation
+from ..layers.drop import check_drop_path_rate
 from ..layers.standardize import destandardize_weight, standardize_weight
 from ..layers.std_conv import ScaledStdConv2d
 from ..variants import VARIANTS, NfCfg, Variant
@@ -60,6 +67,12 @@ class NormFreeNet(nn.Module):
     Raises:
         ValueError: if a value is out of range, or values do not fit together.
         TypeError: if a keyword is not a field of `NfCfg`.
+
+    Examples:
+        >>> cfg = NfCfg(depths=(1, 1), channels=(16, 32), group_size=8)
+        >>> features = NormFreeNet(cfg).forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+        >>> [tuple(feature.shape) for feature in features]
+        [(1, 64, 32, 32), (1, 16, 16, 16), (1, 64, 8, 8)]
     """
 
     __jit_unused_properties__ = ("fused", "_model_args")  # otherwise TorchScript compiles them, and fails
@@ -79,8 +92,7 @@ class NormFreeNet(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if not 0.0 <= drop_path_rate <= 1.0:
-            raise ValueError(f"drop_path_rate must lie between 0 and 1, got {drop_path_rate}")
+        check_drop_path_rate(drop_path_rate)
         cfg = dataclasses.replace(cfg, **kwargs)
         dd = {"device": device, "dtype": dtype}
         self.cfg = cfg
@@ -287,9 +299,6 @@ class NormFreeNet(nn.Module):
     def _pooled_width(self) -> int:
         return self.num_features * self.head.global_pool.feat_mult()
 
-    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -298,7 +307,7 @@ class NormFreeNet(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the features of the stem (index 0) and of every stage (index 1 and up), and the final features.
 
         Args:
@@ -317,24 +326,24 @@ class NormFreeNet(nn.Module):
             ValueError: if `output_fmt` is not NCHW.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
-        intermediates = []
-        stem = self.stem[: self.stem_feature_index + 1] if stop_early and last == 0 else self.stem
-        for index, module in enumerate(stem):
-            x = module(x)
+        intermediates: list[Tensor] = []
+        for index, module in enumerate(self.stem):  # TorchScript cannot slice it
+            if not stop_early or last > 0 or index <= self.stem_feature_index:
+                x = module(x)
             if index == self.stem_feature_index and 0 in take:
                 intermediates.append(x)
-        stages = self.stages[:last] if stop_early else self.stages
-        for index, stage in enumerate(stages, start=1):
-            x = self._stage(stage, x)
-            if index == len(self.stages):
-                x = self.final_conv(x)
+        for index, stage in enumerate(self.stages, start=1):
+            if not stop_early or index <= last:
+                x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
+                if index == len(self.stages):
+                    x = self.final_conv(x)
             if index in take:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        if len(stages) == len(self.stages):
+        if not stop_early or last == len(self.stages):
             x = self.final_act(x)
         return x, intermediates
 
@@ -366,11 +375,8 @@ class NormFreeNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, ceil(H / stride), ceil(W / stride)), after the final activation."""
         x = self.stem(x)
-        if torch.jit.is_scripting():  # TorchScript cannot pass a module to `_stage`
-            x = self.stages(x)
-        else:
-            for stage in self.stages:
-                x = self._stage(stage, x)
+        for stage in self.stages:
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
         return self.final_act(self.final_conv(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -452,7 +458,7 @@ def _entrypoint(name: str) -> Entrypoint:
             name,
             pretrained,
             model_cfg=VARIANTS[name].cfg,
-            feature_cfg={"flatten_sequential": True},
+            feature_cfg={"flatten_sequential": True} | kwargs.pop("feature_cfg", {}),
             pretrained_filter_fn=checkpoint_filter_fn,
             asked=kwargs,
         )

@@ -1,8 +1,8 @@
-"""Normalizer-free networks out of other people's: convolutions swapped, or a residual network rebuilt without norms.
+"""Makes normalizer-free networks from normalised ones.
 
-`replace_convs` swaps layers and nothing else. `normalizer_free` follows the signal's variance through a network of
-convolutions, batch normalisation, activations and residual additions, as torchvision's and timm's ResNets are, and puts
-beta, alpha, gamma and skip gains where the paper has them.
+`replace_convs` only replaces layers. `normalizer_free` takes networks of convolutions, batch normalisation, activations
+and residual additions, such as the ResNets of torchvision and timm. It follows the signal's variance through the
+network, and puts beta, alpha, gamma and skip gains where the paper has them.
 
 Sources: arXiv:2101.08692, section 4; arXiv:2102.06171, section 3.
 """
@@ -47,7 +47,7 @@ _TWINS: dict[type, Any] = {
     nn.ConvTranspose1d: ScaledStdConvTranspose1d,
     nn.ConvTranspose2d: ScaledStdConvTranspose2d,
     nn.ConvTranspose3d: ScaledStdConvTranspose3d,
-    # timm's: those that standardise by another formula, and those that pad SAME
+    # timm's convolutions that standardise by another formula, or pad SAME.
     timm_layers.StdConv2d: ScaledStdConv2d,
     timm_layers.Conv2dSame: ScaledStdConv2d,
     timm_layers.StdConv2dSame: ScaledStdConv2d,
@@ -56,7 +56,7 @@ _SAME = (timm_layers.Conv2dSame, timm_layers.StdConv2dSame)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
 _NORM_ACTS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.GroupNormAct)
 _ANY_NORM = (*_NORMS, *_NORM_ACTS, nn.LayerNorm, nn.modules.instancenorm.InstanceNorm2d, nn.LocalResponseNorm)
-_GATES = (timm_layers.SEModule, timm_layers.EcaModule)  # a sigmoid, which is a half at first
+_GATES = (timm_layers.SEModule, timm_layers.EcaModule)  # a sigmoid, which is 0.5 at initialisation
 _PASSING = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ConstantPad2d),
@@ -77,15 +77,17 @@ def _refuse_hooks(module: nn.Module, name: str) -> None:
 
 
 def _standardised(conv: Any, name: str, scale: float = 1.0) -> Any:
-    """The standardised twin of a convolution: its weight and bias, gain 1.
+    """A standardised convolution with the weight and the bias of a plain one, and gain 1.
 
     Raises:
-        ValueError: if it cannot have one.
+        ValueError: if the convolution cannot be standardised, or has hooks.
     """
     _refuse_hooks(conv, name)
     if prod(conv.weight.shape) == conv.out_channels:
         raise ValueError(f"{name} has a fan-in of 1, and nothing is left of one weight less its mean")
-    transposed = {"output_padding": conv.output_padding} if conv.transposed else {}
+    transposed: dict[str, Any] = {}
+    if conv.transposed:
+        transposed["output_padding"] = conv.output_padding
     twin: Any = _TWINS[type(conv)](
         conv.in_channels,
         conv.out_channels,
@@ -109,21 +111,26 @@ def _standardised(conv: Any, name: str, scale: float = 1.0) -> Any:
 
 
 def replace_convs(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions are standardised, and nothing else.
+    """Copy a model and replace its convolutions by standardised ones. Nothing else changes.
 
-    Weights and biases stay, gains are 1, convolutions without a bias get one of zero. The classifier stays plain. This
-    is enough where normalisation stays (Weight Standardization beside GroupNorm) or where there was none. In a residual
-    network without normalisation the variance grows block by block, and activations need their gamma:
-    `normalizer_free`.
+    Weights and biases stay, and gains are 1. Convolutions without a bias get one of zero. The classifier stays plain.
+
+    This is enough if normalisation stays (Weight Standardization beside GroupNorm), or if there never was any. In a
+    residual network without normalisation, the variance grows block by block, and activations need their gamma. Use
+    `normalizer_free` there.
 
     Args:
-        model: Any module with torch's or timm's convolutions, plain or transposed; not changed.
+        model: Any module with torch's or timm's convolutions, plain or transposed. It is not changed.
 
     Returns:
-        The copy; no tensors are shared.
+        The copy. It shares no tensor with `model`.
 
     Raises:
-        ValueError: if there is no convolution, or one that cannot be standardised.
+        ValueError: if there is no convolution, or if one cannot be standardised.
+
+    Examples:
+        >>> type(replace_convs(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)))[0]).__name__
+        'ScaledStdConv2d'
     """
     spared = _classifier(model)
     convs = {n: m for n, m in model.named_modules() if type(m) in _TWINS and m not in spared}
@@ -133,23 +140,28 @@ def replace_convs(model: nn.Module) -> nn.Module:
 
 
 def _classifier(model: Any) -> set[nn.Module]:
-    found = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else ()
-    heads = [found] if isinstance(found, nn.Module) else list(found or ())
-    return {module for head in heads for module in head.modules()}
+    """The modules of the classifier, without any if the model does not say what its classifier is."""
+    if not callable(getattr(model, "get_classifier", None)):
+        return set()
+    heads = model.get_classifier()
+    if isinstance(heads, nn.Module):
+        heads = (heads,)
+    return {module for head in heads or () for module in head.modules()}
 
 
 class ResidualBlock(nn.Module):
-    """`shortcut + alpha * skip_gain * branch(act(x) / beta)`, out of the layers of another network's block.
+    """`shortcut + alpha * skip_gain * branch(act(x) / beta)`, made of the layers of another network's block.
 
     Args:
-        act: Activation before the branch; its gamma and 1 / beta are in the scale of the next convolutions.
-        branch: (N, I, ...) -> (N, O, ...).
-        shortcut: Likewise, of the activated input; None for the input itself.
-        skip: What adds them.
-        expected_var: Of the sum, where the skip gain is 1 and the input is noise.
+        act: The activation before the branch. Its gamma and 1 / beta are in the scale of the next convolutions.
+        branch: The branch, (N, I, ...) -> (N, O, ...).
+        shortcut: What the shortcut computes from the activated input, (N, I, ...) -> (N, O, ...). None adds the input
+            itself.
+        skip: Adds the branch to the shortcut.
+        expected_var: Variance of the sum for noise as the input, with a skip gain of 1.
 
     Attributes:
-        final_act: What follows the sum: nothing but in the last block of a network whose blocks end in activations.
+        final_act: What follows the sum. Only the last block of a network whose blocks ended in activations has one.
     """
 
     def __init__(
@@ -174,26 +186,26 @@ class ResidualBlock(nn.Module):
 
 
 def _is_gate(module: nn.Module) -> bool:
-    name = type(module)  # told by its name: torchvision is timm's dependency, not ours
-    return (
-        isinstance(module, _GATES) or f"{name.__module__}.{name.__name__}" == "torchvision.ops.misc.SqueezeExcitation"
-    )
+    layer = type(module)
+    name = f"{layer.__module__}.{layer.__name__}"  # torchvision is timm's dependency, not ours
+    return isinstance(module, _GATES) or name == "torchvision.ops.misc.SqueezeExcitation"
 
 
 def _drop_rate(module: Any) -> float | None:
-    """Of stochastic depth."""
+    """The rate of stochastic depth, None for other modules."""
     return module.drop_prob if isinstance(module, timm_layers.DropPath) else None
 
 
 @torch.no_grad()
 def _gamma(module: nn.Module) -> float | None:
-    """Gamma of an activation that computes what one of the authors' does; exact gelu is 5e-4 off the tanh form."""
-    if (
-        not type(module).__module__.rpartition(".")[2].startswith("activation")
-        or next(module.parameters(), None) is not None
-    ):
+    """Gamma of an activation that computes one of the authors' functions, None for other modules.
+
+    The tolerance takes exact gelu for the tanh form. They differ by 5e-4.
+    """
+    is_activation = type(module).__module__.rpartition(".")[2].startswith("activation")
+    if not is_activation or next(module.parameters(), None) is not None:
         return None
-    z = torch.linspace(-8, 8, 161)
+    z = torch.linspace(-8, 8, 161, device="cpu")  # also inside `with torch.device("meta")`
     try:
         got = module(z.clone())
     except (TypeError, RuntimeError, IndexError):  # a softmax over channels, a gate of two halves
@@ -205,7 +217,7 @@ def _gamma(module: nn.Module) -> float | None:
 
 
 def _own_act(module: Any) -> nn.Module:
-    """A copy of an activation that leaves its input alone: in front of a block, the shortcut needs it too."""
+    """A copy of an activation that does not change its input. The shortcut of a block needs the input too."""
     act = copy.deepcopy(module)
     if hasattr(act, "inplace"):
         act.inplace = False
@@ -219,17 +231,17 @@ def _scaled(act: nn.Module, gain: float) -> Activation:
 
 
 class _Op(NamedTuple):
-    """One step of a chain: a module, or a function that stands for one."""
+    """One step of a chain: a module, or the module of a function."""
 
     name: str
     module: nn.Module
 
 
 def _expand(name: str, module: Any) -> list[_Op]:
-    """Normalisation with an activation in it is two steps."""
+    """The steps of a module. Normalisation with an activation in it has two."""
     if not isinstance(module, _NORM_ACTS):
         return [_Op(name, module)]
-    norm = nn.BatchNorm2d(1, device="meta")  # stands for what goes
+    norm = nn.BatchNorm2d(1, device="meta")  # a stand-in: normalisation is dropped later
     act: Any = module.act
     return [_Op(name, norm), _Op(name, act)]
 
@@ -238,7 +250,7 @@ def _expand(name: str, module: Any) -> list[_Op]:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into modules down to the layers that a conversion knows, or to blocks."""
+    """Traces into modules, down to blocks and to the layers that the conversion knows."""
 
     def __init__(self, blocks: set[str], spared: set[nn.Module]) -> None:
         super().__init__()
@@ -249,16 +261,17 @@ class _Tracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, nn.ModuleList)):
             return False
+        if not type(m).__module__.startswith(("torch.nn", "timm.layers")):
+            return False
         inside = [x for x in m.modules() if x is not m]
-        if type(m).__module__.startswith(("torch.nn", "timm.layers")):
-            return not any(type(x) in _TWINS or isinstance(x, _ANY_NORM) for x in inside) or isinstance(m, _ANY_NORM)
-        return False
+        is_converted = any(type(x) in _TWINS or isinstance(x, _ANY_NORM) for x in inside)
+        return isinstance(m, _ANY_NORM) or not is_converted
 
 
 def _graph(module: nn.Module, name: str, blocks: set[str], spared: set[nn.Module]) -> fx.Graph:
     try:
         return _Tracer(blocks, spared).trace(module)
-    except Exception as error:  # whatever a forward does with what is no tensor
+    except Exception as error:  # a forward can do anything with the stand-ins of its tensors
         raise ValueError(
             f"{name} cannot be followed ({type(error).__name__}: {error}): its forward depends on values or sizes"
         ) from error
@@ -287,18 +300,27 @@ def _find_blocks(network: nn.Module, graph: fx.Graph) -> set[str]:
 
 def _chain(node: fx.Node, block: nn.Module, name: str) -> list[_Op]:
     """The steps from the block's input to a node."""
-    steps: list[_Op] = []
+    chain: list[_Op] = []
     while node.op != "placeholder":
-        if node.op == "call_module":
-            steps = _expand(str(node.target), block.get_submodule(str(node.target))) + steps
-        elif node.target in _FUNCTIONS:
-            steps = [_Op(_FUNCTIONS[node.target], create_activation(_FUNCTIONS[node.target])), *steps]
-        else:
+        steps = _steps(node, block)
+        if not steps:
             raise ValueError(f"{name} computes {node.name}, which has no counterpart without normalisation")
         if len(_inputs(node)) != 1:
             raise ValueError(f"{name} joins signals at {node.name}: expected one addition at the end of two chains")
+        chain = steps + chain
         node = _inputs(node)[0]
-    return steps
+    return chain
+
+
+def _steps(node: fx.Node, block: nn.Module) -> list[_Op]:
+    """The steps of one node; none if the node is neither a module nor an activation."""
+    if node.op == "call_module":
+        path = str(node.target)
+        return _expand(path, block.get_submodule(path))
+    if node.target in _FUNCTIONS:
+        name = _FUNCTIONS[node.target]
+        return [_Op(name, create_activation(name))]
+    return []
 
 
 # -- variance ----------------------------------------------------------------------------------------------------------
@@ -306,18 +328,25 @@ def _chain(node: fx.Node, block: nn.Module, name: str) -> list[_Op]:
 
 @dataclass(frozen=True)
 class _Noise:
-    """How a signal is distributed, if the network's input is noise: the largest of normal numbers, plus normal ones."""
+    """The distribution of a signal if the network's input is noise.
 
-    window: int = 1  # of a max pooling since the last convolution: how many unit normal numbers
-    added: float = 0.0  # variance of what residual branches have added
+    It is the largest of some unit normal numbers, plus a normal number.
+
+    Attributes:
+        window: How many numbers. A max pooling takes the largest of its window; a convolution starts from 1 again.
+        added: Variance of the normal number, which residual branches have added.
+    """
+
+    window: int = 1
+    added: float = 0.0
 
     def after_block(self, projects: bool) -> "_Noise":
-        """Of the sum: a shortcut with a convolution starts from unit variance again."""
+        """The distribution of a block's sum. A convolution in the shortcut starts from unit variance again."""
         return _Noise(added=ALPHA**2) if projects else replace(self, added=self.added + ALPHA**2)
 
     def var(self, act: nn.Module | None = None) -> float:
-        """Of the signal, or of its activation."""
-        z = torch.linspace(-8, 8, 801, dtype=torch.float64)
+        """The variance of the signal, or of its activation."""
+        z = torch.linspace(-8, 8, 801, dtype=torch.float64, device="cpu")
         normal = torch.exp(-z.square() / 2)
         largest = normal * torch.special.ndtr(z) ** (self.window - 1)
         weights = torch.outer(largest / largest.sum(), normal / normal.sum())
@@ -326,50 +355,67 @@ class _Noise:
         return ((x - (x * weights).sum()).square() * weights).sum().item()
 
     def gain(self, act: nn.Module | None) -> float:
-        """The factor that gives the activation of this signal unit variance, as the authors count: gamma / beta.
+        """The factor that gives the activation of this signal unit variance: the authors' gamma / beta.
 
-        They count a max pooling as if it left the variance alone. That is right for the activation of its output alone:
-        gamma * std(relu(largest of 9)) is 1.02. Where sums follow without a convolution it is computed.
+        The authors ignore max pooling. That is right for the activation of its output: gamma * std(relu(largest of 9))
+        is 1.02. It is not right if sums follow without a convolution, so the variance is computed there.
         """
-        if self.window == 1:
-            return (1.0 if act is None else _gamma(act) or 1.0) * (1 + self.added) ** -0.5
-        return self.var(act) ** -0.5
+        if self.window > 1:
+            return self.var(act) ** -0.5
+        gamma = 1.0 if act is None else _gamma(act) or 1.0
+        return gamma * (1 + self.added) ** -0.5
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 class _Sequence(NamedTuple):
-    """A converted chain."""
+    """A converted chain.
+
+    Attributes:
+        module: Its layers.
+        pending: The factor that no convolution of the chain has taken.
+        convs: Number of its convolutions.
+        drop_path_rate: Rate of its stochastic depth.
+    """
 
     module: nn.Sequential
-    pending: float  # factor that no convolution of the chain has taken
+    pending: float
     convs: int
     drop_path_rate: float
 
 
 def _convert_chain(steps: list[_Op], pending: float, block: str) -> _Sequence:
+    """Convert the steps of a chain. `pending` is the factor that the signal lacks at its beginning."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    convs, rate = 0, 0.0
+    convs = 0
+    drop_path_rate = 0.0
+
+    def keep(name: str, module: nn.Module) -> None:
+        key = name.replace(".", "_")
+        layers[f"{key}_{len(layers)}" if key in layers else key] = module
+
     for name, module in steps:
-        kept: nn.Module | None = module
+        gamma, rate = _gamma(module), _drop_rate(module)
         if type(module) in _TWINS:
-            kept, pending = _standardised(module, f"{block}.{name}", pending), 1.0
+            keep(name, _standardised(module, f"{block}.{name}", pending))
+            pending = 1.0
             convs += 1
         elif isinstance(module, _NORMS) or type(module) is nn.Identity:
-            kept = None
-        elif (gamma := _gamma(module)) is not None:
-            kept, pending = _own_act(module), pending * gamma
+            pass  # left out
+        elif gamma is not None:
+            keep(name, _own_act(module))
+            pending *= gamma
         elif _is_gate(module):
+            keep(name, module)
             pending *= 2
-        elif (drop := _drop_rate(module)) is not None:
-            kept, rate = None, drop
-        elif not isinstance(module, _PASSING):
+        elif rate is not None:
+            drop_path_rate = rate
+        elif isinstance(module, _PASSING):
+            keep(name, module)
+        else:
             raise ValueError(f"{block}.{name} is a {type(module).__name__}, which has no counterpart here")
-        if kept is not None:
-            key = name.replace(".", "_")
-            layers[key if key not in layers else f"{key}_{len(layers)}"] = kept
-    return _Sequence(nn.Sequential(layers), pending, convs, rate)
+    return _Sequence(nn.Sequential(layers), pending, convs, drop_path_rate)
 
 
 def _is_conv(step: _Op) -> bool:
@@ -377,13 +423,13 @@ def _is_conv(step: _Op) -> bool:
 
 
 def _lead(steps: list[_Op]) -> list[_Op]:
-    """What stands before the first convolution."""
+    """The steps before the first convolution."""
     first = next((i for i, step in enumerate(steps) if _is_conv(step)), len(steps))
     return steps[:first]
 
 
 def _activation_of(steps: list[_Op], block: str) -> nn.Module:
-    """The one activation among steps that may hold nothing else but norms and layers that pass."""
+    """The only activation among steps. Beside it there may be normalisation and dropout."""
     acts = [step for step in steps if _gamma(step.module) is not None]
     others = [s for s in steps if s not in acts and not isinstance(s.module, (*_NORMS, nn.Identity, nn.Dropout))]
     if others or len(acts) > 1:
@@ -395,29 +441,24 @@ def _activation_of(steps: list[_Op], block: str) -> nn.Module:
 
 
 class _Converted(NamedTuple):
-    """A converted block."""
+    """A converted block.
+
+    Attributes:
+        block: The block.
+        noise: The distribution of its sum.
+        post_activation: Whether the original had its activation after the addition.
+    """
 
     block: ResidualBlock
-    noise: _Noise  # the distribution of its sum
-    post_activation: bool  # whether the original had its activation after the addition
+    noise: _Noise
+    post_activation: bool
 
 
 def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
-    """A block for inputs that are distributed like this."""
+    """Convert a block whose input has this distribution."""
     graph = _graph(block, name, set(), set())
     (addition,) = filter(_is_addition, graph.nodes)
-    post: list[_Op] = []
-    node = next(node for node in graph.nodes if node.op == "output").args[0]
-    if not isinstance(node, fx.Node):
-        raise ValueError(f"{name} returns more than one tensor")
-    while node is not addition:
-        if node.op == "call_module":
-            post = _expand(str(node.target), block.get_submodule(str(node.target))) + post
-        elif node.target in _FUNCTIONS:
-            post = [_Op(_FUNCTIONS[node.target], create_activation(_FUNCTIONS[node.target])), *post]
-        else:
-            raise ValueError(f"{name} computes {node.name} after its addition, which has no counterpart here")
-        node = _inputs(node)[0]
+    post = _after_addition(block, name, graph, addition)
     shortcut, branch = sorted(
         (_chain(each, block, name) for each in _inputs(addition)),
         key=lambda steps: (sum(map(_is_conv, steps)), len(steps)),
@@ -428,23 +469,50 @@ def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
     pre_activation = any(not isinstance(step.module, nn.Identity) for step in lead)
     act = _activation_of(lead if pre_activation else post, name)
     if pre_activation:
-        if shortcut and [s.name for s in _lead(shortcut)][: len(lead)] != [s.name for s in lead]:
-            raise ValueError(f"{name} takes its shortcut from an input that is not activated, unlike its branch")
-        if any(type(step.module) is not nn.Identity for step in post):
-            raise ValueError(f"{name} has {post[-1].name} after its addition, and {lead[-1].name} before its branch")
-        branch, shortcut = branch[len(lead) :], shortcut[len(lead) :] if shortcut else []
+        _require_pre_activation(name, shortcut, lead, post)
+        branch = branch[len(lead) :]
+        shortcut = shortcut[len(lead) :]
     scale = noise.gain(None if isinstance(act, nn.Identity) else act)
     converted = _convert_chain(branch, scale, name)
-    projected = _convert_chain(shortcut, scale, name) if shortcut else None
-    if projected is not None and not projected.convs:
-        if len(projected.module):
-            raise ValueError(f"{name} has a shortcut without a convolution, whose variance is not known")
-        projected = None
-    after = noise.after_block(projected is not None)
+    projection = _convert_shortcut(shortcut, scale, name)
+    after = noise.after_block(projection is not None)
     parameter = next(block.parameters())
     skip = SkipInit(ALPHA * converted.pending, converted.drop_path_rate, device=parameter.device, dtype=parameter.dtype)
-    new = ResidualBlock(act, converted.module, projected.module if projected else None, skip, after.var())
+    new = ResidualBlock(act, converted.module, projection, skip, after.var())
     return _Converted(new.train(block.training), after, not pre_activation)
+
+
+def _after_addition(block: nn.Module, name: str, graph: fx.Graph, addition: fx.Node) -> list[_Op]:
+    """The steps from the addition to the block's output."""
+    post: list[_Op] = []
+    node = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(node, fx.Node):
+        raise ValueError(f"{name} returns more than one tensor")
+    while node is not addition:
+        steps = _steps(node, block)
+        if not steps:
+            raise ValueError(f"{name} computes {node.name} after its addition, which has no counterpart here")
+        post = steps + post
+        node = _inputs(node)[0]
+    return post
+
+
+def _require_pre_activation(name: str, shortcut: list[_Op], lead: list[_Op], post: list[_Op]) -> None:
+    """Refuse a block that activates both before its branch and elsewhere."""
+    if shortcut and [step.name for step in _lead(shortcut)][: len(lead)] != [step.name for step in lead]:
+        raise ValueError(f"{name} takes its shortcut from an input that is not activated, unlike its branch")
+    if any(type(step.module) is not nn.Identity for step in post):
+        raise ValueError(f"{name} has {post[-1].name} after its addition, and {lead[-1].name} before its branch")
+
+
+def _convert_shortcut(steps: list[_Op], scale: float, name: str) -> nn.Module | None:
+    """The layers of a shortcut; None if it is the block's input."""
+    converted = _convert_chain(steps, scale, name)
+    if converted.convs:
+        return converted.module
+    if len(converted.module):
+        raise ValueError(f"{name} has a shortcut without a convolution, whose variance is not known")
+    return None
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -452,20 +520,36 @@ def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
 
 @dataclass(frozen=True)
 class _Signal:
-    """What is known of a tensor between blocks."""
+    """What is known of a tensor between blocks.
+
+    Attributes:
+        noise: Its distribution before the activation.
+        act: The activation that it has passed, or that is due. Its gamma is not applied yet.
+        pending: Another factor that it lacks.
+        carrier: The module that can apply all factors, if no convolution does.
+        due: Whether `act` is still to come, after the carrier.
+        activated: Whether it stays activated, since other modules take it too.
+        follows: What computed it, if nothing else is known of it.
+    """
 
     noise: _Noise = _Noise()
-    act: nn.Module | None = None  # what it has passed, or what is due, without its gamma
-    pending: float = 1.0  # another factor that it lacks
-    carrier: str | ResidualBlock | None = None  # what can be given all factors, where no convolution takes them
-    due: bool = False  # whether `act` is still to come, behind the carrier
-    activated: bool = False  # whether it has its activation for good, since others take it too
-    follows: str | None = None  # what stands before, from where on nothing is known
+    act: nn.Module | None = None
+    pending: float = 1.0
+    carrier: str | ResidualBlock | None = None
+    due: bool = False
+    activated: bool = False
+    follows: str | None = None
 
     @property
     def gain(self) -> float:
-        """What a convolution has to make good."""
+        """The factor that the next convolution has to apply."""
         return self.pending * self.noise.gain(self.act)
+
+
+def _window_of(pool: Any) -> int:
+    """How many values a max pooling takes the largest of."""
+    size: Any = pool.kernel_size
+    return size ** _MAX_POOLS[type(pool)] if isinstance(size, int) else prod(size)
 
 
 class _Walk:
@@ -481,6 +565,7 @@ class _Walk:
         self.signals: dict[fx.Node, _Signal] = {}
 
     def run(self) -> None:
+        """Convert the whole network."""
         for node in self.graph.nodes:
             sources = [self.signals[n] for n in _inputs(node)]
             signal = sources[0] if sources else _Signal()
@@ -497,13 +582,11 @@ class _Walk:
             self.signals[node] = signal
 
     def step(self, path: str, signal: _Signal) -> _Signal:
+        """Convert the module at this path. Return its output, from its input."""
         module: Any = self.network.get_submodule(path)
-        known = path in self.blocks or type(module) in _TWINS or isinstance(module, _ANY_NORM)
-        if known and module not in self.spared:
-            if signal.follows is not None:
-                raise ValueError(f"{path} stands behind {signal.follows}, from where on the variance is not known")
-            if self.calls[path] > 1:
-                raise ValueError(f"{path} is called {self.calls[path]} times, with signals of other variance each time")
+        is_converted = path in self.blocks or type(module) in _TWINS or isinstance(module, _ANY_NORM)
+        if is_converted and module not in self.spared:
+            self.require_known_variance(path, signal)
         if signal.follows is not None:
             return signal
         if path in self.blocks:
@@ -521,10 +604,15 @@ class _Walk:
         if _is_gate(module):
             return replace(self.with_activation(signal), pending=signal.pending * 2, carrier=None)
         if type(module) in _MAX_POOLS:
-            size: Any = module.kernel_size
-            window = size ** _MAX_POOLS[type(module)] if isinstance(size, int) else prod(size)
-            return replace(signal, noise=replace(signal.noise, window=signal.noise.window * window))
+            window = signal.noise.window * _window_of(module)
+            return replace(signal, noise=replace(signal.noise, window=window))
         return signal if isinstance(module, _PASSING) else self.other(path, signal)
+
+    def require_known_variance(self, path: str, signal: _Signal) -> None:
+        if signal.follows is not None:
+            raise ValueError(f"{path} stands behind {signal.follows}, from where on the variance is not known")
+        if self.calls[path] > 1:
+            raise ValueError(f"{path} is called {self.calls[path]} times, with signals of other variance each time")
 
     def other(self, path: str, signal: _Signal) -> _Signal:
         self.settled(signal)
@@ -565,11 +653,11 @@ class _Walk:
         return _Signal(noise, act=act, carrier=new, due=act is not None)
 
     def with_activation(self, signal: _Signal) -> _Signal:
-        """The signal behind a block whose activation comes after its sum, for what does not begin with one itself."""
+        """The signal with its activation, for modules that do not begin with one themselves."""
         return self.settled(signal) if signal.due else signal
 
     def settled(self, signal: _Signal) -> _Signal:
-        """The signal with its activation and unit variance, for what takes it as it is."""
+        """The signal with its activation and all factors, for modules that take it as it is."""
         gain = signal.gain
         if isinstance(signal.carrier, ResidualBlock) and (signal.due or gain != 1.0):
             act = signal.act if signal.due and signal.act is not None else nn.Identity()
@@ -593,25 +681,31 @@ class _Walk:
 def normalizer_free(model: nn.Module) -> nn.Module:
     """A normalizer-free network with the convolutions of a normalised one.
 
-    For networks made of convolutions, batch (or group) normalisation, activations and residual additions, as ResNets,
-    RegNets and pre-activation ResNets of torchvision and timm. Convolutions become standardised, normalisation goes,
-    activations get their gamma, residual blocks their beta, alpha = 0.2 and skip gain. Beta is the square root of the
-    variance that the signal is expected to have there: 1 after a convolution, 1 + k alpha^2 at the k-th block since a
-    shortcut had one. Squeeze-excite gates count twice, stochastic depth does not rescale.
+    **This is another network, not the same function**: train it. The weights of convolutions are copied, but weights
+    that were trained together with normalisation are only a start. The classifier stays as it is.
 
-    Blocks that end in an activation become blocks that begin with it, since the sum of a residual block has to stay as
-    it is. **This is another network, not the same function**: train it. Convolutions' weights are copied, but those
-    that were trained together with normalisation are no more than a start. The classifier stays as it is.
+    It takes networks of convolutions, batch or group normalisation, activations and residual additions: the ResNets,
+    RegNets and pre-activation ResNets of torchvision and timm. Convolutions become standardised, and normalisation
+    goes. Activations get their gamma, and residual blocks their beta, alpha = 0.2 and skip gain. Beta is the square
+    root of the signal's expected variance: 1 after a convolution, and 1 + k alpha^2 at block k after a shortcut with a
+    convolution. Squeeze-excite gates count twice. Stochastic depth does not rescale.
+
+    Blocks that end in an activation become blocks that begin with it, since nothing may follow the sum of a block.
 
     Args:
-        model: Not changed. Its residual additions are found by following its forward with torch.fx; each has to be in a
-            module of its own.
+        model: The network. It is not changed. torch.fx traces it to find its residual additions. Each addition must be
+            in a module of its own.
 
     Returns:
-        A copy whose blocks are `ResidualBlock`s. It shares no tensors with `model`.
+        A copy whose blocks are `ResidualBlock`s. It shares no tensor with `model`.
 
     Raises:
-        ValueError: if something in the network has no counterpart; names it.
+        ValueError: if something in the network has no counterpart. The message names it.
+
+    Examples:
+        >>> model = normalizer_free(timm.create_model("test_resnet", num_classes=10))
+        >>> isinstance(model.layer1[0], ResidualBlock), model(torch.zeros(1, 3, 64, 64)).shape
+        (True, torch.Size([1, 10]))
     """
     network: Any = copy.deepcopy(model)
     if not any(isinstance(module, _ANY_NORM) for module in network.modules()):
@@ -620,6 +714,6 @@ def normalizer_free(model: nn.Module) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, _ANY_NORM):
             raise ValueError(f"{name} is a {type(module).__name__} that the signal was not followed to")
-    if hasattr(network, "_model_args"):  # stock timm does not know the key and stops before it loads other weights
+    if hasattr(network, "_model_args"):  # timm raises at this argument, and so loads no weights into the old network
         network._model_args = network._model_args | {"normalizer_free": True}
     return network

@@ -1,8 +1,7 @@
 """Adaptive gradient clipping: the gradient of every output unit is held to a multiple of that unit's weight norm.
 
-timm already has `timm.utils.agc`; this file exists because that one treats every entry of a gain as a unit of its own
-(the paper: one unit), makes two full-size temporaries and a dozen operations per parameter, and leaves finding the
-classifier to the position of the last two parameters.
+timm's `timm.utils.agc` takes every entry of a gain as a unit of its own, where the paper has one unit. It makes two
+full-size temporaries and a dozen operations per parameter, and takes the last two parameters for the classifier.
 
 Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 """
@@ -26,8 +25,8 @@ from .units import Axis, checked_axis, layout_of
 
 __all__ = ["adaptive_clip_grad_", "unitwise_norm"]
 
-# Never acts on its own: a unit is only clipped above clip_factor * eps, 1e-5 by default. It bounds the division for
-# callers who set both far lower, exactly as the authors' code does.
+# It bounds the division if callers set clip_factor and eps far lower, exactly as the authors' code does. By default it
+# never acts: a unit is only clipped above clip_factor * eps, which is 1e-5.
 _DIV_EPS = 1e-6
 
 _vector_norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
@@ -39,13 +38,12 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
 
     Args:
         x: (O, I, K, K), (O, I) or any other shape. With at most one axis longer than 1 it is a single unit.
-        norm_type: Order of the norm, `math.inf` included.
-        axis: Where the output units lie; `(1, groups)` for transposed convolutions, (I, O / groups, K, K).
+        norm_type: Order of the norm. It may be `math.inf`.
+        axis: The axis of the output units; `(1, groups)` for transposed convolutions, (I, O / groups, K, K).
 
     Returns:
-        (O, 1, 1, 1) or (O, 1): as many axes as `x`, to which it broadcasts. With groups (I, O / groups, 1, 1): for
-        every input channel, the norms of the units that it belongs to. 0-d for a single unit. At least float32, on the
-        device of `x`.
+        (O, 1, 1, 1) or (O, 1), which broadcasts to `x`; 0-d for a single unit. With groups (I, O / groups, 1, 1): for
+        every input channel, the norms of the units that it belongs to. At least float32, on the device of `x`.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
@@ -76,30 +74,32 @@ def adaptive_clip_grad_(
 ) -> Tensor:
     """Scale down, in place, the gradient of every unit whose norm exceeds `clip_factor * max(weight norm, eps)`.
 
-    Every other gradient stays bit-identical, and so does every unit with an entry that is not finite: a loss scaler
-    has to see it. If a unit's norm overflows float32, CPUs recompute it in float64. Accelerators, compiled code and
-    sharded units do not, and leave that unit unchanged; so do all where it overflows float64.
-    Parameters without a gradient are skipped, one given twice is clipped once. A gradient that shares memory with
-    another one or within itself (`expand`), or was made in inference mode, is replaced by a clone first.
+    All other gradients stay bit-identical. So does a unit with an infinite entry or NaN: a loss scaler has to see it.
+    If a unit's norm overflows float32, CPUs recompute it in float64. Accelerators, compiled code and sharded units do
+    not, and leave that unit unchanged. A norm that overflows float64 leaves it unchanged everywhere.
 
-    Parameters sharded over several processes (`fully_shard`, tensor parallelism) are clipped as if they were whole,
-    and no parameter is gathered: where a unit is spread over processes, its norm costs one all-reduce of one number.
+    Parameters without a gradient are skipped. A parameter that is given twice is clipped once. A gradient is first
+    replaced by a clone if it shares memory with another one or within itself (`expand`), or if it was made in inference
+    mode.
+
+    Parameters sharded over several processes (`fully_shard`, tensor parallelism) are clipped as if they were whole. No
+    parameter is gathered. If a unit is spread over processes, its norm costs one all-reduce of one number.
 
     Args:
-        parameters: One parameter or any number of them, on any devices, of any floating dtypes and shapes (see
-            `unitwise_norm` for what is one unit). Leave the classifier's weight out: the paper does not clip it.
-        clip_factor: Largest ratio of gradient norm to weight norm; `math.inf` clips nothing.
-        eps: Weight norms below this count as this, so that a unit at zero can leave it.
-        norm_type: Order of the norm, above 0; `math.inf` for the largest entry.
-        axis: Where the output units of these parameters lie; `(1, groups)` for transposed convolutions.
+        parameters: One parameter or several, on any devices, of any floating dtypes and shapes. `unitwise_norm` says
+            what a unit is. Leave the classifier's weight out: the paper does not clip it.
+        clip_factor: Largest ratio of gradient norm to weight norm. `math.inf` clips nothing.
+        eps: Floor on the weight norm, so that a unit at zero can leave it.
+        norm_type: Order of the norm, above 0. `math.inf` takes the largest entry.
+        axis: The axis of the output units; `(1, groups)` for transposed convolutions.
 
     Returns:
-        The fraction of units that were clipped: a 0-d tensor on the device of the first gradient, 0 without gradients.
-        With sharded parameters it is that of the units this process holds or has a part of.
+        The fraction of units that were clipped, a 0-d tensor on the device of the first gradient; 0 without gradients.
+        With sharded parameters, it counts the units of which this process holds a part.
 
     Raises:
-        ValueError: A setting outside its range, or a gradient that cannot be clipped, see `check_gradients`. Nothing
-            has been written then.
+        ValueError: if a setting is out of range, or if a gradient cannot be clipped, see `check_gradients`. Nothing is
+            written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
@@ -126,10 +126,10 @@ def adaptive_clip_grad_(
 
 
 def checked_setting(name: str, value: Any) -> float:
-    """The value as a number; numbers as text are numbers, as command lines give them.
+    """The value as a number. It may be text, as command lines give it.
 
     Raises:
-        ValueError: It is no number, negative or NaN.
+        ValueError: if it is no number, negative or NaN.
     """
     hint = "; inf clips nothing" if name == "clip_factor" else ""
     if isinstance(value, Tensor):
@@ -144,7 +144,7 @@ def checked_setting(name: str, value: Any) -> float:
 
 
 def clips(clip_factor: Any) -> bool:
-    """Whether anything is clipped with this setting: not with None, nor with infinity."""
+    """Whether this setting clips anything. None and infinity clip nothing."""
     return clip_factor is not None and not math.isinf(checked_setting("clip_factor", clip_factor))
 
 
@@ -157,38 +157,46 @@ class Settings(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Unit norms of some parameters and their gradients, one value per unit, one parameter after the other: (units,).
+    """Unit norms of some parameters and their gradients. All tensors are (units,), one parameter after the other.
 
-    Of a sharded parameter these are the units that this process holds or has a part of.
+    Of a sharded parameter, these are the units of which this process holds a part.
+
+    Attributes:
+        parameters: The parameters.
+        counts: Number of units of each parameter.
+        weight_norm: The weight norm, at least eps.
+        grad_norm: The gradient norm before the clipping.
+        limit: The largest gradient norm that is allowed.
+        clipped: Whether the gradient norm exceeds the limit. It is False if the gradient is infinite or NaN.
     """
 
     parameters: list[Tensor]
-    counts: list[int]  # units of each parameter
-    weight_norm: Tensor  # at least eps
-    grad_norm: Tensor  # before the clipping
-    limit: Tensor  # of the gradient norm
-    clipped: Tensor  # whether it exceeds the limit; never where the gradient is not finite
+    counts: list[int]
+    weight_norm: Tensor
+    grad_norm: Tensor
+    limit: Tensor
+    clipped: Tensor
 
     @property
     def ratio(self) -> Tensor:
-        """Gradient norm over weight norm; the clip factor is its limit."""
+        """Gradient norm over weight norm. Units above the clip factor are clipped."""
         return self.grad_norm / self.weight_norm
 
     def pieces(self) -> Iterator["Pieces"]:
-        """Ratio, gradient norm and whether it is clipped, of the units of one parameter after the other."""
+        """For each parameter: ratio, gradient norm and `clipped` of its units."""
         values = (self.ratio, self.grad_norm, self.clipped)
         yield from cast("Iterator[Pieces]", zip(*(v.split_with_sizes(self.counts) for v in values), strict=True))
 
 
-Pieces = tuple[Tensor, Tensor, Tensor]
+Pieces = tuple[Tensor, Tensor, Tensor]  # ratio, gradient norm and `clipped` of some units
 
 
 class ClipStats(TypedDict):
     """What was clipped of the units of some parameters.
 
-    `zero_grad_units` have a gradient of exactly zero, `non_finite_units` one that is infinite or NaN. `ratio_quantiles`
-    are those of gradient norm over weight norm (at least eps), {0.05: ..., 0.99: ...}. Ratios that are not finite are
-    left out.
+    `zero_grad_units` counts gradients of exactly zero, and `non_finite_units` infinite and NaN ones. `ratio_quantiles`,
+    {0.05: ..., 0.99: ...}, are those of gradient norm over weight norm (at least eps). They leave out ratios that are
+    infinite or NaN.
     """
 
     units: int
@@ -198,15 +206,15 @@ class ClipStats(TypedDict):
     ratio_quantiles: dict[float, float]
 
 
-Work = tuple[Sequence[Tensor], Settings]  # checked parameters
+Work = tuple[Sequence[Tensor], Settings]  # checked parameters, and how they are clipped
 
 
 @torch.no_grad()
 def clip_checked_(work: Iterable[Work], norm_type: float = 2.0) -> list[Units]:
-    """`adaptive_clip_grad_` after its checks, for any number of settings with one all-reduce between them.
+    """`adaptive_clip_grad_` without its checks, for any number of settings. All of them share one all-reduce.
 
     Returns:
-        What was measured, in no particular order; nothing where a clip factor is infinite.
+        What was measured, in no particular order. Parameters with an infinite clip factor are not measured.
     """
     measured: list[Units] = []
     for shards, units in _measure([each for each in work if not math.isinf(each[1].clip_factor)], norm_type):
@@ -222,7 +230,7 @@ def measure(
     eps: float = CLIP_EPS,
     axes: Callable[[Tensor], Axis] | None = None,
 ) -> list[Units]:
-    """What `clip_checked_` would see of checked parameters; nothing is written."""
+    """What `clip_checked_` would measure of checked parameters. Nothing is written."""
     by_axis: dict[Axis, list[Tensor]] = {}
     for p in parameters:
         by_axis.setdefault(axes(p) if axes else 0, []).append(p)
@@ -231,10 +239,10 @@ def measure(
 
 
 def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> list[ClipStats]:
-    """Statistics of the units of each group of parameters; waits for an accelerator.
+    """Statistics of the units of each group of parameters. It waits for an accelerator.
 
     Returns:
-        One row a group; without units in `measured` its values are 0, 0, 0, 0.0 and {}.
+        One row for each group. A group without units in `measured` has 0, 0, 0, 0.0 and {}.
     """
     pieces: dict[int, Pieces] = {}
     for units in measured:
@@ -243,7 +251,7 @@ def summaries(measured: Iterable[Units], groups: Iterable[Iterable[Tensor]]) -> 
 
 
 def summary(found: Sequence["Pieces"]) -> ClipStats:
-    """Statistics of the units of some parameters; the only place here that waits for an accelerator."""
+    """Statistics of the units of some parameters. Only this function here waits for an accelerator."""
     if not found:
         return ClipStats(
             units=0, zero_grad_units=0, non_finite_units=0, clipped_fraction=0.0, ratio_quantiles=dict[float, float]()
@@ -262,18 +270,9 @@ def summary(found: Sequence["Pieces"]) -> ClipStats:
 
 
 def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
-    """The unit norms, chunk by chunk: one device, one kind of unit, one dtype of parameters and of gradients each."""
-    chunks: list[tuple[list[Shard], Settings]] = []
-    for parameters, settings in work:
-        groups: dict[tuple[object, ...], list[Shard]] = {}
-        for p in parameters:
-            shard = local_shard(p, _grad(p), settings.axis)
-            kind = _by_kernel(shard), shard.layout.single
-            key = (shard.grad.device, shard.grad.dtype, shard.weight.dtype, *kind, shard.spread_over)
-            if shard.grad.numel() or shard.blocks is not None:
-                groups.setdefault(key, []).append(shard)
-        chunks += [(group, settings) for group in groups.values()]
-    # Units in several processes first and together, so that all of them cost one collective.
+    """The unit norms, chunk by chunk."""
+    chunks = [(shards, settings) for parameters, settings in work for shards in _chunks(parameters, settings.axis)]
+    # Units in several processes come first and together, so that all of them cost one collective.
     spread = {i: _norms(shards, norm_type) for i, (shards, _) in enumerate(chunks) if shards[0].spread_over}
     spread = reduce_norms(spread, {i: chunks[i][0] for i in spread}, norm_type)
     for i, (shards, settings) in enumerate(chunks):
@@ -283,6 +282,18 @@ def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shar
         limit = weight_norm.clamp_(min=settings.eps) * settings.clip_factor
         clipped = (grad_norm > limit) & (grad_norm < math.inf)
         yield shards, Units(parameters, counts, weight_norm, grad_norm, limit, clipped)
+
+
+def _chunks(parameters: Iterable[Tensor], axis: Axis) -> list[list[Shard]]:
+    """The parameters in chunks that have device, dtypes, kind of unit and processes in common."""
+    chunks: dict[tuple[object, ...], list[Shard]] = {}
+    for p in parameters:
+        shard = local_shard(p, _grad(p), axis)
+        if shard.grad.numel() or shard.blocks is not None:
+            dtypes = (shard.grad.dtype, shard.weight.dtype)
+            key = (shard.grad.device, *dtypes, _by_kernel(shard), shard.layout.single, shard.spread_over)
+            chunks.setdefault(key, []).append(shard)
+    return list(chunks.values())
 
 
 def _by_kernel(shard: Shard) -> bool:
@@ -296,19 +307,17 @@ def _count(shard: Shard) -> int:
 
 
 def _norms(shards: list[Shard], norm_type: float) -> tuple[Tensor, Tensor]:
-    """Norms of all units of shards that have device, dtypes and kind of unit in common: (units,) twice."""
+    """The weight norms and the gradient norms (units,) of a chunk."""
+    weights = [shard.weight for shard in shards]
+    grads = [shard.grad for shard in shards]
     if norm_type == 2 and _by_kernel(shards[0]):
-        return unit_norms([s.weight for s in shards], [s.grad for s in shards], [_count(s) for s in shards])
-    weight_norm, grad_norm = (
-        _unit_norms(tensors, shards, norm_type)
-        for tensors in ([shard.weight for shard in shards], [shard.grad for shard in shards])
-    )
-    return weight_norm, grad_norm
+        return unit_norms(weights, grads, [_count(shard) for shard in shards])
+    return _unit_norms(weights, shards, norm_type), _unit_norms(grads, shards, norm_type)
 
 
 def _unit_norms(tensors: list[Tensor], shards: list[Shard], norm_type: float) -> Tensor:
     norms = _norms_in(_norm_dtype(tensors[0]), tensors, shards, norm_type)
-    # Squares of finite float32 values overflow above 1e19, where clipping is needed most.
+    # Squares of float32 values above 1e19 overflow. Such gradients need clipping most.
     if not shards[0].spread_over and _reading_is_free(norms) and np.isinf(norms.numpy()).any():
         norms = _norms_in(torch.float64, tensors, shards, norm_type)
     return norms
@@ -321,7 +330,7 @@ def _norms_in(dtype: torch.dtype, tensors: list[Tensor], shards: list[Shard], no
 
 
 def _row_norms(dtype: torch.dtype, x: Tensor, shard: Shard, norm_type: float) -> Tensor:
-    """Norms of the units of one tensor, which has several: (units,)."""
+    """Norms (units,) of the units of one tensor, which has several."""
     if shard.blocks is not None:
         return _block_norms(dtype, x, shard.blocks, shard.layout.blocks, norm_type)
     norms = _vector_norm(x, norm_type, dim=shard.layout.reduced(x.ndim), dtype=dtype)
@@ -329,11 +338,18 @@ def _row_norms(dtype: torch.dtype, x: Tensor, shard: Shard, norm_type: float) ->
 
 
 def _block_norms(dtype: torch.dtype, x: Tensor, block_of_row: Tensor, blocks: int, norm_type: float) -> Tensor:
-    """Norms of the parts that these rows are of all units: (blocks * O / groups,), 0 where no row belongs to a unit."""
+    """Norms (blocks * O / groups,) of those parts of all units that these rows hold; 0 for a unit without rows.
+
+    Args:
+        dtype: The dtype of the computation.
+        x: (rows, O / groups, *K).
+        block_of_row: (rows,).
+        blocks: Number of blocks.
+        norm_type: Order of the norm.
+    """
     table = x.new_zeros((blocks, x.shape[1]), dtype=dtype)
     if len(x):
-        flat = x.flatten(2)
-        rows = _vector_norm(flat, norm_type, dim=2, dtype=dtype) if flat.shape[2] > 1 else flat[..., 0].abs().to(dtype)
+        rows = _kernel_norms(dtype, x.flatten(2), norm_type)
         if math.isinf(norm_type):
             rows = rows.nan_to_num(math.inf, math.inf)  # a maximum may lose NaN, but not infinity
             table.scatter_reduce_(0, block_of_row[:, None].expand_as(rows), rows, "amax")
@@ -342,8 +358,15 @@ def _block_norms(dtype: torch.dtype, x: Tensor, block_of_row: Tensor, blocks: in
     return table.flatten()
 
 
+def _kernel_norms(dtype: torch.dtype, x: Tensor, norm_type: float) -> Tensor:
+    """Norms over the last axis of (rows, O / groups, K): (rows, O / groups)."""
+    if x.shape[2] == 1:
+        return x[..., 0].abs().to(dtype)
+    return _vector_norm(x, norm_type, dim=2, dtype=dtype)
+
+
 def _scale_gradients_(shards: list[Shard], units: Units) -> None:
-    """Scale every unit that exceeds its limit down to it."""
+    """Scale every unit above its limit down to the limit."""
     scale = units.grad_norm.clamp(min=_DIV_EPS)
     torch.div(units.limit, scale, out=scale).masked_fill_(~units.clipped, 1.0)
     if _by_kernel(shards[0]):
@@ -360,7 +383,7 @@ def _scale_gradients_(shards: list[Shard], units: Units) -> None:
 
 
 def _spread(values: Tensor, shard: Shard) -> Tensor:
-    """One value for every unit, shaped so that it broadcasts to the gradient."""
+    """The units' values (units,) in a shape that broadcasts to the gradient."""
     if shard.blocks is not None:
         rows = values.view(shard.layout.blocks, -1)[shard.blocks]
         return rows.view(*rows.shape, *[1] * (shard.grad.ndim - 2))
@@ -368,9 +391,9 @@ def _spread(values: Tensor, shard: Shard) -> Tensor:
 
 
 def _reading_is_free(x: Tensor) -> bool:
-    """Whether a branch may depend on values: only on a CPU, where nothing waits, and of tensors that have values.
+    """Whether a branch may depend on values: on a CPU nothing waits for them.
 
-    A graph that is traced has none, and neither has a `FakeTensor`.
+    Tensors in a graph that is compiled, and fake tensors, have no values.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
 

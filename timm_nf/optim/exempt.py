@@ -1,15 +1,14 @@
-"""Who is not clipped: the classifier, found where people put the network, and what the caller names.
+"""Finds the parameters that are not clipped: the classifier's weight, wherever the network is, and what callers name.
 
-Source: arXiv:2102.06171, section 4: all weights are clipped but the classifier's.
+Source: arXiv:2102.06171, section 4: all weights are clipped, except for the classifier's.
 """
 
 import difflib
 import functools
 import inspect
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
@@ -24,7 +23,7 @@ __all__ = ["classifier_weights"]
 Exempt = str | Iterable[str | nn.Module | nn.Parameter]
 _Find = Callable[[nn.Module], list[nn.Parameter]]
 
-_AVERAGES = (ModelEmaV2, ModelEmaV3, AveragedModel)  # copies of a network, which nothing trains
+_AVERAGES = (ModelEmaV2, ModelEmaV3, AveragedModel)  # copies of a network that are not trained
 
 HOW_TO_SAY_IT = (
     "Say which weights are not clipped with clip_exempt=('head',), modules or names, () for none, "
@@ -41,17 +40,22 @@ class Classifier(NamedTuple):
 
 
 def classifier_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the classifier, found through the model: the only ones that adaptive clipping leaves alone.
+    """The weights of the model's classifier. Adaptive clipping leaves only these alone.
 
-    Looks inside DistributedDataParallel, torch.compile, timm's EMA, task and distillation wrappers (the student, never
-    the teacher), and in every other module that holds the network, such as a LightningModule. The classifier is what
-    timm's `get_classifier()` returns, a tuple of heads included; for models without that method it is what
-    `pretrained_cfg["classifier"]` names. Where `get_classifier()` returns several layers as one head (MetaFormer's),
-    that name also says which of them is the last.
+    The classifier is what timm's `get_classifier()` returns: one head, or a tuple of heads. For models without that
+    method it is what `pretrained_cfg["classifier"]` names. If a head has several layers, as MetaFormer's has, that name
+    also says which one is the last.
+
+    The network may lie inside other modules: DistributedDataParallel, torch.compile, timm's wrappers for EMA, tasks and
+    distillation (the student, never the teacher), or any other module, such as a LightningModule.
 
     Returns:
-        Every weight with at least two axes inside the classifier, and what is behind those that are normed or
-        parametrized; empty if there is no classifier, or if there are several that are trained.
+        Every weight with at least two axes inside the classifier. If a weight is normed or parametrized, the parameters
+        that it is computed from. Empty if there is no classifier, or if several are trained.
+
+    Examples:
+        >>> [tuple(weight.shape) for weight in classifier_weights(timm.create_model("test_vit", num_classes=10))]
+        [(10, 64)]
     """
     return find_classifier(model).weights
 
@@ -61,60 +65,82 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
 
     Args:
         model: Any module.
-        given: The ids of the parameters that count; all of them by default.
+        given: The ids of the parameters that count. By default all count.
     """
     network = innermost(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad and (given is None or id(p) in given)}
     if _has_classifier(network):
         weights = _own_classifier(network)
-        if weights or trained <= set(map(id, network.parameters())):  # what is beside it may be a head of its own
+        if weights or trained <= set(map(id, network.parameters())):  # otherwise a head may stand beside the network
             return Classifier(network, weights, None)
-    found: dict[frozenset[int], tuple[str, nn.Module, list[nn.Parameter]]] = {}
-    frozen: list[tuple[nn.Module, list[nn.Parameter]]] = []
-    without: dict[str, nn.Module] = {}
-    seen: list[str] = []
+    inside = _networks_inside(model, trained)
+    largest = max(inside.trained, key=len, default=frozenset[int]())
+    if inside.trained and all(ids <= largest for ids in inside.trained):  # one, and parts of it
+        network, weights = inside.trained[largest]
+        return Classifier(innermost(network), weights, None)
+    if not inside.trained and len(inside.frozen) == 1:
+        return Classifier(*inside.frozen[0], None)
+    name = type(model).__name__
+    if inside.trained:
+        names = ", ".join(_names_of(model, [p for _, weights in inside.trained.values() for p in weights]))
+        return Classifier(None, [], f"{name} has {len(inside.trained)} classifiers ({names}), and none is exempt")
+    problem = f"no classifier was found in {name}"
+    if inside.without:
+        networks = ", ".join(f"{path} ({type(module).__name__})" for path, module in inside.without.items())
+        problem += f"; {networks} has none"
+    network = next(iter(inside.without.values())) if len(inside.without) == 1 else None
+    return Classifier(network, [], f"{problem}, so that all weights are clipped")
+
+
+class _NetworksInside(NamedTuple):
+    """The modules inside a model that say what their classifier is, and that are trained.
+
+    Attributes:
+        trained: Those whose classifier is trained, with its weights, by the ids of the trained weights.
+        frozen: Those whose classifier is not trained, with its weights.
+        without: Those without a classifier, by name.
+    """
+
+    trained: dict[frozenset[int], tuple[nn.Module, list[nn.Parameter]]]
+    frozen: list[tuple[nn.Module, list[nn.Parameter]]]
+    without: dict[str, nn.Module]
+
+
+def _networks_inside(model: nn.Module, trained: set[int]) -> _NetworksInside:
+    """Find them in the order of the model. `trained` holds the ids of the trained parameters."""
+    inside = _NetworksInside({}, [], {})
+    done: list[str] = []  # names of modules that are not searched further
     for name, module in _named_modules(model):
         if isinstance(module, _AVERAGES):
-            seen.append(name)
-        if any(f"{name}.".startswith(f"{outer}.") for outer in seen) or not _has_classifier(module):
+            done.append(name)
+        if any(f"{name}.".startswith(f"{outer}.") for outer in done) or not _has_classifier(module):
             continue
         weights = _own_classifier(module)
-        if ids := trained.intersection(map(id, weights)):
-            found.setdefault(frozenset(ids), (name, module, weights))
-            seen.append(name)
-        elif any(id(p) in trained for p in module.parameters()):  # nothing of a frozen teacher is trained
-            if weights:
-                frozen.append((module, weights))
-            else:
-                without[name] = module
-    largest = max(found, key=len, default=frozenset[int]())
-    if found and all(ids <= largest for ids in found):
-        _, network, weights = found[largest]
-        return Classifier(innermost(network), weights, None)
-    if not found and len(frozen) == 1:
-        return Classifier(*frozen[0], None)
-    kind = type(model).__name__
-    if found:
-        names = _names_of(model, [p for _, _, weights in found.values() for p in weights])
-        return Classifier(None, [], f"{kind} has {len(found)} classifiers ({', '.join(names)}), and none is exempt")
-    networks = ", ".join(f"{name} ({type(module).__name__})" for name, module in without.items())
-    inside = f"; {networks} has none" if networks else ""
-    network = next(iter(without.values())) if len(without) == 1 else None
-    return Classifier(network, [], f"no classifier was found in {kind}{inside}, so that all weights are clipped")
+        ids = frozenset(trained.intersection(map(id, weights)))
+        if ids:
+            inside.trained.setdefault(ids, (module, weights))
+            done.append(name)
+        elif not any(id(p) in trained for p in module.parameters()):
+            continue  # a frozen teacher
+        elif weights:
+            inside.frozen.append((module, weights))
+        else:
+            inside.without[name] = module
+    return inside
 
 
 class Exemption:
-    """Parameters that are not clipped. They are looked up each time: a network may get another classifier.
+    """Parameters that are not clipped. They are looked up each time, since a network may get another classifier.
 
-    The modules in which they are looked up are held weakly.
+    The modules in which they are looked up are held by weak references.
     """
 
     def __init__(self, sources: Iterable[tuple[nn.Module, _Find]] = ()):
-        """Take modules, and what finds the parameters in each."""
+        """Take modules, and for each a function that finds the parameters in it."""
         self._sources = [(weakref.ref(module), find) for module, find in sources]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the modules that still exist."""
+        """The parameters, as far as their modules still exist."""
         found: list[nn.Parameter] = []
         for reference, find in self._sources:
             module = reference()
@@ -124,10 +150,10 @@ class Exemption:
 
 
 class SettledGroups(list[dict[str, Any]]):
-    """Parameter groups that say who is clipped, and the exemption of what is added to them later."""
+    """Parameter groups that say who is clipped. `exemption` holds for groups that are added later."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], exemption: Exemption):
-        """Take groups that are already split by who is clipped."""
+        """Take groups that are split by who is clipped."""
         super().__init__(groups)
         self.exemption = exemption
 
@@ -139,14 +165,14 @@ def exemption_of(
 
     Args:
         model: Any module.
-        clip_exempt: Modules, parameters, or names of either relative to the model (with commas between them in one
-            text), beside the classifier; empty for none. None for the classifier alone, with a warning if there is
-            none or more than one of them.
-        given: The ids of the parameters that count; all of them by default.
-        warns: Whether there is a warning; not where the groups say who is clipped, or nothing is.
+        clip_exempt: What is exempt besides the classifier: modules, parameters, or names relative to the model. Several
+            names may stand in one text, with commas. Empty exempts nothing, not even the classifier. None exempts the
+            classifier alone, and warns if there is not exactly one.
+        given: The ids of the parameters that count. By default all count.
+        warns: Whether to warn. No warning is due if the groups say who is clipped, or if nothing is clipped.
 
     Raises:
-        ValueError: Something in `clip_exempt` is not in the model, or has no weight.
+        ValueError: if something in `clip_exempt` is not in the model, or has no weight.
     """
     entries = _entries(clip_exempt)
     if entries is not None and not entries:
@@ -162,14 +188,14 @@ def exemption_of(
 
 
 def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple[Exemption, set[int]]:
-    """Who is exempt among parameters that came without their model, and the ids of these parameters.
+    """Who is exempt among parameters without their model, and the ids of these parameters.
 
     Args:
-        groups: With tensors or with pairs of a name and a tensor under `params`.
-        clip_exempt: Modules, parameters, or names of either, for which the parameters must have names.
+        groups: Groups with tensors, or pairs of a name and a tensor, under `params`.
+        clip_exempt: Modules, parameters, or names. Names need parameters with names.
 
     Raises:
-        ValueError: None of the parameters belongs to an entry of `clip_exempt`.
+        ValueError: if an entry of `clip_exempt` has no weight among the parameters.
     """
     listed: list[Any] = [entry for group in groups for entry in group["params"]]
     named: dict[str, nn.Parameter] = dict(cast("tuple[str, Any]", e) for e in listed if isinstance(e, tuple))
@@ -177,27 +203,33 @@ def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple
     ids: set[int] = set()
     sources: list[tuple[nn.Module, _Find]] = []
     for entry in _entries(clip_exempt) or ():
-        if isinstance(entry, str):
-            inside = [p for name, p in named.items() if name.startswith(f"{entry}.") and _is_weight(name, p)]
-            found = {id(named[entry])} if entry in named else set(map(id, inside))
-            if not found:
-                hint = "" if named else "; these parameters have no names, so give modules or named_parameters()"
-                raise ValueError(f"clip_exempt names {entry!r}, which is not among the parameters{hint}")
-        else:
-            weights = weights_in(entry) if isinstance(entry, nn.Module) else [entry]
-            found = present.intersection(map(id, weights))
-            if not found:
-                raise ValueError(f"clip_exempt holds {_described(entry)}, which has no weight among the parameters")
-            if isinstance(entry, nn.Module):
-                sources.append((entry, weights_in))
+        found = present.intersection(map(id, _weights_of(entry, named)))
+        if not found and isinstance(entry, str):
+            hint = "" if named else "; these parameters have no names, so give modules or named_parameters()"
+            raise ValueError(f"clip_exempt names {entry!r}, which is not among the parameters{hint}")
+        if not found:
+            raise ValueError(f"clip_exempt holds {_described(entry)}, which has no weight among the parameters")
+        if isinstance(entry, nn.Module):
+            sources.append((entry, weights_in))
         ids |= found
     return Exemption(sources), ids
 
 
-def weights_in(module: nn.Module) -> list[nn.Parameter]:
-    """The weights with at least two axes in a module, whatever their names: they are exempt where the module is.
+def _weights_of(entry: str | nn.Module | nn.Parameter, named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The weights that an entry of `clip_exempt` stands for. Names are looked up among `named`."""
+    if isinstance(entry, nn.Module):
+        return weights_in(entry)
+    if not isinstance(entry, str):
+        return [entry]
+    if entry in named:
+        return [named[entry]]
+    return [p for name, p in named.items() if name.startswith(f"{entry}.") and _is_weight(name, p)]
 
-    With them goes what a weight norm or a parametrization adds to them. Biases and gains are not exempt.
+
+def weights_in(module: nn.Module) -> list[nn.Parameter]:
+    """The weights with at least two axes in a module, whatever their names. They are exempt if the module is.
+
+    The parameters of a weight norm or a parametrization go with their weight. Biases and gains are not exempt.
     """
     found: dict[int, nn.Parameter] = {}
     for inner in module.modules():
@@ -210,12 +242,12 @@ def weights_in(module: nn.Module) -> list[nn.Parameter]:
 
 
 def tensor(entry: Tensor | tuple[str, Tensor]) -> Tensor:
-    """The tensor of an entry of a group's `params`, which may carry a name."""
+    """The tensor in an entry of a group's `params`: a tensor, or a name and a tensor."""
     return entry[1] if isinstance(entry, tuple) else entry
 
 
 def split_group(group: dict[str, Any], key: Callable[[Tensor], Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """The group in parts, one for every value of `key`, in the order of their first parameters."""
+    """Split a group by `key`. The parts are in the order of their first parameters."""
     parts: dict[Any, list[Any]] = {}
     for entry in group["params"]:
         parts.setdefault(key(tensor(entry)), []).append(entry)
@@ -223,11 +255,13 @@ def split_group(group: dict[str, Any], key: Callable[[Tensor], Any]) -> list[tup
 
 
 def warn_caller(message: str) -> None:
-    """Warn at the caller's line: the last one outside the code of optimizers and of their registration."""
-    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    """Warn at the caller's line: the last line outside of optimizers and their registration."""
     inside = ("timm_nf.optim", "timm_nf.registration", "timm.optim", "torch.", "contextlib")
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
-        level, frame = level + 1, frame.f_back
+    level = 1
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
+        level += 1
+        frame = frame.f_back
     warnings.warn(message, stacklevel=level)
 
 
@@ -249,7 +283,7 @@ def _entries(clip_exempt: Exempt | None) -> list[str | nn.Module | nn.Parameter]
 
 
 def _source_in(model: nn.Module, entry: str | nn.Module | nn.Parameter) -> tuple[nn.Module, _Find]:
-    """Where in the model to look up an entry of `clip_exempt`."""
+    """The module in which to look up an entry of `clip_exempt`, and the function that finds its parameters."""
     if isinstance(entry, nn.Module):
         if all(module is not entry for module in model.modules()):
             raise ValueError(f"clip_exempt holds {_described(entry)}, which is not in {type(model).__name__}")
@@ -278,7 +312,7 @@ def _source_in(model: nn.Module, entry: str | nn.Module | nn.Parameter) -> tuple
 
 
 def _named_in(name: str, parent: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a name in a module stands for; none if there is no such name."""
+    """The parameters of the submodule or weight with this name; none if there is no such name."""
     inner = getattr(parent, name, None)
     return weights_in(inner) if isinstance(inner, nn.Module) else weights_behind(parent, name)
 
@@ -294,8 +328,11 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
 
 
-def _described(entry: nn.Module | Tensor) -> str:
-    return f"a {type(entry).__name__}" + (f" of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else "")
+def _described(entry: str | nn.Module | Tensor) -> str:
+    described = f"a {type(entry).__name__}"
+    if isinstance(entry, Tensor):
+        described += f" of shape {tuple(entry.shape)}"
+    return described
 
 
 def _names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
@@ -304,7 +341,7 @@ def _names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
 
 
 def _is_weight(name: str, p: Tensor) -> bool:
-    """Whether a name and a shape are those of a weight: `weight`, `in_proj_weight`, `prototypes`, not `gain`."""
+    """Whether a parameter is a weight, by its name and shape: `weight`, `in_proj_weight`, `prototypes`, not `gain`."""
     last = name.rpartition(".")[2]
     if last.startswith(("weight", "original")):
         return p.ndim >= 2
@@ -312,7 +349,7 @@ def _is_weight(name: str, p: Tensor) -> bool:
 
 
 def _has_classifier(model: nn.Module) -> bool:
-    """Whether a model says what its classifier is, be it none."""
+    """Whether a model says what its classifier is. It may say that it has none."""
     get_classifier = getattr(model, "get_classifier", None)
     if not callable(get_classifier):
         return bool(_named_classifier(model))
@@ -324,20 +361,29 @@ def _has_classifier(model: nn.Module) -> bool:
 
 
 def _own_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the classifier of a network that says what it is."""
+    """The classifier's weights of a network that says what its classifier is."""
     named = _named_classifier(model)
     get_classifier = getattr(model, "get_classifier", None)
     found: Any = get_classifier() if callable(get_classifier) else named
     last_layers = {id(p) for module in named for p in module.parameters()}
+    heads: list[Any] = [found]
+    if isinstance(found, (tuple, list, nn.ModuleList)):
+        heads = list(cast(Iterable[Any], found))
     weights: list[nn.Parameter] = []
-    for head in cast(Iterable[Any], found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]:
-        inside = weights_in(head) if isinstance(head, nn.Module) else []
-        weights += [p for p in inside if id(p) in last_layers] or inside
+    for head in heads:
+        if isinstance(head, nn.Module):
+            inside = weights_in(head)
+            weights += [p for p in inside if id(p) in last_layers] or inside
     return weights
 
 
 def _named_classifier(model: nn.Module) -> list[nn.Module]:
+    """The modules that the model's config names as its classifier."""
     config = getattr(model, "pretrained_cfg", None)
-    names = cast(dict[str, Any], config).get("classifier") if isinstance(config, dict) else None
-    modules = (_submodule(model, name) for name in ([names] if isinstance(names, str) else names or ()))
+    if not isinstance(config, dict):
+        return []
+    names: Any = cast(dict[str, Any], config).get("classifier")
+    if isinstance(names, str):
+        names = [names]
+    modules = (_submodule(model, name) for name in names or ())
     return [module for module in modules if module is not None]

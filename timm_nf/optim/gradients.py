@@ -1,4 +1,14 @@
-"""Which gradients cannot be clipped, and why."""
+"""Tells which gradients cannot be clipped, and why.
+
+Examples:
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.grad = torch.ones(2)
+    >>> parameters_with_gradient([weight, torch.nn.Parameter(torch.ones(3))])
+    [Parameter containing:
+    tensor([1., 1.], requires_grad=True)]
+    >>> gradient_problem(weight, weight.grad) is None
+    True
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
@@ -6,26 +16,24 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .._dtypes import FLOATS, dtype_name
 from .sharded import PLAIN, local_part, placements_of
 from .units import Axis, axis_problem
 
 __all__ = ["gradient_problem", "parameters_with_gradient"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def gradient_problem(p: Tensor, g: Tensor) -> str | None:
-    """What keeps a gradient from being clipped in place, None if nothing does; called without gradient tracking."""
+    """Why a gradient cannot be clipped in place, None if it can. To be called without gradient tracking."""
     if g.layout != torch.strided:
         return f"a gradient of layout {g.layout}; adaptive clipping needs dense ones, so no sparse=True"
     if g.device != p.device:
         return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
     if g.shape != p.shape:
         return f"a gradient of shape {tuple(g.shape)}; clear the gradients when parameters change their shape"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES:
-        return (
-            f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes float16, bfloat16, float32, float64"
-        )
+    if p.dtype not in FLOATS or g.dtype not in FLOATS:
+        known = ", ".join(map(dtype_name, FLOATS))
+        return f"dtype {p.dtype} and its gradient {g.dtype}; adaptive clipping takes {known}"
     if not (type(p) in PLAIN and type(g) in PLAIN and not hasattr(p, "_fsdp_flattened")):
         if problem := _placement_problem(p, g):
             return problem
@@ -38,15 +46,15 @@ def gradient_problem(p: Tensor, g: Tensor) -> str | None:
 
 
 def _cannot_be_written(g: Tensor) -> bool:
-    """Whether its entries share memory, as those of expanded gradients do, or torch refuses to write to it."""
-    grad = g if type(g) in PLAIN else local_part(g)
+    """Whether entries share memory, as in expanded gradients, or torch refuses to write to the gradient."""
+    grad = local_part(g)
     if not grad.is_contiguous() and _shares_memory(grad):
         return True
     return not torch.compiler.is_compiling() and grad.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether two entries may lie in one place: they cannot if every axis steps past all entries of those inside it."""
+    """Whether two entries may lie in one place. They do not if every axis steps past all entries of the inner axes."""
     last = 0  # the farthest entry so far
     for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= last:
@@ -56,8 +64,8 @@ def _shares_memory(x: Tensor) -> bool:
 
 
 def memory(g: Tensor) -> object:
-    """The same for gradients that begin in the same place of this process."""
-    local = g if type(g) in PLAIN else local_part(g)
+    """A key that is equal for gradients that begin at the same place in this process's memory."""
+    local = local_part(g)
     if type(local) not in PLAIN or local.layout != torch.strided or torch.compiler.is_compiling():
         return id(g)
     address = local.data_ptr()  # 0 without storage: empty, on the meta device, lazy
@@ -65,7 +73,7 @@ def memory(g: Tensor) -> object:
 
 
 def _placement_problem(p: Tensor, g: Tensor) -> str | None:
-    """What keeps a parameter and its gradient from being clipped shard by shard; None if nothing does."""
+    """Why a parameter and its gradient cannot be clipped shard by shard, None if they can."""
     ours, theirs = placements_of(p), placements_of(g)
     if getattr(p, "_fsdp_flattened", False):
         return "been flattened by FullyShardedDataParallel, which hides its output units; use fully_shard instead"
@@ -77,10 +85,15 @@ def _placement_problem(p: Tensor, g: Tensor) -> str | None:
 
 
 class Checked(NamedTuple):
-    """The distinct parameters that have something to clip, in the order given."""
+    """The distinct parameters that have something to clip, in the given order.
+
+    Attributes:
+        parameters: The parameters.
+        needs_clone: Those among them whose gradient cannot be changed in place.
+    """
 
     parameters: list[Tensor]
-    needs_clone: list[Tensor]  # those among them whose gradient cannot be written to where it lies
+    needs_clone: list[Tensor]
 
 
 @torch.no_grad()
@@ -93,15 +106,15 @@ def check_gradients(
     """Find the parameters that have something to clip.
 
     Args:
-        parameters: One parameter or any number of them.
-        label: What error messages call a parameter, from its index and itself.
-        spared: Parameters whose gradients will not be clipped; where one of `parameters` has the same gradient tensor,
-            it needs a clone.
-        axis_of: Where the output units of a parameter lie.
+        parameters: One parameter or several.
+        label: Gives the name of a parameter in error messages, from its index and the parameter.
+        spared: Parameters whose gradients are not clipped. A parameter that shares its gradient with one of them needs
+            a clone.
+        axis_of: Gives the axis of a parameter's output units.
 
     Raises:
-        ValueError: A gradient is sparse, not of real floating point numbers, on the meta device while others are not,
-            or of another shape, device or sharding than its parameter; or a parameter has no such axis.
+        ValueError: if a gradient is sparse or not of real floating point numbers, if it is on the meta device while
+            others are not, if its shape, device or sharding is not its parameter's, or if a parameter has no such axis.
     """
     distinct: dict[int, Tensor] = {}
     needs_clone: list[Tensor] = []
@@ -111,7 +124,9 @@ def check_gradients(
         g = p.grad
         if g is None or id(p) in distinct:
             continue
-        problem, first = gradient_problem(p, g), g if first is None else first
+        if first is None:
+            first = g
+        problem = gradient_problem(p, g)
         if g.is_meta != first.is_meta:
             problem = (
                 f"its gradient on {g.device}, others on {first.device}: meta holds no numbers, use to_empty() first"
@@ -131,12 +146,12 @@ def check_gradients(
 def parameters_with_gradient(
     parameters: Tensor | Iterable[Tensor], label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}"
 ) -> list[Tensor]:
-    """The distinct parameters that have something to clip, for callers who only read; see `check_gradients`."""
+    """The distinct parameters that have something to clip, for callers that change nothing; see `check_gradients`."""
     return check_gradients(parameters, label).parameters
 
 
 def clone_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Give every parameter a gradient of its own memory, which can be written to."""
+    """Replace the gradient of every parameter by a clone, which can be changed in place."""
     for p in parameters:
         if p.grad is not None:
             with torch.set_grad_enabled(p.grad.requires_grad):  # second-order optimizers differentiate it again

@@ -1,4 +1,4 @@
-"""Who is clipped and who decays, by module and by name, never by position.
+"""Parameter groups: who is clipped and who decays, by module and by name, never by position.
 
 Source: arXiv:2102.06171, section 4 and A.1; deepmind-research nfnets/experiment_nfnets.py@f5de0ede.
 """
@@ -17,9 +17,9 @@ __all__ = ["param_groups_agc"]
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network whose names and lists count: what a wrapper wraps, or what has the classifier."""
+    """The network inside a model: what a wrapper wraps, or what has the classifier."""
     network = find_classifier(model).network
-    return innermost(model) if network is None else network  # a compiled network has no truth value
+    return innermost(model) if network is None else network
 
 
 def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
@@ -27,7 +27,7 @@ def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
 
     Args:
         model: Any model, wrapped or not.
-        named_in: The module whose names are wanted: the model itself, or a wrapper around it or inside it.
+        named_in: The module in which the names count: the model, or a wrapper around it or inside it.
     """
     network = network_of(model)
     listed = getattr(network, "no_weight_decay", set[str])()
@@ -46,17 +46,18 @@ def param_groups_agc(
     decay and are clipped. Frozen parameters are left out, and so are empty groups.
 
     Args:
-        model: Any module, wrapped or not; see `classifier_weights` for how the classifier is found.
-        weight_decay: The paper's 2e-5 for NFNets at any batch size.
-        clip_exempt: Whose weights are not clipped, beside the classifier's: modules, parameters, or names relative to
-            `model`, also with commas between them in one text. `()` for none at all.
+        model: Any module, wrapped or not. `classifier_weights` says how the classifier is found.
+        weight_decay: Weight decay of weights. The paper has 2e-5 for NFNets at any batch size.
+        clip_exempt: What is not clipped besides the classifier's weight: modules, parameters, or names relative to
+            `model`. Several names may stand in one text, with commas. `()` exempts nothing, not even the classifier.
 
     Returns:
-        Groups with `params` and `weight_decay`. `clip_factor=None` marks those that are not clipped, `clip_axis` those
-        whose output units do not lie on axis 0. For an `agc` optimizer this list is the last word on who is clipped.
+        Groups with `params` and `weight_decay`. Groups that are not clipped have `clip_factor=None`. Groups whose
+        output units do not lie on axis 0 have a `clip_axis`. An `agc` optimizer takes this list as the last word on who
+        is clipped.
 
     Raises:
-        ValueError: Something in `clip_exempt` is not in the model.
+        ValueError: if something in `clip_exempt` is not in the model.
 
     Source: arXiv:2102.06171, section 4 and A.1; deepmind-research nfnets/experiment_nfnets.py@f5de0ede.
 

@@ -1,19 +1,19 @@
-"""Adaptive gradient clipping in front of any timm optimizer: `agcsgd`, `agcadamw`, ... in timm's own registry.
+"""Adaptive gradient clipping in front of any optimizer. `agc` and a name in timm's registry name such a class.
 
-timm already has `--clip-mode agc`; this file exists because that mode cuts the classifier off by position, leaves its
-bias unclipped, decays gains, and runs outside the optimizer, where a loss scaler with a fused step or a closure never
-meets it. `agc` plus any name in timm's registry is a real subclass of that optimizer which clips before it steps.
+Each class is a subclass of its optimizer and clips before it steps. timm's `--clip-mode agc` finds the classifier by
+position, leaves its bias unclipped and decays gains. It also runs outside of the optimizer, where closures and loss
+scalers with a fused step do not see it.
 """
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-# torch offers no public decorator that lets the base optimizer's step compile and ours not.
+# torch has no public decorator that lets the base optimizer's step compile, but not ours.
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,39 +28,53 @@ from .units import Axis, checked_axis, is_single_unit
 __all__ = ["AdaptiveClipping", "agc_class"]
 
 _CLIP_DEFAULTS: dict[str, Any] = {"clip_factor": CLIP_FACTOR, "clip_eps": CLIP_EPS, "clip_axis": 0}
-_Place = tuple[int, int]  # of a parameter: its group, its position in it
+_Place = tuple[int, int]  # a parameter's group, and its position in the group
+
+
+class _Clipped(NamedTuple):
+    """How a parameter is clipped, and where it stands."""
+
+    settings: agc.Settings
+    place: _Place
 
 
 class AdaptiveClipping(torch.optim.Optimizer):
-    """What every `agc` optimizer adds to its base: each step clips every parameter group by its own settings first.
+    """The common base of all `agc` optimizers. Each step first clips every parameter group by the group's settings.
 
-    A group's `clip_factor`, `clip_eps` and `clip_axis` stand beside its `lr`; `clip_factor=None` exempts the group. The
-    base class is the next one in the method resolution order.
+    A group has `clip_factor`, `clip_eps` and `clip_axis` beside its `lr`. `clip_factor=None` exempts the group.
 
-    Parameters are remembered by their places, never held: whoever shards a network puts other ones there, and must be
-    able to free those before.
+    The optimizer remembers parameters by their places and holds no other reference. Tools that shard a network replace
+    the parameters, and must be able to free the old ones.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = timm.optim.create_optimizer_v2(layer, "agcsgd", lr=0.1, clip_exempt=())
+        >>> layer(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> isinstance(optimizer, AdaptiveClipping), sum(row["units"] for row in optimizer.clip_stats())
+        (True, 4)
     """
 
     __module__ = "timm_nf.optim"  # where pickles look for all classes of this kind
 
     base_class: ClassVar[type[torch.optim.Optimizer]]
     _clip_settings: dict[str, Any]
-    _measured: list[tuple[list[_Place], agc.Units]]  # of the last step, without the parameters
-    _exemption: Exemption  # looked up when clipping; not part of pickles and copies
-    # What pickles and copies take with them:
+    _measured: list[tuple[list[_Place], agc.Units]]  # the last step's units, without their parameters
+    _exemption: Exemption  # looked up at every step; not part of pickles and copies
+    # These are part of pickles and copies:
     _exempt_places: set[_Place]
-    _stated: set[int]  # groups added with a clip factor of their own, which is the last word
-    _shapes: list[list[tuple[int, ...]]]  # of the whole parameters of every group, when it was added
-    _names: list[list[str]]  # of the parameters of the first groups, in the model that they came from
+    _stated: set[int]  # groups that were added with their own clip factor, which is the last word
+    _shapes: list[list[tuple[int, ...]]]  # shapes of each group's whole parameters when the group was added
+    _names: list[list[str]]  # names of the first groups' parameters in their model
     _bare_layout: list[list[_Place]]  # the first groups as the bare optimizer would have them
     _remembered = ("_exempt_places", "_stated", "_shapes", "_names", "_bare_layout")
 
     @torch._disable_dynamo(recursive=False)  # the base optimizer's step may be compiled, this one breaks the graph
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Clip, then do the base optimizer's step; with a closure, clip each time it has computed gradients."""
+        """Clip, then do the base optimizer's step. With a closure, clip each time it has computed gradients."""
         base_step: Any = super().step
         if getattr(base_step, "hooked", False):
-            # torch wraps `step` once per class to run the hooks; ours is wrapped already, so theirs must not run too.
+            # torch wraps the `step` of each class to run the hooks. Ours runs them, so the base's must not.
             base_step = functools.partial(base_step.__wrapped__, self)
         if closure is None:
             self._clip_gradients()
@@ -86,12 +100,25 @@ class AdaptiveClipping(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def _clip_gradients(self) -> None:
-        """Clip all groups, those with equal settings in one go; nothing is written if any group has bad input."""
+        """Clip all groups. Groups with equal settings are clipped in one go. Bad input in any group changes nothing."""
+        clipped, spared = self._clipped_and_spared()
+        checked = check_gradients(clipped, self._label, spared, lambda p: clipped[p].settings.axis)
+        clone_gradients_(checked.needs_clone)
+        by_settings: dict[agc.Settings, list[Tensor]] = {}
+        for p in checked.parameters:
+            by_settings.setdefault(clipped[p].settings, []).append(p)
+        work = [(parameters, settings) for settings, parameters in by_settings.items()]
+        self._measured = [
+            ([clipped[p].place for p in units.parameters], units._replace(parameters=[]))
+            for units in agc.clip_checked_(work)
+        ]
+
+    def _clipped_and_spared(self) -> tuple[dict[Tensor, _Clipped], list[Tensor]]:
+        """The parameters to clip, and those that are exempt."""
         exempt = {id(p) for p in self._looked_up()}
-        places = self._recorded("_exempt_places", set[_Place]())
+        exempt_places = self._recorded("_exempt_places", set[_Place]())
         stated = self._recorded("_stated", set[int]())
-        settings: dict[Tensor, agc.Settings] = {}
-        place_of: dict[int, _Place] = {}
+        clipped: dict[Tensor, _Clipped] = {}
         spared: list[Tensor] = []
         for i, group in enumerate(self.param_groups):
             parameters: list[Tensor] = group["params"]
@@ -100,31 +127,23 @@ class AdaptiveClipping(torch.optim.Optimizer):
                 continue
             self._refuse_flattened(i, parameters)
             given = _converted(group, known=self.defaults)
-            shared = agc.Settings(given["clip_factor"], given["clip_eps"], given["clip_axis"])
+            settings = agc.Settings(given["clip_factor"], given["clip_eps"], given["clip_axis"])
             for j, p in enumerate(parameters):
-                if (id(p) in exempt and i not in stated) or (i, j) in places:
+                if (id(p) in exempt and i not in stated) or (i, j) in exempt_places:
                     spared.append(p)
                 else:
-                    settings[p], place_of[id(p)] = shared, (i, j)
-        checked = check_gradients(settings, self._label, spared, lambda p: settings[p].axis)
-        clone_gradients_(checked.needs_clone)
-        by_settings: dict[agc.Settings, list[Tensor]] = {}
-        for p in checked.parameters:
-            by_settings.setdefault(settings[p], []).append(p)
-        self._measured = [
-            ([place_of[id(p)] for p in units.parameters], units._replace(parameters=[]))
-            for units in agc.clip_checked_((ps, shared) for shared, ps in by_settings.items())
-        ]
+                    clipped[p] = _Clipped(settings, (i, j))
+        return clipped, spared
 
     def _recorded(self, name: str, default: Any) -> Any:
-        """What is remembered under a name; the default in a pickle of an earlier version.
+        """A remembered attribute, or the default if a pickle of an earlier version lacks it.
 
-        Lightning's wrapper inherits from the class of what it wraps and forwards attributes that it does not have.
+        Lightning's wrapper has the class of the optimizer, and forwards attributes that it does not have itself.
         """
         return getattr(self, name, default)
 
     def _kept(self, name: str, empty: Any) -> Any:
-        """`_recorded`, to be changed in place: what is set on Lightning's wrapper does not reach the optimizer."""
+        """A remembered attribute, to be changed in place. Setting it on Lightning's wrapper would not reach us."""
         if not hasattr(self, name):
             setattr(self, name, empty)
         return getattr(self, name)
@@ -134,7 +153,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         return [] if exemption is None else exemption.parameters()
 
     def _record_exempt(self) -> None:
-        """Record the places of the parameters that are exempt now and lie in groups that are clipped."""
+        """Record the places of the parameters that are exempt now, in groups without their own clip factor."""
         exempt = {id(p) for p in self._looked_up()}
         stated: set[int] = self._recorded("_stated", set[int]())
         self._kept("_exempt_places", set[_Place]()).update(
@@ -146,10 +165,10 @@ class AdaptiveClipping(torch.optim.Optimizer):
         )
 
     def _refuse_flattened(self, i: int, parameters: list[Tensor]) -> None:
-        """Refuse flat tensors in place of parameters with several axes, as far as they can be told.
+        """Refuse flat tensors that have taken the place of parameters with several axes.
 
         Raises:
-            ValueError: Their number or shapes have changed, and what is there is flat.
+            ValueError: if the group's parameters are flat, and their number or shapes have changed.
         """
         shapes: list[list[tuple[int, ...]]] = self._recorded("_shapes", [])
         if i >= len(shapes) or not parameters or any(p.ndim > 1 for p in parameters):
@@ -164,21 +183,24 @@ class AdaptiveClipping(torch.optim.Optimizer):
             )
 
     def _label(self, _: int, parameter: Tensor) -> str:
-        """Its place and its name, if the groups or the model given to timm's factory name it."""
-        places = ((i, j, group) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
-        i, j, group = next((i, j, group) for i, j, group in places if group["params"][j] is parameter)
+        """A parameter's place, and its name if the groups or the model of timm's factory name it."""
+        groups = [group["params"] for group in self.param_groups]
+        i, j = next((i, j) for i, group in enumerate(groups) for j, p in enumerate(group) if p is parameter)
+        names: list[str] = self.param_groups[i].get("param_names") or []
         remembered: list[list[str]] = self._recorded("_names", [])
-        names = group.get("param_names") or (remembered[i] if i < len(remembered) else [])
-        name = f" {names[j]}" if len(names) == len(group["params"]) and names[j] else ""
-        return f"parameter group {i}, parameter {j}{name}"
+        if not names and i < len(remembered):
+            names = remembered[i]
+        label = f"parameter group {i}, parameter {j}"
+        if len(names) == len(groups[i]) and names[j]:
+            label += f" {names[j]}"
+        return label
 
     @contextmanager
     def _fused_where_equal(self) -> Generator[None]:
-        """Let torch's SGD take its fused implementation in this step; on the CPU it never chooses it by itself.
+        """Let torch's SGD use its fused implementation in this step, for the parameters where it gives the same bits.
 
-        Groups that state no implementation take it for parameters where the result is the same to the bit. In groups
-        that ask for it, sharded parameters take the default: torch's fused SGD cannot be sharded. The groups keep their
-        `fused`, so state dicts stay those of the bare optimizer.
+        `fused_parts` splits the groups for the step. Afterwards the groups are the old ones, so state dicts are those
+        of the bare optimizer.
         """
         groups = self.param_groups
         if self._is_sgd and not torch.compiler.is_compiling():
@@ -191,8 +213,8 @@ class AdaptiveClipping(torch.optim.Optimizer):
     def clip_stats(self) -> list[agc.ClipStats] | None:
         """What the last step clipped, one row for every parameter group; None before the first step.
 
-        A group that is exempt, has an infinite clip factor or had no gradients has no units. Of sharded parameters
-        these are the units that this process holds or has a part of. Waits for the device; a step does not.
+        A group has no units if it is exempt, has an infinite clip factor or had no gradients. Units of sharded
+        parameters count in every process that holds a part of them. Unlike a step, this waits for the device.
         """
         measured: list[tuple[list[_Place], agc.Units]] | None = self._recorded("_measured", None)
         if measured is None:
@@ -204,12 +226,12 @@ class AdaptiveClipping(torch.optim.Optimizer):
         return [agc.summary(found) for found in pieces]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; clip settings that it does not state are the constructor's.
+        """Add a group. Clip settings that it does not state are the constructor's.
 
-        Parameters of a classifier that the optimizer knows of are exempt, unless the group states a clip factor.
+        Parameters of a classifier that the optimizer knows are exempt, unless the group states a clip factor.
 
         Raises:
-            ValueError: A clip setting is negative, NaN or unknown.
+            ValueError: if a clip setting is negative, NaN or unknown.
         """
         for name, value in self._recorded("_clip_settings", _CLIP_DEFAULTS).items():
             self.defaults.setdefault(name, value)
@@ -225,60 +247,73 @@ class AdaptiveClipping(torch.optim.Optimizer):
         self._record_exempt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of its bare form, which resumes with this one's clip settings.
+        """Load a checkpoint of this optimizer, or one of its bare form.
 
-        As torch has it, the settings in a checkpoint replace those of this optimizer; a warning names clip settings
-        that differ. Set them in the groups afterwards to change them.
+        A bare checkpoint resumes with this optimizer's clip settings. Otherwise the checkpoint's settings replace those
+        of this optimizer, as torch does for all settings. A warning names clip settings that differ. To change them,
+        set them in the groups afterwards.
         """
         groups: list[dict[str, Any]] = state_dict["param_groups"]
         if not any("clip_factor" in group for group in groups):
             groups = self._regroup(groups)
         if len(groups) == len(self.param_groups):
-            settled: list[dict[str, Any]] = []
-            for i, (saved, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
-                own = _converted(ours, known=self.defaults)
-                loaded = _converted({**own, **saved}, known={**self.defaults, **saved})
-                settled.append({**saved, **loaded})
-                for name, value in own.items():
-                    if name in _CLIP_DEFAULTS and loaded[name] != value:
-                        warn_caller(
-                            f"the checkpoint's {name}={loaded[name]} replaces {value} in parameter group {i}; to "
-                            f"change it, set optimizer.param_groups[{i}][{name!r}] after loading"
-                        )
-            groups = settled
+            groups = [self._with_clip_settings(i, saved) for i, saved in enumerate(groups)]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
-    def _regroup(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Cut the saved groups of a bare optimizer to the groups of this one; return them unchanged if they do not fit.
+    def _with_clip_settings(self, i: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group with all clip settings: those that it lacks are this optimizer's. Warn of those that differ."""
+        own = _converted(self.param_groups[i], known=self.defaults)
+        loaded = _converted({**own, **saved}, known={**self.defaults, **saved})
+        for name, value in own.items():
+            if loaded[name] != value:
+                warn_caller(
+                    f"the checkpoint's {name}={loaded[name]} replaces {value} in parameter group {i}; to "
+                    f"change it, set optimizer.param_groups[{i}][{name!r}] after loading"
+                )
+        return {**saved, **loaded}
 
-        Only the ids in `params` tie a state dict's groups to its state, so the state itself can stay as it is.
+    def _regroup(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Cut the saved groups of a bare optimizer into the groups of this one. If they do not fit, return them as is.
+
+        Only the ids in `params` tie a state dict's groups to its state. So the state itself can stay as it is.
         """
-        layout: list[list[_Place]] = list(self._recorded("_bare_layout", []))
-        placed = {i for places in layout for i, _ in places}
-        later = (i for i, group in enumerate(self.param_groups) if i not in placed and (group["params"] or not layout))
-        layout += [[(i, j) for j in range(len(self.param_groups[i]["params"]))] for i in later]
+        layout = self._layout_of_the_bare_optimizer()
         if [len(group["params"]) for group in saved] != [len(places) for places in layout]:
             return saved
-        pairs = [pair for group, places in zip(saved, layout, strict=True) for pair in _zipped(group, places)]
-        origin = {place: group for place, group, _ in pairs}
-        ids = {place: i for place, _, i in pairs}
+        origin: dict[_Place, dict[str, Any]] = {}
+        ids: dict[_Place, int] = {}
+        for group, places in zip(saved, layout, strict=True):
+            for place, i in zip(places, group["params"], strict=True):
+                origin[place] = group
+                ids[place] = i
         regrouped: list[dict[str, Any]] = []
         for i, ours in enumerate(self.param_groups):
             source = origin[i, 0] if ours["params"] else ours
             group = {**ours, **source, "params": [ids[i, j] for j in range(len(ours["params"]))]}
             if group["params"] != source["params"]:
-                group.pop("param_names", None)  # those of the other grouping; torch puts ours back
+                group.pop("param_names", None)  # they belong to the old grouping; torch puts ours back
                 if not ours.get("weight_decay", True):
-                    group["weight_decay"] = ours["weight_decay"]  # gains decayed there and have left that group
+                    group["weight_decay"] = ours["weight_decay"]  # gains, which decayed in the bare optimizer
             regrouped.append(group)
         return regrouped
 
+    def _layout_of_the_bare_optimizer(self) -> list[list[_Place]]:
+        """The groups that the bare optimizer would have: those from before the split, and those that were added."""
+        layout: list[list[_Place]] = list(self._recorded("_bare_layout", []))
+        was_split = bool(layout)
+        placed = {i for places in layout for i, _ in places}
+        for i, group in enumerate(self.param_groups):
+            is_empty_part = was_split and not group["params"]
+            if i not in placed and not is_empty_part:
+                layout.append([(i, j) for j in range(len(group["params"]))])
+        return layout
+
     def remember(self, names: Mapping[int, str], bare: Iterable[Iterable[Tensor]]) -> None:
-        """Remember, by place, the names of parameters and the groups that the bare optimizer would have.
+        """Remember the names of parameters, and the groups that the bare optimizer would have.
 
         Args:
-            names: By the parameter's id.
-            bare: The parameters of each of these groups.
+            names: The name of each parameter, by the parameter's id.
+            bare: The parameters of each group of the bare optimizer.
         """
         groups = [group["params"] for group in self.param_groups]
         self._names = [[names.get(id(p), "") for p in parameters] for parameters in groups]
@@ -286,52 +321,74 @@ class AdaptiveClipping(torch.optim.Optimizer):
         self._bare_layout = [[place_of[id(p)] for p in parameters] for parameters in bare]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The base optimizer's state for pickle and deepcopy, and what is remembered beside it."""
+        """The base optimizer's state for pickle and deepcopy, and what we remember beside it."""
         self._record_exempt()
         ours = {name: vars(self)[name] for name in self._remembered if name in vars(self)}
         return super().__getstate__() | ours
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Always False: a base with a fused step would unscale inside it, after the clipping. So the scaler does."""
+        """Always False, so that the loss scaler unscales before the step. A fused step would do so after clipping."""
         return False
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignored; the base constructors set it."""
-
-
-def _zipped(group: dict[str, Any], places: list[_Place]) -> Iterator[tuple[_Place, dict[str, Any], int]]:
-    for place, i in zip(places, group["params"], strict=True):
-        yield place, group, i
+        """Ignore the value that a base constructor sets."""
 
 
 def _converted(settings: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """The clip settings among these, checked, with numbers in place of text.
+    """The clip settings among the settings of a group, checked, and with numbers in place of text.
+
+    Args:
+        settings: All settings of a group.
+        known: Names of settings that the base optimizer has.
 
     Raises:
-        ValueError: One is unknown or outside its range.
+        ValueError: if a clip setting is unknown or out of range.
     """
     converted: dict[str, Any] = {}
     for name, value in settings.items():
         if name in _CLIP_DEFAULTS:
-            if name == "clip_axis":
-                converted[name] = checked_axis(value)
-            elif not (name == "clip_factor" and value is None):
-                converted[name] = agc.checked_setting(name, value)
-            else:
-                converted[name] = None
+            converted[name] = _converted_value(name, value)
         elif name.startswith("clip_") and name not in known:
             raise ValueError(f"unknown clip setting {name!r}; adaptive clipping has {', '.join(_CLIP_DEFAULTS)}")
     return converted
 
 
-def _settled(params: Any, clip_exempt: Exempt | None, clips: bool) -> tuple[Any, Exemption, list[list[Tensor]]]:
-    """Split a constructor's parameters by who is exempt: the groups, whom to look up later, the groups before that."""
+def _converted_value(name: str, value: Any) -> Any:
+    if name == "clip_axis":
+        return checked_axis(value)
+    if name == "clip_factor" and value is None:
+        return None
+    return agc.checked_setting(name, value)
+
+
+class _Split(NamedTuple):
+    """A constructor's parameters, split by who is exempt.
+
+    Attributes:
+        params: The groups, or whatever the caller gave if it says nothing about exemption.
+        exemption: Who is exempt in later steps.
+        bare: The parameters of each group before the split, if there was a split.
+    """
+
+    params: Any
+    exemption: Exemption
+    bare: list[list[Tensor]]
+
+
+def _split_by_exemption(params: Any, clip_exempt: Exempt | None, clips: bool) -> _Split:
+    """Split a constructor's parameters by who is exempt.
+
+    Args:
+        params: The constructor's first argument.
+        clip_exempt: Who is exempt; None if the caller has not said it.
+        clips: Whether anything is clipped. If so, parameters without their model get a warning.
+    """
     if isinstance(params, SettledGroups) and clip_exempt is None:
-        return params, params.exemption, []
+        return _Split(params, params.exemption, [])
     if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
-        return cast(Any, params), Exemption(), []  # torch says what is wrong with that
+        return _Split(cast(Any, params), Exemption(), [])  # torch says what is wrong with it
     listed: list[Any] = list(cast(Iterable[Any], params))
     if clip_exempt is None:
         if clips and not any(isinstance(group, dict) and "clip_factor" in group for group in listed):
@@ -339,16 +396,17 @@ def _settled(params: Any, clip_exempt: Exempt | None, clips: bool) -> tuple[Any,
                 "these parameters come without their model, so that all of them are clipped, the classifier's weight "
                 f"too, while the paper exempts it. {HOW_TO_SAY_IT}"
             )
-        return listed, Exemption(), []
+        return _Split(listed, Exemption(), [])
     groups = as_groups(listed)
     exemption, ids = exempt_among(groups, clip_exempt)
     split: list[dict[str, Any]] = []
     for group in groups:
-        parts = split_group(group, lambda p: id(p) in ids) or [(False, group)]
-        split += [
-            {**part, "clip_factor": None} if exempt else part for exempt, part in sorted(parts, key=lambda x: x[0])
-        ]
-    return split, exemption, [[tensor(entry) for entry in group["params"]] for group in groups]
+        parts = dict(split_group(group, lambda p: id(p) in ids)) or {False: group}
+        if False in parts:
+            split.append(parts[False])
+        if True in parts:
+            split.append({**parts[True], "clip_factor": None})
+    return _Split(split, exemption, [[tensor(entry) for entry in group["params"]] for group in groups])
 
 
 def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
@@ -356,29 +414,37 @@ def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
     groups: list[Any] = list(given)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
-    result: list[dict[str, Any]] = []
-    for group in map(dict[str, Any], groups):
-        parameters: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        names = group.pop("param_names", None)
-        result.append({**group, "params": list(zip(names, parameters, strict=True)) if names else parameters})
-    return result
+    return [_as_group(group) for group in groups]
+
+
+def _as_group(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A new group with a list under `params`: of parameters, or of pairs of a name and a parameter."""
+    group = dict(given)
+    params: Any = group["params"]
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    names = group.pop("param_names", None)
+    if names:
+        group["params"] = list(zip(names, group["params"], strict=True))
+    return group
 
 
 @functools.cache
 def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The subclass of an optimizer class that clips before every step, always the same one for the same base.
+    """The subclass of an optimizer class that clips before every step. It is the same one in every call.
 
     It takes the base's arguments and `clip_factor=0.01, clip_eps=1e-3, clip_axis=0, clip_exempt=None`.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # one unit of norm 5
+        >>> optimizer = agc_class(torch.optim.SGD)([weight], lr=1.0, clip_factor=0.1, clip_exempt=())
+        >>> weight.grad = torch.tensor([[0.0, 1.0]])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[3.0000, 3.5000]])
     """
-    signature = inspect.signature(base.__init__)
-    parameters = list(signature.parameters.values())
-    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters[at:at] = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in (_CLIP_DEFAULTS | {"clip_exempt": None}).items()
-    ]
-    known = {p.name for p in parameters}
-    first = parameters[1].name
+    signature = _with_clip_settings(inspect.signature(base.__init__))
+    known = set(signature.parameters)
+    _, first, *_ = signature.parameters  # after self
 
     def __init__(
         self: Any,
@@ -394,21 +460,18 @@ def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         clips = agc.clips(self._clip_settings["clip_factor"])
         bare: list[list[Tensor]] = []
         if args:
-            groups, self._exemption, bare = _settled(args[0], clip_exempt, clips)
+            groups, self._exemption, bare = _split_by_exemption(args[0], clip_exempt, clips)
             args = (groups, *args[1:])
         elif first in kwargs:
-            kwargs[first], self._exemption, bare = _settled(kwargs[first], clip_exempt, clips)
+            kwargs[first], self._exemption, bare = _split_by_exemption(kwargs[first], clip_exempt, clips)
         base.__init__(self, *args, **kwargs)
         if bare:
             self.remember({}, bare)
 
-    cast(Any, __init__).__signature__ = signature.replace(parameters=parameters)
+    cast(Any, __init__).__signature__ = signature
 
-    # pickle finds a class by its name in this package, and several packages call theirs SGD or Adam.
     package = sys.modules[AdaptiveClipping.__module__]
-    name = f"Agc{base.__name__}"
-    if name in vars(package) and vars(package)[name].base_class is not base:
-        name = f"Agc_{base.__module__.replace('.', '_')}_{base.__name__}"
+    name = _class_name(base, vars(package))
     members = {
         "__init__": __init__,
         "__module__": AdaptiveClipping.__module__,
@@ -419,3 +482,24 @@ def agc_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     made = type(name, (AdaptiveClipping, base), members)
     setattr(package, name, made)
     return made
+
+
+def _with_clip_settings(signature: inspect.Signature) -> inspect.Signature:
+    """A constructor's signature with the clip settings after its own parameters, but before `**kwargs`."""
+    own = list(signature.parameters.values())
+    rest: list[inspect.Parameter] = []
+    if own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        rest = [own.pop()]
+    settings = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in (_CLIP_DEFAULTS | {"clip_exempt": None}).items()
+    ]
+    return signature.replace(parameters=[*own, *settings, *rest])
+
+
+def _class_name(base: type[torch.optim.Optimizer], taken: Mapping[str, Any]) -> str:
+    """A name that no other class has: pickle finds a class by it, and several packages have an SGD or an Adam."""
+    name = f"Agc{base.__name__}"
+    if name in taken and taken[name].base_class is not base:
+        name = f"Agc_{base.__module__.replace('.', '_')}_{base.__name__}"
+    return name

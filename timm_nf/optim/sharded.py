@@ -1,7 +1,15 @@
-"""What one process holds of a parameter, whole or sharded.
+"""What one process holds of a parameter.
 
-Parameters are sharded over several processes by `fully_shard` and tensor parallelism. Their `placements` tell them from
-others, so torch.distributed is not imported for those.
+`fully_shard` and tensor parallelism shard parameters over several processes. Such parameters have `placements`.
+torch.distributed is not imported for others.
+
+Examples:
+    >>> shard = local_shard(torch.ones(4, 3), torch.ones(4, 3), axis=0)
+    >>> isinstance(shard, Shard), shard.weight.shape, shard.spread_over  # all of it, as nothing is sharded here
+    (True, torch.Size([4, 3]), ())
+    >>> norms = {0: (torch.ones(4), torch.ones(4))}
+    >>> reduce_norms(norms, {0: [shard]}, norm_type=2.0)[0][0]  # between no processes
+    tensor([1., 1., 1., 1.])
 """
 
 import math
@@ -19,18 +27,27 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 class Shard(NamedTuple):
-    """The part of a parameter and of its gradient in this process; all of them for an ordinary parameter."""
+    """The part of a parameter and of its gradient in this process. An ordinary parameter has one whole part.
 
-    parameter: Tensor  # as the optimizer knows it
-    weight: Tensor  # as its layout views it
+    Attributes:
+        parameter: The parameter, as the optimizer knows it.
+        weight: Its part, as the layout views it.
+        grad: The part of its gradient, as the layout views it.
+        layout: How it is divided into units.
+        spread_over: The process groups that hold other parts of the same units.
+        blocks: (rows,), the block of each row if the layout's blocks are cut between processes.
+    """
+
+    parameter: Tensor
+    weight: Tensor
     grad: Tensor
     layout: Layout
-    spread_over: tuple[Any, ...]  # the process groups that hold other parts of the same units
-    blocks: Tensor | None = None  # (rows,): for rows of blocks that are cut between processes, the block of each
+    spread_over: tuple[Any, ...]
+    blocks: Tensor | None = None
 
 
 def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
-    """The shard of a parameter that has no `gradient_problem`; to be called without gradient tracking."""
+    """The shard of a parameter without a `gradient_problem`. To be called without gradient tracking."""
     layout = layout_of(p.shape, axis)
     placements = placements_of(p)
     if not placements:
@@ -44,8 +61,8 @@ def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
             blocks = _blocks_of_rows(p, layout.blocks, grad)
         else:
             weight, grad = layout.view(weight), layout.view(grad)
-    # Sharded along the axis of the units, a process holds whole units. Sharded along another one, or if all entries are
-    # one unit, it holds parts of units.
+    # If a parameter is sharded along the axis of its units, a process holds whole units. If it is sharded along another
+    # axis, or is a single unit, a process holds parts of units.
     whole = 1 if layout.blocks else (*layout.kept, None)[0]
     spread_over = tuple(mesh.get_group(i) for i in dims if placements[i].dim != whole)
     if spread_over and blocks is None and not grad.numel():
@@ -55,8 +72,10 @@ def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
 
 
 def _blocks_of_rows(p: Tensor, blocks: int, local: Tensor) -> Tensor:
-    """The block of every local row of a parameter that is sharded along its first axis: (rows,)."""
-    chunks: list[Any] = cast(Any, p).__create_chunk_list__() if len(local) else []  # torch's protocol of checkpoints
+    """The block of every local row (rows,), for a parameter that is sharded along its first axis."""
+    chunks: list[Any] = []
+    if len(local):
+        chunks = cast(Any, p).__create_chunk_list__()  # torch's protocol for checkpoints
     rows = [torch.arange(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) for chunk in chunks]
     return (torch.cat([torch.empty(0, dtype=torch.int64), *rows]) // (p.shape[0] // blocks)).to(local.device)
 
@@ -64,11 +83,11 @@ def _blocks_of_rows(p: Tensor, blocks: int, local: Tensor) -> Tensor:
 def reduce_norms(
     norms: Mapping[int, tuple[Tensor, Tensor]], chunks: Mapping[int, list[Shard]], norm_type: float
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Norms of whole units from those of their parts, with one all-reduce for all chunks spread over the same groups.
+    """Norms of whole units, from the norms of their parts. Chunks over the same process groups share an all-reduce.
 
     Args:
-        norms: (units,) of the weights and of the gradients, by chunk.
-        chunks: The shards they belong to; each has only one `spread_over`.
+        norms: For each chunk, the weight norms and the gradient norms, (units,) each.
+        chunks: For each chunk, its shards. All have the same `spread_over`.
         norm_type: Order of the norm, above 0.
     """
     by_groups: dict[tuple[Any, ...], list[int]] = {}
@@ -79,7 +98,7 @@ def reduce_norms(
         parts = [part for i in members for part in norms[i]]
         total = torch.cat(parts)
         if math.isinf(norm_type):
-            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; units with either stay unchanged
+            total.nan_to_num_(math.inf, math.inf)  # a maximum may lose NaN; a unit with either stays unchanged
             operation = torch.distributed.ReduceOp.MAX
         else:
             total.pow_(norm_type)
@@ -94,7 +113,7 @@ def reduce_norms(
 
 
 def placements_of(x: Tensor) -> tuple[Any, ...]:
-    """How a tensor is distributed over each axis of its mesh; nothing for an ordinary one."""
+    """How a tensor is distributed over each axis of its mesh. An ordinary tensor has no placements."""
     return tuple(getattr(x, "placements", ()))
 
 

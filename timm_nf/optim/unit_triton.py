@@ -1,8 +1,19 @@
-"""Norms and scaling of the output units of many tensors at once, on accelerators: two kernels of our own.
+"""Two kernels for accelerators: the norms of the output units of many tensors, and the scaling of these units.
 
-torch's foreach functions know whole tensors only, and take turns where shapes differ: clipping NFNet-F0 by them is 400
-kernels. Both of ours are operations of torch's dispatcher, with an implementation for meta tensors, and exist without
-Triton as well. A device that has no Triton goes the way of the CPU.
+torch's foreach functions only know whole tensors, and work tensor by tensor if shapes differ: clipping NFNet-F0 takes
+400 kernels.
+Our kernels are operations of torch's dispatcher. They have an implementation for meta tensors, and exist without Triton
+too. Devices without Triton use the same functions as the CPU.
+
+Examples:
+    >>> from timm_nf.optim.units import layout_of
+    >>> weight, grad = torch.ones(4, 3, device="meta"), torch.ones(4, 3, device="meta")
+    >>> takes_kernel(torch.ones(4, 3), torch.ones(4, 3), layout_of((4, 3), axis=0))  # tensors on the CPU
+    False
+    >>> weight_norms, grad_norms = unit_norms([weight], [grad], counts=[4])
+    >>> scale_units_([grad], [4], scales=weight_norms)
+    >>> weight_norms.shape
+    torch.Size([4])
 """
 
 # torch.library has no types.
@@ -27,9 +38,9 @@ _LIBRARY.define("scale_units_(Tensor(a!)[] grads, int[] counts, Tensor scales) -
 
 
 def takes_kernel(weight: Tensor, grad: Tensor, layout: Layout) -> bool:
-    """Whether the kernels are the way for this weight and its gradient: eager, on an accelerator, rows in one piece.
+    """Whether the kernels take this weight and its gradient: eager, on an accelerator, with rows in one piece.
 
-    Meta tensors, and fake ones of such a device, go the way of the device that they stand for.
+    Meta tensors stand for an accelerator with Triton, and fake tensors for their device.
     """
     return (
         grad.device.type != "cpu"
@@ -64,7 +75,7 @@ def unit_norms(weights: list[Tensor], grads: list[Tensor], counts: list[int]) ->
 
 
 def scale_units_(grads: list[Tensor], counts: list[int], scales: Tensor) -> None:
-    """Multiply every unit by its scale, in place and rounded once; what has a scale of 1 is not written.
+    """Multiply every unit by its scale, in place and rounded once. Units with a scale of 1 are not written.
 
     Args:
         grads: As for `unit_norms`.

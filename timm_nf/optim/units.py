@@ -1,7 +1,7 @@
-"""What one unit of a parameter is: an output channel, a row, or the whole parameter.
+"""What a unit of a parameter is: an output channel, a row, or the whole parameter.
 
-A `clip_axis` says where the output units of a parameter lie: 0 for linear layers and convolutions, 1 for transformers'
-`Conv1D`, `(1, groups)` for transposed convolutions, whose weights are (in, out / groups, K, K).
+A `clip_axis` is the axis of a parameter's output units. It is 0 for linear layers and convolutions, 1 for transformers'
+`Conv1D`, and `(1, groups)` for transposed convolutions, whose weights are (in, out / groups, K, K).
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ Axis = int | tuple[int, int]
 
 
 class Layout(NamedTuple):
-    """How the entries of one tensor are divided into units.
+    """How the entries of a tensor are divided into units.
 
-    The tensor is viewed with its first axis cut into `blocks` if there are any; `kept` are the axes that remain when
-    the norm of every unit is taken. Without any, the whole tensor is one unit.
+    Attributes:
+        kept: The axes that remain when the norm of every unit is taken. Without any, the whole tensor is one unit.
+        blocks: Into how many blocks the first axis is cut before that; 0 for no cut.
     """
 
     kept: tuple[int, ...] = ()
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
         return tuple(axis for axis in range(ndim) if axis not in self.kept)
 
     def sizes(self, view: Tensor) -> list[int]:
-        """The view's shape with all axes but those of the units at 1: that of a factor for every unit."""
+        """The shape of one factor per unit, which broadcasts to the view: all other axes are 1."""
         return [n if axis in self.kept else 1 for axis, n in enumerate(view.shape)]
 
     def count(self, view: Tensor) -> int:
@@ -53,7 +54,7 @@ ROWS = Layout((0,))
 
 
 def is_single_unit(shape: Sequence[int]) -> bool:
-    """Whether the paper's rule makes one unit of all entries: at most one axis is longer than 1."""
+    """Whether all entries are one unit by the paper's rule: at most one axis is longer than 1."""
     return sum(n > 1 for n in shape) <= 1
 
 
@@ -82,7 +83,7 @@ def checked_axis(value: Any) -> Axis:
     """The value as an axis.
 
     Raises:
-        ValueError: It is neither a whole number nor (1, groups).
+        ValueError: if it is neither a whole number nor (1, groups).
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -98,6 +99,11 @@ def unit_axes(model: nn.Module) -> dict[int, Axis]:
 
     These are the weights of transposed convolutions and of transformers' `Conv1D`, also behind `weight_norm`,
     `spectral_norm` and other parametrizations that keep the weight's shape.
+
+    Examples:
+        >>> layer = torch.nn.ConvTranspose2d(8, 6, 3, groups=2)
+        >>> unit_axes(layer)[id(layer.weight)]
+        (1, 2)
     """
     axes: dict[int, Axis] = {}
     for module in model.modules():
@@ -109,10 +115,10 @@ def unit_axes(model: nn.Module) -> dict[int, Axis]:
 
 
 def weights_behind(module: nn.Module, name: str = "weight") -> list[nn.Parameter]:
-    """The parameters that a layer's weight consists of: itself, or what a norm or a parametrization computes it from.
+    """The parameters that a layer's weight is computed from.
 
     Returns:
-        `weight`; or `weight_g`, `weight_v`, `weight_orig` of torch's older `weight_norm` and `spectral_norm`; or
+        `weight` itself; `weight_g`, `weight_v` or `weight_orig` of torch's older `weight_norm` and `spectral_norm`; or
         everything in `parametrizations.weight`. Empty if the layer has none of them.
     """
     own = dict(module.named_parameters(recurse=False))
@@ -121,12 +127,14 @@ def weights_behind(module: nn.Module, name: str = "weight") -> list[nn.Parameter
     parametrizations = getattr(module, "parametrizations", None)
     if isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
         return list(parametrizations[name].parameters())
-    return [p for own_name, p in own.items() if own_name.startswith(f"{name}_")] if hasattr(module, name) else []
+    if not hasattr(module, name):
+        return []
+    return [p for own_name, p in own.items() if own_name.startswith(f"{name}_")]
 
 
 def _module_axis(module: nn.Module) -> Axis:
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return (1, module.groups) if module.groups > 1 else 1
-    # told by its name: transformers need not be installed
+    # The class is told by its name: transformers need not be installed.
     bases = type(module).__mro__
     return int(any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in bases))

@@ -5,6 +5,11 @@ f5de0ede), from synthetic parameters and images. `fill` and `image` make these i
 
 Every check gives a verdict: the measured number and its bound. A check that the device cannot do gives a verdict too,
 which never counts as passed.
+
+Examples:
+    >>> verdicts = run(device="cpu")  # an iterator: each check runs when its verdict is asked for
+    >>> Verdict("logits of NFNet-F0", measured="2.7e-15", bound="1e-10", ok=True).ok
+    True
 """
 
 # timm's networks and optimizers have no types.
@@ -27,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import convert
 from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from .._dtypes import dtype_name
 from .._progress import Progress, silent
 from .._relative_error import relative_error
 from .._text import reason
@@ -185,7 +191,7 @@ def _step_checks(device: torch.device) -> Iterator[Verdict]:
     with torch.no_grad():
         losses.append(F.cross_entropy(model(x), labels))
     measured |= _summaries("param3", model.state_dict())
-    label = f"agcsgd, {str(dtype).removeprefix('torch.')}"
+    label = f"agcsgd, {dtype_name(dtype)}"
     error = relative_error(torch.stack(losses), torch.from_numpy(golden["losses"]))
     yield _at_most(f"{label}, losses", error, bound)
     for prefix, what in (("grad0", "first gradient"), ("param3", "parameters after 3 steps")):

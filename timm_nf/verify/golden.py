@@ -1,4 +1,17 @@
-"""The authors' golden numbers, and the synthetic parameters and images that they were computed from."""
+"""The authors' golden numbers, and the synthetic parameters and images that they were computed from.
+
+Examples:
+    >>> fill((3, 3, 8, 16), "NFNet/~/nf_block_0/~/conv1", "w").shape
+    (3, 3, 8, 16)
+    >>> model = golden_model("nfnet_f0", depths=(1,), channels=(16,), group_size=8)
+    >>> params = golden_params(model.state_dict())
+    >>> torch.equal(params["stem.conv1.bias"], model.stem.conv1.bias)
+    True
+    >>> model(image(1, 32, 32)).dtype
+    torch.float64
+    >>> load_golden("nfnet_F0_1x64x64")["logits"].shape
+    (1, 1000)
+"""
 
 # torch's types of from_numpy are incomplete.
 # pyright: reportUnknownMemberType=false

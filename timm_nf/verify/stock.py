@@ -1,6 +1,21 @@
 """Loads one file of weights into our network and into timm's, and compares the two on a user's pictures.
 
 timm's dm_nfnet_f* has the same parameters as our nfnet_f* but another formula. Its logits differ by 1.8 %.
+
+Examples:
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> arguments = {"depths": (1, 1, 1, 1), "channels": (256, 16, 32, 32), "group_size": 8, "num_classes": 2}
+    >>> torch.save(timm.create_model("nfnet_f0", **arguments).state_dict(), "net.pt")
+    >>> pair = load_pair("net.pt")
+    >>> isinstance(pair, NetworkPair), pair.name
+    (True, 'nfnet_f0')
+    >>> for name in ("cat", "dog"):
+    ...     Path("pictures", name).mkdir(parents=True)
+    ...     Image.new("RGB", (64, 64)).save(Path("pictures", name, "0.png"))
+    >>> agreement = compare(pair.ours, pair.stock, "pictures", torch.device("cpu"), track=lambda items, text: items)
+    >>> isinstance(agreement, Agreement), agreement.images
+    (True, 2)
 """
 
 # timm's data sets and loaders have no types.
@@ -18,7 +33,7 @@ from torch import nn
 from .. import checkpoint, convert
 from .._progress import Progress
 from ..convert.infer import infer_variant
-from ..inference.images import picture_config
+from ..inference.images import image_mode, picture_config
 
 __all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
@@ -106,9 +121,11 @@ def compare(
         raise ValueError(
             f"expected a folder of pictures in {folder} for each of {ours.num_classes} classes, got {len(classes)}"
         )
-    class_map: Any = {name: i for i, name in enumerate(synsets)} if is_imagenet else ""
+    class_map: Any = ""
+    if is_imagenet:
+        class_map = {name: i for i, name in enumerate(synsets)}
     dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
-    dataset.input_img_mode = "RGB" if data["input_size"][0] == 3 else "L"
+    dataset.input_img_mode = image_mode(data["input_size"][0])
     loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
     count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
     for x, labels in track(loader, f"{len(dataset)} images"):
