@@ -36,6 +36,7 @@ def place(tmp_path_factory) -> Path:
         for i in range(2):
             noise = rng.integers(0, 255, (70, 70, 3), dtype=np.uint8)
             Image.fromarray(noise).save(root / "pictures" / kind / f"{i}.png")
+    (root / "folder.png").mkdir()
     state = create().state_dict()
     kwargs = {key: value for key, value in NET.items() if key != "num_classes"}
     stored = {
@@ -73,6 +74,10 @@ ANSWERS: list[tuple[str, int, str]] = [
     ("clip-range --model {place}/four --data {place}/pictures --pretrained --batch-size 2 -o {out}/p.png", 1, "of 4"),
     ("export {place}/four -o {out}/a.onnx --int8 {place}/best.pth.tar", 2, "best.pth.tar is a file"),
     ("export nfnet_f0 -o {out}/no/a.onnx --random-weights", 2, "in an existing folder"),
+    ("export resnet50 -o {out}/a.onnx", 2, "ResNet has no standardised convolution to fuse"),  # nothing is fetched
+    ("export resnet50 -o {out}/a --license mit", 2, "ResNet has no standardised convolution to fuse"),
+    ("diagnose nfnet_f0 -o {place}/folder.png", 2, "a name that ends in .png, .pdf, .svg, got a folder of this name"),
+    ("verify --image /dev/null", 2, "/dev/null is a pipe or a device"),
     ("bench resnet50", 2, "ResNet has no standardised convolution to fuse"),
     ("bench {place}/four", 2, "expected the name of a network in timm's registry, got the place"),
     ("push {place}/none.pt me/net --model nfnet_f0 --license mit", 2, "{place}/none.pt is not there"),
@@ -103,6 +108,16 @@ def test_a_command_line_that_cannot_work_is_one_line_and_leaves_nothing(
     assert "Errno" not in said
     assert not captured.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["export nfnet_f0 -o x.onnx", "export nfnet_f0 -o x", "diagnose nfnet_f0 -o x.png"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write everywhere
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2
+    assert ". cannot be written: give another folder to --out" in capsys.readouterr().err
 
 
 # -- one loader --------------------------------------------------------------------------------------------------------

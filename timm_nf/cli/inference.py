@@ -28,6 +28,7 @@ from .options import (
     fastest,
     load_network,
     note_left_out,
+    writable,
 )
 from .terminal import (
     complain,
@@ -103,6 +104,7 @@ def export(
     to_folder = _is_folder(out)
     if to_folder:
         _require_whole_network(size, dynamic_batch or dynamic_size, random_weights)
+    _require_fusable(network)
     loaded = _with_random_weights(network) if random_weights else load_network(network, checkpoint, use_ema)
     metadata: dict[str, str] = {}
     if random_weights:
@@ -115,6 +117,19 @@ def export(
         _export_int8(loaded, out, int8, size, dynamic_batch, metadata)
     else:
         _export_file(loaded, out, size, dynamic_batch, dynamic_size, dtype or torch.float32, metadata)
+
+
+def _require_fusable(network: str) -> None:
+    """Refuse a network by its name that has nothing to fuse, before its weights are fetched."""
+    from ..checkpoint import skeleton
+    from ..inference.fuse import fuse
+
+    if Path(network).is_dir() or not is_model(network.partition(".")[0]):
+        return
+    try:
+        fuse(skeleton(network))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _require_registered_alone(network: str, checkpoint: Path | None) -> None:
@@ -148,6 +163,7 @@ def _is_folder(out: Path) -> bool:
         raise typer.BadParameter(
             f"expected for --out, in an existing folder, a file that ends in {known} or a folder, got {out}"
         )
+    writable(out)
     return is_folder
 
 

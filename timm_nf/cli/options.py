@@ -41,6 +41,7 @@ __all__ = [
     "note_left_out",
     "read_checkpoint",
     "require_checkpoint",
+    "writable",
 ]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as train.py spells them
@@ -144,9 +145,21 @@ def _device(name: str) -> str:
 def _plot(text: str | Path) -> Path:
     """Refuse a file that could not be written, before the work that it would hold."""
     file = any_path(text)
-    if not file.parent.is_dir() or file.suffix not in _PLOTS:
+    if not file.parent.is_dir() or file.suffix not in _PLOTS or file.is_dir():
         known = ", ".join(_PLOTS)
-        raise typer.BadParameter(f"expected an existing folder for --out and a name that ends in {known}, got {file}")
+        found = "a folder of this name" if file.is_dir() else file
+        raise typer.BadParameter(f"expected an existing folder for --out and a name that ends in {known}, got {found}")
+    return writable(file)
+
+
+def writable(file: Path) -> Path:
+    """Refuse a file or folder in a folder that cannot be written, before the work.
+
+    Raises:
+        typer.BadParameter: which `main` prints in one line, with exit code 2.
+    """
+    if not os.access(file.parent, os.W_OK):
+        raise typer.BadParameter(f"{file.parent} cannot be written: give another folder to --out")
     return file
 
 
