@@ -55,6 +55,12 @@ def test_every_picture_has_a_text_in_its_place():
     assert not [page for page in PAGES if re.search(r"!\[\s*\]\(", page.read_text())]
 
 
+def test_the_readme_is_read_in_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120, (
+        "details belong on a page of docs/"
+    )
+
+
 def test_every_page_is_in_the_navigation_of_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
