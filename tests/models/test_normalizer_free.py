@@ -309,6 +309,39 @@ def test_replace_convs_knows_transposed_layers_and_spares_the_classifier() -> No
         timm_nf.replace_convs(nn.Sequential(nn.Conv1d(4, 4, 1, groups=4)))
 
 
+class Renamed(nn.Conv2d):
+    def extra_repr(self) -> str:
+        return "a convolution"
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_subclasses_that_compute_as_torchs_layer_are_convolutions_and_others_are_refused() -> None:
+    assert type(timm_nf.replace_convs(nn.Sequential(Renamed(3, 4, 3)))[0]) is layers.ScaledStdConv2d
+    weight_norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    for conv in (Doubled(3, 4, 3), weight_norm):
+        model = nn.Sequential(nn.Conv2d(3, 3, 3), conv, nn.BatchNorm2d(4))
+        with pytest.raises(ValueError, match=rf"1 is a {type(conv).__name__}, which computes"):
+            timm_nf.replace_convs(model)
+        with pytest.raises(ValueError, match="2 stands behind"):
+            timm_nf.normalizer_free(model)
+
+
+def test_networks_for_video_convert() -> None:
+    model = timm_nf.normalizer_free(torchvision.models.video.r3d_18(num_classes=4))
+    assert not any(isinstance(m, nn.BatchNorm3d) or type(m) is nn.Conv3d for m in model.modules())
+    assert model(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 4)
+
+
+def test_layers_that_are_standardised_already_stay() -> None:
+    ours, timms = layers.ScaledStdConv2d(3, 3, 3), timm.layers.ScaledStdConv2d(3, 3, 3)
+    swapped = timm_nf.replace_convs(nn.Sequential(ours, timms, nn.Conv2d(3, 3, 3)))
+    assert [type(m) for m in swapped] == [type(ours), type(timms), type(ours)]
+
+
 # --- what is refused ---
 
 
@@ -340,6 +373,7 @@ class Depends(nn.Module):
         (lambda: torchvision.models.densenet121(), "stands behind cat"),
         (lambda: timm.create_model("convnext_atto"), "is a LayerNorm2d"),
         (lambda: timm.create_model("vit_tiny_patch16_224"), "residual addition"),
+        (lambda: timm.create_model("botnet26t_256"), r"stages.2.1 has 2 residual additions: expected one"),
         (lambda: Twice(), "the forward of Twice itself has 1 residual additions"),
         (lambda: Depends(), "Depends cannot be followed"),
     ],

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from timm.layers.drop import DropBlock2d
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers.activations import ACTIVATIONS, Activation, activation_gain, create_activation
 from ..layers.residual import SkipInit
 from ..layers.std_conv import (
+    STANDARDIZED_LAYERS,
     ScaledStdConv1d,
     ScaledStdConv2d,
     ScaledStdConv3d,
@@ -52,6 +54,7 @@ _TWINS: dict[type, Any] = {
     timm_layers.Conv2dSame: ScaledStdConv2d,
     timm_layers.StdConv2dSame: ScaledStdConv2d,
 }
+_STANDARDISED = (*STANDARDIZED_LAYERS, timm_layers.ScaledStdConv2d, timm_layers.ScaledStdConv2dSame)
 _SAME = (timm_layers.Conv2dSame, timm_layers.StdConv2dSame)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
 _NORM_ACTS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.GroupNormAct)
@@ -71,6 +74,20 @@ _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
+def _convolution(module: nn.Module) -> type | None:
+    """Which of the convolutions with a twin a module is; None if it is none, or may compute something else.
+
+    Subclasses count if they override nothing that computes, such as torchvision's for video.
+    """
+    classes = type(module).__mro__
+    index = next((i for i, each in enumerate(classes) if each in _TWINS), None)
+    if index is None or is_parametrized(module):
+        return None
+    own = {name for each in classes[:index] for name in vars(each) if not name.startswith("__")}
+    overridden = own & set(dir(classes[index])) - {"extra_repr", "reset_parameters"}
+    return None if overridden else classes[index]
+
+
 def _refuse_hooks(module: nn.Module, name: str) -> None:
     if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
         raise ValueError(f"{name} has hooks, which would be lost: remove them, convert, and put them on the copy")
@@ -88,12 +105,14 @@ def _standardised(conv: Any, name: str, scale: float = 1.0) -> Any:
     transposed: dict[str, Any] = {}
     if conv.transposed:
         transposed["output_padding"] = conv.output_padding
-    twin: Any = _TWINS[type(conv)](
+    layer = _convolution(conv)
+    assert layer is not None
+    twin: Any = _TWINS[layer](
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         conv.stride,
-        "same" if type(conv) in _SAME else conv.padding,
+        "same" if layer in _SAME else conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
         padding_mode=conv.padding_mode,
@@ -126,14 +145,21 @@ def replace_convs(model: nn.Module) -> nn.Module:
         The copy. It shares no tensor with `model`.
 
     Raises:
-        ValueError: if there is no convolution, or if one cannot be standardised.
+        ValueError: if there is no convolution, or if one cannot be standardised, such as one under `weight_norm`.
 
     Examples:
         >>> type(replace_convs(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)))[0]).__name__
         'ScaledStdConv2d'
     """
     spared = _classifier(model)
-    convs = {n: m for n, m in model.named_modules() if type(m) in _TWINS and m not in spared}
+    every = {n: m for n, m in model.named_modules() if isinstance(m, tuple(_TWINS)) and m not in spared}
+    convs = {n: m for n, m in every.items() if not isinstance(m, _STANDARDISED)}
+    for name, conv in convs.items():
+        if _convolution(conv) is None:
+            raise ValueError(
+                f"{name} is a {type(conv).__name__}, which computes its weight or output in another way than torch's "
+                "and timm's convolutions: make it one of these first"
+            )
     if not convs:
         raise ValueError(f"{type(model).__name__} has no convolution to replace: expected torch's or timm's layers")
     return copy.deepcopy(model, {id(conv): _standardised(conv, name) for name, conv in convs.items()})
@@ -257,14 +283,14 @@ class _Tracer(fx.Tracer):
         self.blocks, self.spared = blocks, spared
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.blocks or m in self.spared or _is_gate(m) or type(m) in _TWINS:
+        if module_qualified_name in self.blocks or m in self.spared or _is_gate(m) or _convolution(m):
             return True
         if isinstance(m, (nn.Sequential, nn.ModuleList)):
             return False
         if not type(m).__module__.startswith(("torch.nn", "timm.layers")):
             return False
         inside = [x for x in m.modules() if x is not m]
-        is_converted = any(type(x) in _TWINS or isinstance(x, _ANY_NORM) for x in inside)
+        is_converted = any(_convolution(x) or isinstance(x, _ANY_NORM) for x in inside)
         return isinstance(m, _ANY_NORM) or not is_converted
 
 
@@ -294,8 +320,12 @@ def _find_blocks(network: nn.Module, graph: fx.Graph) -> set[str]:
     for path, count in found.items():
         name = path or f"the forward of {type(network).__name__} itself"
         if not path or count > 1:
-            raise ValueError(f"{name} has {count} residual additions: expected one, in a module of its own")
+            raise _too_many_additions(name, count)
     return set(found)
+
+
+def _too_many_additions(name: str, count: int) -> ValueError:
+    return ValueError(f"{name} has {count} residual additions: expected one, in a module of its own")
 
 
 def _chain(node: fx.Node, block: nn.Module, name: str) -> list[_Op]:
@@ -397,7 +427,7 @@ def _convert_chain(steps: list[_Op], pending: float, block: str) -> _Sequence:
 
     for name, module in steps:
         gamma, rate = _gamma(module), _drop_rate(module)
-        if type(module) in _TWINS:
+        if _convolution(module):
             keep(name, _standardised(module, f"{block}.{name}", pending))
             pending = 1.0
             convs += 1
@@ -419,7 +449,7 @@ def _convert_chain(steps: list[_Op], pending: float, block: str) -> _Sequence:
 
 
 def _is_conv(step: _Op) -> bool:
-    return type(step.module) in _TWINS
+    return _convolution(step.module) is not None
 
 
 def _lead(steps: list[_Op]) -> list[_Op]:
@@ -457,7 +487,10 @@ class _Converted(NamedTuple):
 def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
     """Convert a block whose input has this distribution."""
     graph = _graph(block, name, set(), set())
-    (addition,) = filter(_is_addition, graph.nodes)
+    additions = list(filter(_is_addition, graph.nodes))
+    if len(additions) > 1:  # some of them in modules of its own, such as attention with positions
+        raise _too_many_additions(name, len(additions))
+    addition = additions[0]
     post = _after_addition(block, name, graph, addition)
     shortcut, branch = sorted(
         (_chain(each, block, name) for each in _inputs(addition)),
@@ -584,7 +617,7 @@ class _Walk:
     def step(self, path: str, signal: _Signal) -> _Signal:
         """Convert the module at this path. Return its output, from its input."""
         module: Any = self.network.get_submodule(path)
-        is_converted = path in self.blocks or type(module) in _TWINS or isinstance(module, _ANY_NORM)
+        is_converted = path in self.blocks or _convolution(module) or isinstance(module, _ANY_NORM)
         if is_converted and module not in self.spared:
             self.require_known_variance(path, signal)
         if signal.follows is not None:
@@ -593,7 +626,7 @@ class _Walk:
             return self.block(path, signal)
         if module in self.spared:
             return self.other(path, signal)
-        if type(module) in _TWINS:
+        if _convolution(module):
             signal = self.with_activation(signal)
             self.replace(path, _standardised(module, path, signal.gain))
             return _Signal()
