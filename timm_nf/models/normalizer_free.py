@@ -25,6 +25,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._text import reason
 from ..layers.activations import ACTIVATIONS, Activation, activation_gain, create_activation
 from ..layers.residual import SkipInit
 from ..layers.std_conv import (
@@ -299,7 +300,8 @@ def _graph(module: nn.Module, name: str, blocks: set[str], spared: set[nn.Module
         return _Tracer(blocks, spared).trace(module)
     except Exception as error:  # a forward can do anything with the stand-ins of its tensors
         raise ValueError(
-            f"{name} cannot be followed ({type(error).__name__}: {error}): its forward depends on values or sizes"
+            f"{name} cannot be followed by torch.fx ({reason(error)}): expected a network without a wrapper, whose "
+            "forward does not depend on values or sizes"
         ) from error
 
 
