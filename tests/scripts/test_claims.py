@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,11 +175,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.np.random, "default_rng", lambda seed: order)
 
 
+def same(one: Result, other: Result) -> bool:
+    """Whether two results agree but for their time, to rounding: sums over other memory differ by 3e-8."""
+    a, b = ({**asdict(result), "seconds": 0.0, "machine": 0} for result in (one, other))
+    return one.machine == other.machine and a == pytest.approx(b, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_watching_a_run_changes_nothing_in_it_and_sees_every_part():
     run = Run(clip="unit", factor=0.01, batch=32, images=64, epochs=2)
     watch = signals.Watch(run)
-    assert replace(train(run, watch), seconds=0.0) == replace(train(run), seconds=0.0)
+    assert same(train(run, watch), train(run))
     assert [row["step"] for row in watch.rows] == [
         step for step in range(4) for _ in PARTS.keys() - {"the classifier's weight"}
     ]
@@ -200,7 +206,7 @@ def test_a_run_is_the_same_again_and_networks_of_a_seed_see_the_same_batches(mon
     monkeypatch.setattr(training.F, "cross_entropy", watched)
     for net in ("nf", "nf", "bn-zero"):
         results.append(train(Run(net=net, batch=16, images=64, epochs=1, seed=3)))
-    assert replace(results[0], seconds=0.0) == replace(results[1], seconds=0.0)
+    assert same(results[0], results[1])
     assert len(seen) == 3 * 4
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(seen[:4], seen[4:8], seen[8:], strict=True))
     assert results[0].mode_gap == 0 < results[2].mode_gap
