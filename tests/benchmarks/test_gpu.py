@@ -135,7 +135,7 @@ def test_the_tests_for_a_device_pass_on_a_cpu() -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_all_parts_on_a_cpu(tmp_path: Path) -> None:
-    run = python("-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--minutes", "10", "--folder", str(tmp_path))
+    run = python("-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--minutes", "60", "--folder", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
