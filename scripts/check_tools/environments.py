@@ -38,10 +38,11 @@ class Row(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer of a probe: the tool's versions, and its rows of the page."""
+    """The answer of a probe: the tool's versions, its rows of the page, and the machine that it ran on."""
 
     versions: str
     rows: list[Row]
+    machine: str
 
 
 def install(name: str, requirements: tuple[str, ...], folder: Path = FOLDER) -> Path:
@@ -84,13 +85,19 @@ def ask(name: str, python: Path, module: str = "scripts.check_tools.probes") -> 
     Raises:
         ToolError: if the process ends without an answer, with its last line of output.
     """
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "0",
+        "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),  # removed afterwards, like the environments
+    }
     printed = _run([str(python), "-W", "ignore", "-m", module, name], os.environ | variables)
     answers = [line for line in printed.splitlines() if line.startswith(MARK)]
     if not answers:
         raise ToolError(f"the probe {name} ended without an answer")
     answer: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
-    return Answer(answer["versions"], [Row(*row) for row in answer["rows"]])
+    return Answer(answer["versions"], [Row(*row) for row in answer["rows"]], answer["machine"])
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:

@@ -1,9 +1,8 @@
 """Writes docs/tools.md from the probes' answers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-
-from timm_nf.env import machine
 
 from .environments import ROOT, Answer
 from .probes import PROBES
@@ -32,7 +31,9 @@ every tool that changes weights, counts multiply-adds or converts layers.
 
 {notes}
 
-{machine}.
+Measured with:
+
+{machines}
 """
 NOTES = """\
 - **Counting**: thop and ptflops look up layers by their exact type. They leave out layers that they do not know,
@@ -40,6 +41,8 @@ NOTES = """\
   number of multiply-adds of the fused network by torch's own `FlopCounterMode`.
 - **Strided SAME convolutions** pad by the size of the input, as timm's own do. optimum-quanto replaces them by its own
   convolution, which does not pad. Exclude those whose `same_pad` is true.
+- **nncf** compiles a C++ extension in the first call, and stops after 60 seconds by default. This row was measured with
+  a limit of 10 minutes.
 - **Adapters**: fuse, adapt, train, save the adapter, load it, merge, as in [Adapters with PEFT](guides/adapters.md).
   LoHa, LoKr, OFT and IA3 change the weight before it is standardised, so the scale and the mean of what they learned
   are lost.
@@ -75,7 +78,20 @@ def page(answers: Mapping[str, Answer | str], before: str = "") -> str:
             lines.append(row(probe.title, "-", "-", answer, "-"))
             continue
         lines += [row(probe.title, *found, answer.versions) for found in answer.rows]
-    return TEXT.format(rows="\n".join(lines), notes=NOTES, machine=machine())
+    return TEXT.format(rows="\n".join(lines), notes=NOTES, machines=_machines(answers, before))
+
+
+def _machines(answers: Mapping[str, Answer | str], before: str) -> str:
+    """One line for each machine, with its tools. Tools without an answer keep the machine of the old page."""
+    machines: dict[str, str] = {}
+    for where, titles in re.findall(r"^- (timm_nf .+?): (.+)$", before, re.MULTILINE):
+        machines |= dict.fromkeys(titles.split(", "), where)
+    machines |= {PROBES[name].title: found.machine for name, found in answers.items() if isinstance(found, Answer)}
+    tools: dict[str, list[str]] = {}
+    for title in dict.fromkeys(probe.title for probe in PROBES.values()):
+        if title in machines:
+            tools.setdefault(machines[title], []).append(title)
+    return "\n".join(f"- {where}: {', '.join(titles)}" for where, titles in tools.items())
 
 
 def write(answers: Mapping[str, Answer | str], file: Path = PAGE) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import re
@@ -333,6 +334,28 @@ def test_weights_of_the_other_structure_are_refused_for_features_and_under_a_pre
     outer = nn.ModuleDict({"model": create("NFNet", fused=fused)})
     with pytest.raises(RuntimeError, match=f"create it with fused={not fused}"):
         outer.load_state_dict({f"model.{name}": p for name, p in state.items()}, strict=False)
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx", "getter"])
+def test_feature_extractors_refuse_other_networks_too_and_load_parts(
+    family: str, fused: bool, feature_cls: str
+) -> None:
+    options = {"features_only": True, "feature_cls": feature_cls}
+    model = copy.deepcopy(create(family, fused=fused, **options))
+    own = model.state_dict()
+    others = {
+        "timm's own nfnet_f": {name: p for name, p in own.items() if not name.endswith(".skipinit_gain")},
+        f"create it with fused={not fused}": create(family, fused=not fused, **options).state_dict(),
+    }
+    for prefix, outer in (("", model), ("0.", nn.Sequential(model))):
+        for match, state in others.items():
+            with pytest.raises(RuntimeError, match=match):
+                outer.load_state_dict({prefix + name: p for name, p in state.items()}, strict=False)
+        part = {prefix + name: torch.full_like(p, 0.3) for name, p in own.items() if name.endswith("bias")}
+        assert outer.load_state_dict(part, strict=False).unexpected_keys == []
+        assert all((outer.state_dict()[name] == 0.3).all() for name in part)
 
 
 # --- the authors' files ---

@@ -219,6 +219,19 @@ def test_timms_interface_stays_and_stock_timm_does_not_load_the_weights() -> Non
     assert network._model_args["normalizer_free"] is True
 
 
+@pytest.mark.parametrize("name", ["seresnet18", "resnetv2_18d", "regnety_002"])
+def test_no_activation_overwrites_what_a_layer_gave(name: str) -> None:
+    network = timm_nf.normalizer_free(timm.create_model(name)).eval()
+    given: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, module in network.named_modules():
+        module.register_forward_hook(lambda _, args, out, path=path: given.update({path: (out, out.clone())}))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            network(torch.randn(1, 3, 32, 32))
+        assert given
+        assert [path for path, (out, copy_) in given.items() if not torch.equal(out, copy_)] == []
+
+
 def test_squeeze_excite_counts_twice() -> None:
     network = timm_nf.normalizer_free(timm.create_model("seresnet18"))
     assert {m.skip.alpha for m in network.modules() if isinstance(m, ResidualBlock)} == {

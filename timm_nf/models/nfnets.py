@@ -219,45 +219,8 @@ class NormFreeNet(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # timm loads with strict=False if num_classes or in_chans differ, so torch would not complain.
-        self._refuse_other_networks(state_dict, prefix)
+        _refuse_other_networks(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _refuse_other_networks(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Refuse the weights of a network with another formula.
-
-        Only state dicts with all convolution weights of the stages are checked. Parts of a network (an adapter, biases,
-        a single layer) load as in torch.
-
-        Args:
-            state_dict: Any state dict.
-            prefix: Prefix of this network's names in it.
-
-        Raises:
-            RuntimeError: if the state dict is from timm's own nfnet_f*, or one is fused and the other is not.
-        """
-        modules = {f"{prefix}stages.{name}": module for name, module in self.stages.named_modules()}
-        convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
-        if not convs or any(f"{name}.weight" not in state_dict for name in convs):
-            return
-        blocks = [name for name, module in modules.items() if isinstance(module, NormFreeBlock)]
-        if missing := [name for name in blocks if f"{name}.skipinit_gain" not in state_dict]:
-            raise RuntimeError(
-                f"this state dict has no skip gain for {len(missing)} of {len(blocks)} blocks ({missing[0]}, ...), so "
-                "it is not from a timm_nf network. Most likely it was saved from timm's own nfnet_f*, a different "
-                "network that timm_nf replaces in the registry. Build that network with "
-                "timm.models.nfnet.nfnet_f0(...), or create it in a process that does not import timm_nf, and load the "
-                "file there."
-            )
-        standardised = [name for name in convs if isinstance(modules[name], ScaledStdConv2d)]
-        if any(f"{name}.gain" not in state_dict for name in standardised):
-            raise RuntimeError(
-                "this state dict is from a fused network, but this network is unfused: create it with fused=True"
-            )
-        if any(f"{name}.gain" in state_dict for name in convs if name not in standardised):
-            raise RuntimeError(
-                "this state dict is from an unfused network, but this network is fused: create it with fused=False, "
-                "load the state dict, and call timm_nf.fuse"
-            )
 
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load one of the authors' checkpoints. timm calls this for every .npz file.
@@ -388,6 +351,49 @@ class NormFreeNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _refuse_other_networks(network: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse the weights of a network with another formula.
+
+    Only a state dict that has all convolution weights of the blocks is checked. Parts of a network (an adapter, biases,
+    a single layer) load as in torch.
+
+    Args:
+        network: The network, or the module that timm makes of it for `features_only`.
+        state_dict: Any state dict.
+        prefix: Prefix of the network's names in it.
+        *_: What else torch passes to a hook.
+
+    Raises:
+        RuntimeError: if the state dict is from timm's own nfnet_f*, or one is fused and the other is not.
+    """
+    # By the names of parameters: a traced feature extractor has parameters, but no layers.
+    parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    skip_gains = [name for name in parameters if name.endswith(".skipinit_gain")]
+    blocks = tuple(name.removesuffix("skipinit_gain") for name in skip_gains)
+    weights = [name for name, p in parameters.items() if p.ndim == 4 and name.endswith(".weight")]
+    weights = [name for name in weights if name.startswith(blocks)]
+    if not weights or any(name not in state_dict for name in weights):
+        return
+    if missing := [name for name in skip_gains if name not in state_dict]:
+        raise RuntimeError(
+            f"this state dict has no skip gain for {len(missing)} of {len(skip_gains)} blocks ({missing[0]}, ...), so "
+            "it is not from a timm_nf network. Most likely it was saved from timm's own nfnet_f*, a different "
+            "network that timm_nf replaces in the registry. Build that network with "
+            "timm.models.nfnet.nfnet_f0(...), or create it in a process that does not import timm_nf, and load the "
+            "file there."
+        )
+    gains = [f"{name.removesuffix('weight')}gain" for name in weights]
+    if any(name in parameters and name not in state_dict for name in gains):
+        raise RuntimeError(
+            "this state dict is from a fused network, but this network is unfused: create it with fused=True"
+        )
+    if any(name in state_dict and name not in parameters for name in gains):
+        raise RuntimeError(
+            "this state dict is from an unfused network, but this network is fused: create it with fused=False, "
+            "load the state dict, and call timm_nf.fuse"
+        )
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Convert the stem of a pretrained state dict to the model's number of input channels.
 
@@ -453,7 +459,7 @@ Entrypoint = Callable[..., nn.Module]
 
 def _entrypoint(name: str) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_network(
+        network = build_network(
             NormFreeNet,
             name,
             pretrained,
@@ -462,6 +468,9 @@ def _entrypoint(name: str) -> Entrypoint:
             pretrained_filter_fn=checkpoint_filter_fn,
             asked=kwargs,
         )
+        if not isinstance(network, NormFreeNet):  # with features_only
+            network.register_load_state_dict_pre_hook(_refuse_other_networks)
+        return network
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}`, see `VARIANTS`. Keywords are those of `NormFreeNet` and of timm's model builder."

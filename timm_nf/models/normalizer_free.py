@@ -243,14 +243,6 @@ def _gamma(module: nn.Module) -> float | None:
     return None
 
 
-def _own_act(module: Any) -> nn.Module:
-    """A copy of an activation that does not change its input. The shortcut of a block needs the input too."""
-    act = copy.deepcopy(module)
-    if hasattr(act, "inplace"):
-        act.inplace = False
-    return act
-
-
 def _scaled(act: nn.Module, gain: float) -> Activation:
     found = Activation("identity", gain)
     found.act = act
@@ -436,7 +428,7 @@ def _convert_chain(steps: list[_Op], pending: float, block: str) -> _Sequence:
         elif isinstance(module, _NORMS) or type(module) is nn.Identity:
             pass  # left out
         elif gamma is not None:
-            keep(name, _own_act(module))
+            keep(name, copy.deepcopy(module))
             pending *= gamma
         elif _is_gate(module):
             keep(name, module)
@@ -469,7 +461,7 @@ def _activation_of(steps: list[_Op], block: str) -> nn.Module:
         raise ValueError(
             f"{block}.{step.name} is a {type(step.module).__name__} outside of the branch: expected one activation"
         )
-    return _own_act(acts[0].module) if acts else nn.Identity()
+    return copy.deepcopy(acts[0].module) if acts else nn.Identity()
 
 
 class _Converted(NamedTuple):
@@ -657,7 +649,7 @@ class _Walk:
         signal = self.with_activation(signal)
         if signal.act is not None:
             raise ValueError(f"{path or act} follows another activation: expected a convolution between them")
-        return replace(signal, act=_own_act(act), carrier=path)
+        return replace(signal, act=copy.deepcopy(act), carrier=path)
 
     def norm(self, path: str, module: Any, signal: _Signal) -> _Signal:
         steps = _expand(path, module)
@@ -696,9 +688,9 @@ class _Walk:
         gain = signal.gain
         if isinstance(signal.carrier, ResidualBlock) and (signal.due or gain != 1.0):
             act = signal.act if signal.due and signal.act is not None else nn.Identity()
-            signal.carrier.final_act = _scaled(_own_act(act), gain)
+            signal.carrier.final_act = _scaled(copy.deepcopy(act), gain)
         elif isinstance(signal.carrier, str) and gain != 1.0:
-            self.replace(signal.carrier, _scaled(_own_act(self.network.get_submodule(signal.carrier)), gain))
+            self.replace(signal.carrier, _scaled(copy.deepcopy(self.network.get_submodule(signal.carrier)), gain))
         elif signal.act is not None or signal.pending != 1.0:
             raise ValueError(
                 f"{self.name} activates by a function in its forward where no convolution follows: use a module, "
@@ -745,6 +737,10 @@ def normalizer_free(model: nn.Module) -> nn.Module:
     network: Any = copy.deepcopy(model)
     if not any(isinstance(module, _ANY_NORM) for module in network.modules()):
         raise ValueError(f"{type(model).__name__} has no normalisation to do without: expected batch normalisation")
+    for module in network.modules():
+        # The shortcut of a block needs the activation's input too, and hooks may keep it.
+        if hasattr(module, "inplace"):
+            module.inplace = False
     _Walk(network, _classifier(network)).run()
     for name, module in network.named_modules():
         if isinstance(module, _ANY_NORM):
