@@ -35,6 +35,31 @@ class Holder(nn.Module):
             setattr(self, name, module)
 
 
+class Forwarding(nn.Module):
+    """Has all attributes of the network inside, as PEFT's models do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class Asking(nn.Module):
+    """Asks the network inside for its classifier."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def get_classifier(self):
+        return self.inner.get_classifier()
+
+
 def exempt_names(model, groups):
     ids = {id(p) for group in groups for p in group["params"] if group.get("clip_factor", 1) is None}
     return {name for name, p in model.named_parameters() if id(p) in ids}
@@ -80,6 +105,8 @@ PLACES = {
         {"net.head.weight", "net.head_dist.weight"},
     ),
     "module beside": (lambda: Holder(module=nn.Linear(2, 2), net=network()), {"net.fc.weight"}),
+    "a module that forwards attributes": (lambda: Holder(net=Forwarding(network())), {"net.inner.fc.weight"}),
+    "a module that asks the network": (lambda: Asking(network()), {"inner.fc.weight"}),
 }
 
 
@@ -97,6 +124,33 @@ def test_what_the_network_lists_does_not_decay_inside_a_holder():
     undecayed = param_groups_agc(model, 0.1)[0]
     assert undecayed["weight_decay"] == 0
     assert any(p is model.net.pos_embed for p in undecayed["params"])
+
+
+class Listing(Asking):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.token = nn.Parameter(torch.ones(3, 3))
+
+    def no_weight_decay(self):
+        return {"token"}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "expected"),
+    [
+        (Forwarding, {"inner.pos_embed", "inner.cls_token"}),
+        (Asking, {"inner.pos_embed", "inner.cls_token"}),
+        (Listing, {"token", "inner.pos_embed", "inner.cls_token"}),
+        (lambda net: Holder(task=Listing(net)), {"task.token", "task.inner.pos_embed", "task.inner.cls_token"}),
+    ],
+    ids=range(4),
+)
+def test_what_the_network_and_the_modules_around_it_list_does_not_decay(wrap, expected):
+    model = wrap(timm.create_model("test_vit", num_classes=5))
+    optimizer = create_optimizer_v2(model, "agcsgd", lr=0.1, weight_decay=0.1)
+    for groups in (optimizer.param_groups, param_groups_agc(model, 0.1)):
+        undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+        assert {name for name, p in model.named_parameters() if id(p) in undecayed and p.ndim > 1} == expected
 
 
 def test_several_classifiers_are_named_in_a_warning_and_none_is_exempt():
@@ -203,6 +257,44 @@ def test_weights_of_a_classifier_are_exempt_whatever_their_names():
     assert exempt_names(model, optimizer.param_groups) == {f"head.{name}" for name in WEIGHTS}
 
 
+class Answering(nn.Module):
+    """Answers the question for its classifier in whichever way."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.body, self.one, self.two = (nn.Linear(4, 4) for _ in range(3))
+        self.table = nn.Parameter(torch.ones(4, 3))
+        self.answer = answer
+
+    def get_classifier(self):
+        return self.answer(self)
+
+
+ANSWERS = {
+    "a dict": (lambda m: {"a": m.one, "b": m.two}, {"one.weight", "two.weight"}),
+    "nested": (lambda m: ((m.one, None), [m.two]), {"one.weight", "two.weight"}),
+    "a parameter": (lambda m: m.table, {"table"}),
+    "none": (lambda m: None, set()),
+    "an identity": (lambda m: nn.Identity(), set()),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_every_form_of_a_classifier_is_understood_without_a_warning(answer):
+    answered, expected = ANSWERS[answer]
+    assert exempt_by_both(Answering(answered)) == expected
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda m: "one", lambda m: abs, lambda m: m.deleted], ids=["text", "a function", "deleted"]
+)
+def test_an_answer_that_is_no_classifier_is_a_warning_and_no_error(answer):
+    with pytest.warns(UserWarning, match="no classifier was found in Answering, so that all weights are clipped"):
+        optimizer = create_optimizer_v2(Answering(answer), "agcsgd", lr=0.1)
+    assert all(group["clip_factor"] is not None for group in optimizer.param_groups)
+    assert exempt_by_both(Holder(net=network(), other=Answering(answer))) == {"net.fc.weight"}
+
+
 # What the caller names
 
 
@@ -262,8 +354,9 @@ def test_names_may_leave_out_what_a_wrapper_puts_in_front():
         (nn.Linear(2, 2), "holds a Linear, which is not in Segmenter"),
         (nn.Parameter(torch.ones(2)), r"holds a Parameter of shape \(2,\), which is not in Segmenter"),
         ((3,), "takes modules, parameters and names, got 3"),
+        (3, "takes modules, parameters and names, got 3"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_what_is_not_there_is_refused_by_name(clip_exempt, problem):
     for use in (param_groups_agc, functools.partial(create_optimizer_v2, opt="agcsgd", lr=0.1)):
@@ -369,7 +462,17 @@ def all_but(model, *exempt):
     return {name for name, _ in model.named_parameters()} - set(exempt)
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Holder(net=m), lambda m: Holder(module=m)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        lambda m: Holder(net=m),
+        lambda m: Holder(module=m),
+        Forwarding,
+        Asking,
+        lambda m: Holder(net=Asking(m)),
+    ],
+)
 def test_a_new_head_is_recognised_when_its_group_is_added(wrap):
     model = network()
     optimizer = create_optimizer_v2(wrap(model), "agcsgd", lr=0.0)  # a wrapper that is gone by now

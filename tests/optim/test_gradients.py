@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.small_problems import loop_of_the_formula
 from timm_nf.optim.agc import adaptive_clip_grad_
 
 
@@ -33,9 +34,19 @@ def test_numbers_as_text_are_numbers(text, number):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_a_tensor_is_refused_as_a_setting_in_its_own_words():
-    with pytest.raises(ValueError, match=r"clip_factor must be a number, got a tensor: .*; use .item\(\)"):
-        adaptive_clip_grad_(parameter(torch.ones(3, 2)), torch.tensor(0.1))
+@pytest.mark.parametrize(("text", "number"), [("inf", math.inf), (" 1 ", 1.0), ("2.5", 2.5)])
+def test_an_order_as_text_is_that_order(text, number):
+    results = []
+    for value in (text, number):
+        p = parameter(torch.arange(6.0).view(3, 2))
+        results.append((adaptive_clip_grad_(p, norm_type=value), p.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["clip_factor", "eps", "norm_type"])
+def test_a_tensor_is_refused_as_a_setting_in_its_own_words(name):
+    with pytest.raises(ValueError, match=rf"^{name} must be a number, got a tensor: .*; use .item\(\)"):
+        adaptive_clip_grad_(parameter(torch.ones(3, 2)), **{name: torch.tensor(0.1)})
 
 
 @pytest.mark.parametrize("value", [0, -1.0, -math.inf, math.nan, "fro", None, True])
@@ -108,6 +119,19 @@ def test_a_gradient_that_two_parameters_share_is_clipped_for_each_by_its_own_wei
     assert adaptive_clip_grad_([first, other]) == 1
     torch.testing.assert_close(first.grad, torch.full((3, 2), 0.01))
     torch.testing.assert_close(other.grad, torch.full((3, 2), 0.05))
+
+
+def test_gradients_that_overlap_are_clipped_each_by_its_own_weight_wherever_they_begin():
+    buffer, params = torch.randn(20), [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    for p, start in zip(params, (8, 0, 4, 14), strict=True):  # the last one is alone
+        p.grad = buffer[start : start + 6].view(3, 2)
+    expected = [loop_of_the_formula(p, 0.01, 1e-3)[0] for p in params]
+    before = buffer.clone()
+    adaptive_clip_grad_(params)
+    for p, grad in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad.double(), grad, rtol=1e-5, atol=1e-7)
+    assert torch.equal(buffer[:14], before[:14])
+    assert params[3].grad.data_ptr() == buffer[14:].data_ptr()
 
 
 def test_nothing_is_cloned_where_another_gradient_is_refused():

@@ -1,6 +1,7 @@
 """What `agc` optimizers and timm's clip mode refuse: by name, before the first write."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_gradient_shared_between_groups_is_clipped_in_each_as_that_one_says(se
     torch.testing.assert_close(b.grad, torch.ones(2) if factor is None else torch.full((2,), min(1.0, 3 * factor)))
 
 
+def test_the_exempt_gradient_of_an_overlapping_pair_stays_what_it_is():
+    buffer = torch.randn(9)
+    exempt, clipped = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    exempt.grad, clipped.grad = buffer[:6].view(3, 2), buffer[3:].view(3, 2)
+    before = exempt.grad.clone()
+    optim.AgcSGD([{"params": [clipped]}, {"params": [exempt], "clip_factor": None}], lr=0.0).step()
+    assert torch.equal(exempt.grad, before)
+
+
 def test_meta_in_another_group_is_refused_before_anything_is_written():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
     a.grad, b.grad = torch.ones(2), torch.ones(2, device="meta")
@@ -90,9 +100,10 @@ def test_meta_in_another_group_is_refused_before_anything_is_written():
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # torch, of its own Adagrad
 @pytest.mark.parametrize("base", ["SGD", "Adagrad"])
-def test_an_exempt_group_may_have_sparse_gradients(base):
+@pytest.mark.parametrize("clip_factor", [None, math.inf])
+def test_a_group_that_is_not_clipped_may_have_sparse_gradients(base, clip_factor):
     sparse, dense = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1)
-    groups = [{"params": sparse.parameters(), "clip_factor": None}, {"params": dense.parameters()}]
+    groups = [{"params": sparse.parameters(), "clip_factor": clip_factor}, {"params": dense.parameters()}]
     optimizer = agc_class(getattr(torch.optim, base))(groups, lr=0.1)
     before = sparse.weight.detach().clone()
     dense(sparse(torch.tensor([1, 2]))).square().sum().backward()

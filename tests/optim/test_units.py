@@ -114,6 +114,27 @@ def test_the_layers_say_where_their_units_lie():
     assert {name: axes[id(p)] for name, p in model.named_parameters() if id(p) in axes} == AXES
 
 
+class Flat(nn.Module):
+    """A parametrization whose parameter has another shape than the weight."""
+
+    def forward(self, flat):
+        return flat.view(6, 2, 3, 3)
+
+    def right_inverse(self, weight):
+        return weight.reshape(3, 36)
+
+
+def test_a_parameter_that_cannot_have_its_weights_axis_is_stepped_by_rows():
+    layer = nn.ConvTranspose2d(6, 4, 3, groups=2)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Flat())
+    optimizer = create_optimizer_v2(layer, "agcsgd", lr=0.1, clip_exempt=())
+    flat = layer.parametrizations.weight.original
+    flat.grad = torch.randn(3, 36)
+    expected, *_ = loop_of_the_formula(flat, 0.01, 1e-3)
+    optimizer.step()
+    torch.testing.assert_close(flat.grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
 def axis_of_each(model, groups):
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: g.get("clip_axis", 0) for g in groups for p in g["params"]}

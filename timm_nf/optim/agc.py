@@ -112,13 +112,13 @@ def adaptive_clip_grad_(
     """
     clip_factor, eps = checked_setting("clip_factor", clip_factor), checked_setting("eps", eps)
     axis = checked_axis(axis)
-    order: Any = norm_type
-    if isinstance(order, bool) or not isinstance(order, Real) or not float(order) > 0:
+    order = _number("norm_type", norm_type)
+    if not order > 0:  # false for NaN
         raise ValueError(f"norm_type must be above 0, got {norm_type!r}")
     checked = check_gradients(parameters, axis_of=lambda _: axis)
     clone_gradients_(checked.needs_clone)
     settings = Settings(clip_factor, eps, axis)
-    clipped = [units.clipped for units in clip_checked_([(checked.parameters, settings)], norm_type)]
+    clipped = [units.clipped for units in clip_checked_([(checked.parameters, settings)], order)]
     device = _grad(checked.parameters[0]).device if checked.parameters else None
     waits = device is None or device.type == "cpu"  # a copy to the CPU must have arrived before it is read
     hits = sum((mask.sum().to(device, non_blocking=not waits) for mask in clipped), torch.zeros((), device=device))
@@ -132,15 +132,24 @@ def checked_setting(name: str, value: Any) -> float:
         ValueError: if it is no number, negative or NaN.
     """
     hint = "; inf clips nothing" if name == "clip_factor" else ""
-    if isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
-    number = math.nan
-    if not isinstance(value, bool) and isinstance(value, (str, Real)):
-        with suppress(ValueError, OverflowError):
-            number = float(value)
+    number = _number(name, value)
     if not number >= 0:  # false for NaN
         raise ValueError(f"{name} must be zero or positive, got {value!r}{hint}")
     return number
+
+
+def _number(name: str, value: Any) -> float:
+    """The value as a number, NaN if it is none. It may be text, as command lines give it.
+
+    Raises:
+        ValueError: if it is a tensor.
+    """
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
+    if not isinstance(value, bool) and isinstance(value, (str, Real)):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return math.nan
 
 
 def clips(clip_factor: Any) -> bool:

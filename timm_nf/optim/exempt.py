@@ -72,12 +72,12 @@ def find_classifier(model: nn.Module, given: Container[int] | None = None) -> Cl
     if _has_classifier(network):
         weights = _own_classifier(network)
         if weights or trained <= set(map(id, network.parameters())):  # otherwise a head may stand beside the network
-            return Classifier(network, weights, None)
+            return Classifier(_owner(network, weights), weights, None)
     inside = _networks_inside(model, trained)
     largest = max(inside.trained, key=len, default=frozenset[int]())
     if inside.trained and all(ids <= largest for ids in inside.trained):  # one, and parts of it
         network, weights = inside.trained[largest]
-        return Classifier(innermost(network), weights, None)
+        return Classifier(_owner(network, weights), weights, None)
     if not inside.trained and len(inside.frozen) == 1:
         return Classifier(*inside.frozen[0], None)
     name = type(model).__name__
@@ -270,9 +270,11 @@ def _entries(clip_exempt: Exempt | None) -> list[str | nn.Module | nn.Parameter]
         return None
     if isinstance(clip_exempt, (nn.Module, Tensor)):
         return [cast("nn.Module | nn.Parameter", clip_exempt)]
-    listed = [clip_exempt] if isinstance(clip_exempt, str) else list(clip_exempt)
+    given: Any = clip_exempt
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        given = [given]
     entries: list[str | nn.Module | nn.Parameter] = []
-    for entry in cast("list[Any]", listed):
+    for entry in cast(Iterable[Any], given):
         if isinstance(entry, str):
             entries += [name.strip() for name in entry.split(",") if name.strip()]
         elif isinstance(entry, (nn.Module, Tensor)):
@@ -350,31 +352,58 @@ def _is_weight(name: str, p: Tensor) -> bool:
 
 def _has_classifier(model: nn.Module) -> bool:
     """Whether a model says what its classifier is. It may say that it has none."""
-    get_classifier = getattr(model, "get_classifier", None)
-    if not callable(get_classifier):
-        return bool(_named_classifier(model))
-    try:
-        inspect.signature(get_classifier).bind()
-    except TypeError:  # somebody else's method of that name
-        return False
-    return True
+    return _heads(model) is not None
 
 
 def _own_classifier(model: nn.Module) -> list[nn.Parameter]:
     """The classifier's weights of a network that says what its classifier is."""
-    named = _named_classifier(model)
-    get_classifier = getattr(model, "get_classifier", None)
-    found: Any = get_classifier() if callable(get_classifier) else named
-    last_layers = {id(p) for module in named for p in module.parameters()}
-    heads: list[Any] = [found]
-    if isinstance(found, (tuple, list, nn.ModuleList)):
-        heads = list(cast(Iterable[Any], found))
+    last_layers = {id(p) for module in _named_classifier(model) for p in module.parameters()}
     weights: list[nn.Parameter] = []
-    for head in heads:
-        if isinstance(head, nn.Module):
-            inside = weights_in(head)
-            weights += [p for p in inside if id(p) in last_layers] or inside
+    for head in _heads(model) or ():
+        inside = weights_in(head) if isinstance(head, nn.Module) else [head]
+        weights += [p for p in inside if id(p) in last_layers] or inside
     return weights
+
+
+def _owner(model: nn.Module, weights: list[nn.Parameter]) -> nn.Module:
+    """The innermost module with this classifier. Others around it only forward the question, and may be temporary."""
+    owner, wanted = innermost(model), set(map(id, weights))
+    for module in owner.modules() if wanted else ():  # from the outside to the inside
+        if _has_classifier(module) and set(map(id, _own_classifier(module))) == wanted:
+            owner = module
+    return owner
+
+
+def _heads(model: nn.Module) -> list[nn.Module | nn.Parameter] | None:
+    """The heads of a network; none if it has no classes. None if it does not say what its classifier is."""
+    get_classifier = getattr(model, "get_classifier", None)
+    if not callable(get_classifier):
+        return list(_named_classifier(model)) or None
+    try:
+        inspect.signature(get_classifier).bind()
+    except TypeError:  # somebody else's method of that name
+        return None
+    try:
+        return list(_flattened(get_classifier()))
+    except (AttributeError, NotImplementedError, TypeError):  # its head was deleted, or it never had one
+        return None
+
+
+def _flattened(found: Any) -> Iterator[nn.Module | nn.Parameter]:
+    """What `get_classifier()` has found, one head after the other.
+
+    Raises:
+        TypeError: if something in it is no head.
+    """
+    if isinstance(found, Mapping):
+        found = list(cast("Mapping[Any, Any]", found).values())
+    if isinstance(found, (tuple, list, nn.ModuleList)):
+        for head in cast(Iterable[Any], found):
+            yield from _flattened(head)
+    elif isinstance(found, (nn.Module, nn.Parameter)):
+        yield found
+    elif found is not None:
+        raise TypeError(f"no head: {found!r}")
 
 
 def _named_classifier(model: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,10 @@ __all__ = ["gradient_problem", "parameters_with_gradient"]
 def gradient_problem(p: Tensor, g: Tensor) -> str | None:
     """Why a gradient cannot be clipped in place, None if it can. To be called without gradient tracking."""
     if g.layout != torch.strided:
-        return f"a gradient of layout {g.layout}; adaptive clipping needs dense ones, so no sparse=True"
+        return (
+            f"a gradient of layout {g.layout}; adaptive clipping needs dense ones: take sparse=False, or leave the "
+            "parameter out, in a group with clip_factor=None"
+        )
     if g.device != p.device:
         return f"its gradient on {g.device} but itself lies on {p.device}; move one to the other"
     if g.shape != p.shape:
@@ -63,13 +66,40 @@ def _shares_memory(x: Tensor) -> bool:
     return False
 
 
-def memory(g: Tensor) -> object:
-    """A key that is equal for gradients that begin at the same place in this process's memory."""
+class _Span(NamedTuple):
+    """The memory of a gradient in this process: bytes of a device, or an object of its own."""
+
+    place: object
+    start: int
+    end: int
+
+
+def _span(g: Tensor) -> _Span:
     local = local_part(g)
     if type(local) not in PLAIN or local.layout != torch.strided or torch.compiler.is_compiling():
-        return id(g)
-    address = local.data_ptr()  # 0 without storage: empty, on the meta device, lazy
-    return (local.device, address) if address else id(g)
+        return _Span(id(g), 0, 1)
+    address = local.data_ptr()
+    if not address:  # without storage: empty, on the meta device, lazy
+        return _Span(id(g), 0, 1)
+    last = sum(stride * (n - 1) for stride, n in zip(local.stride(), local.shape, strict=True))
+    return _Span(local.device, address, address + (last + 1) * local.element_size())
+
+
+def _overlapping(gradients: Iterable[Tensor]) -> set[int]:
+    """The positions of the gradients that may share memory with another one."""
+    by_place: dict[object, list[tuple[_Span, int]]] = {}
+    for i, g in enumerate(gradients):
+        span = _span(g)
+        by_place.setdefault(span.place, []).append((span, i))
+    found: set[int] = set()
+    for spans in by_place.values():
+        farthest: tuple[_Span, int] | None = None  # of those that begin before
+        for span, i in sorted(spans, key=lambda each: each[0].start):
+            if farthest is not None and span.start < farthest[0].end:
+                found |= {i, farthest[1]}
+            if farthest is None or span.end > farthest[0].end:
+                farthest = span, i
+    return found
 
 
 def _placement_problem(p: Tensor, g: Tensor) -> str | None:
@@ -108,8 +138,8 @@ def check_gradients(
     Args:
         parameters: One parameter or several.
         label: Gives the name of a parameter in error messages, from its index and the parameter.
-        spared: Parameters whose gradients are not clipped. A parameter that shares its gradient with one of them needs
-            a clone.
+        spared: Parameters whose gradients are not clipped. A gradient that shares memory with one of them needs a
+            clone.
         axis_of: Gives the axis of a parameter's output units.
 
     Raises:
@@ -117,8 +147,6 @@ def check_gradients(
             others are not, if its shape, device or sharding is not its parameter's, or if a parameter has no such axis.
     """
     distinct: dict[int, Tensor] = {}
-    needs_clone: list[Tensor] = []
-    taken = {memory(p.grad) for p in spared if p.grad is not None}
     first: Tensor | None = None
     for index, p in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         g = p.grad
@@ -136,11 +164,13 @@ def check_gradients(
             raise ValueError(f"{label(index, p)} of shape {tuple(p.shape)} has {problem}")
         if g.numel():
             distinct[id(p)] = p
-            place = memory(g)
-            if place in taken or _cannot_be_written(g):
-                needs_clone.append(p)
-            taken.add(place)
-    return Checked(list(distinct.values()), needs_clone)
+    parameters = list(distinct.values())
+    gradients = [cast(Tensor, p.grad) for p in parameters]
+    shared = _overlapping([*gradients, *(p.grad for p in spared if p.grad is not None)])
+    needs_clone = [
+        p for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)) if i in shared or _cannot_be_written(g)
+    ]
+    return Checked(parameters, needs_clone)
 
 
 def parameters_with_gradient(

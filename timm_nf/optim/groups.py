@@ -25,14 +25,18 @@ def network_of(model: nn.Module) -> nn.Module:
 def undecayed_names(model: nn.Module, named_in: nn.Module) -> set[str]:
     """Names of the parameters that never decay: what `no_weight_decay()` lists, gains and skip gains.
 
+    The network has such a list, and so may every module around it.
+
     Args:
         model: Any model, wrapped or not.
         named_in: The module in which the names count: the model, or a wrapper around it or inside it.
     """
     network = network_of(model)
-    listed = getattr(network, "no_weight_decay", set[str])()
     wanted = {id(p) for name, p in model.named_parameters() if is_gain(name)}
-    wanted |= {id(p) for name, p in network.named_parameters() if any(fnmatch(name, pattern) for pattern in listed)}
+    for module in model.modules():
+        if any(inside is network for inside in module.modules()):
+            listed = getattr(module, "no_weight_decay", set[str])()
+            wanted |= {id(p) for name, p in module.named_parameters() if any(fnmatch(name, each) for each in listed)}
     return {name for name, p in named_in.named_parameters() if id(p) in wanted}
 
 

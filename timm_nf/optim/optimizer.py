@@ -122,7 +122,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         spared: list[Tensor] = []
         for i, group in enumerate(self.param_groups):
             parameters: list[Tensor] = group["params"]
-            if group["clip_factor"] is None:
+            if not agc.clips(group["clip_factor"]):
                 spared += parameters
                 continue
             self._refuse_flattened(i, parameters)

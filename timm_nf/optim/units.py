@@ -110,7 +110,8 @@ def unit_axes(model: nn.Module) -> dict[int, Axis]:
         axis = _module_axis(module)
         if axis != 0:
             for p in weights_behind(module):
-                axes.setdefault(id(p), axis)
+                if axis_problem(p.shape, axis) is None:  # a parametrization may make the weight of another shape
+                    axes.setdefault(id(p), axis)
     return axes
 
 
