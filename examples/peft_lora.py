@@ -1,4 +1,4 @@
-"""Adapters of PEFT on a fused network, on the demo's network and digits: pip install timm_nf[peft].
+"""Adapters of PEFT on a fused network, on the demo's network and digits: pip install ".[peft]".
 
     python examples/peft_lora.py [--steps 60] [--images 2000] [--rank 8] [--dora] [--out FOLDER]
 

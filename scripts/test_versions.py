@@ -51,7 +51,7 @@ def rows() -> dict[str, dict[str, str]]:
         "torch, oldest": {"torch": bound["torch"]},
         "torch, in between": {"torch": "2.8.0"},
         "timm, oldest": {"timm": bound["timm"]},
-        "timm, in between": {"timm": "1.0.26"},
+        "timm, in between": {"timm": "1.0.29"},
         "huggingface_hub, oldest": {"huggingface_hub": bound["huggingface_hub"]},
         "numpy, oldest": {"numpy": bound["numpy"]},
         "the others, oldest": {name: version for name, version in bound.items() if name not in alone},

@@ -36,11 +36,6 @@ def no_compiler():
 
 
 @pytest.fixture
-def timm_task():
-    return pytest.importorskip("timm.task", reason="timm has timm.task since 1.0.23")
-
-
-@pytest.fixture
 def known_optimizer_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*opt_einsum.*")  # timm's Kron, if that is not installed

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tests.support import ROOT
+from timm_nf.variants import VARIANTS
 
 # All that timm keeps of models, optimizers and clipping, as one comparable value.
 # Without empty lists, which older timm makes when it looks for a name.
@@ -72,6 +73,10 @@ print(changed(after, snapshot()), type(timm.create_model("dm_nf_regnet_b0")).__m
         "[] []",
         "[] timm_nf.models.nfnets",
     ]
+
+
+def test_the_page_counts_the_networks():
+    assert f"{len(VARIANTS)} names join" in (ROOT / "docs" / "importing.md").read_text(encoding="utf-8")
 
 
 def test_what_others_have_put_in_our_place_stays_and_is_named():

@@ -25,8 +25,8 @@ __all__ = [
     "saved_arguments",
 ]
 
-# timm 1.0.20 and 1.0.21 find no Hub where huggingface_hub is 2, which is what pip installs.
-OLDEST = {"torch": "2.6", "timm": "1.0.22"}
+# timm below 1.0.26 reads a folder's safetensors file by `torch.load`, which torch 2.6 cannot do.
+OLDEST = {"torch": "2.6", "timm": "1.0.26"}
 
 # Since 1.0.31 timm's factory records a network's arguments, and its loader asks the network which stem to convert.
 _TIMM_RECORDS = hasattr(timm.models, "get_model_args")
@@ -100,7 +100,7 @@ def reset_head(head: Any, num_classes: int, pool_type: str | None, device: Any, 
 
 
 def input_channels(model: Any) -> int:
-    """The channels that any timm model takes. Most name them since 1.0.26; the others' first convolution has them."""
+    """The channels that any timm model takes. Most name them; the others' first convolution has them."""
     stated: int | None = getattr(model, "in_chans", None)
     if stated is not None:
         return stated

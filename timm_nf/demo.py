@@ -18,6 +18,7 @@ Examples:
 # timm, torch and matplotlib type only a part of what is used here.
 # pyright: standard, reportPrivateImportUsage=false
 
+import importlib
 import importlib.util
 import math
 import time
@@ -162,6 +163,7 @@ def run(
         RuntimeError: if the saved network does not give the same logits, bit for bit.
     """
     start = time.perf_counter()
+    importlib.import_module("matplotlib.figure")  # slow, so only here; one that is missing is found before the training
     _require_not_negative("lr", lr)
     _require_not_negative("clip_factor", clip_factor)
     out = Path(out_dir)
@@ -352,7 +354,7 @@ model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval
 
 
 def _draw_curves(facts: DemoResult, file: Path) -> None:
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -41,9 +41,10 @@ def environment() -> dict[str, str]:
 
 def machine() -> str:
     """One line for captions: versions, processor and threads."""
+    threads = torch.get_num_threads()
     return (
         f"timm_nf {__version__}, torch {_version('torch')}, timm {_version('timm')}, "
-        f"{_processor()}, {torch.get_num_threads()} threads"
+        f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     )
 
 

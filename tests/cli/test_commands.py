@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from typing import Any
 
 import numpy as np
@@ -255,3 +256,16 @@ def test_without_typer_one_line_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith('timm-nf: error: typer is not installed: run pip install ".[cli]" in')
+
+
+@pytest.mark.parametrize("argv", [["diagnose", "test_nfnet"], ["demo"]])
+def test_without_matplotlib_one_line_says_what_to_install_before_the_work(argv, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name.endswith("nostics.plots")]:
+        monkeypatch.delitem(sys.modules, name)
+    find = PathFinder.find_spec
+    hide = {"matplotlib"}
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name, *rest: None if name in hide else find(name, *rest))
+    code, line = fails(*argv, "-o", str(tmp_path / "out.png"), capsys=capsys)
+    assert code == 1
+    assert line.startswith('timm-nf: error: matplotlib is not installed: run pip install ".[cli]" in')
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import timm
 import timm.optim
+import timm.task
 import timm.utils
 import torch
 from timm.optim import create_optimizer_v2
@@ -73,13 +74,13 @@ def test_a_model_without_classes_has_nothing_exempt(name):
 
 
 @pytest.mark.parametrize("kind", ["feature", "logit"])
-def test_distillation_keeps_its_own_parameters_and_exempts_the_students_classifier(kind, timm_task):
+def test_distillation_keeps_its_own_parameters_and_exempts_the_students_classifier(kind):
     model, teacher = (timm.create_model("test_resnet", num_classes=5) for _ in range(2))
     kwargs = {"criterion": nn.CrossEntropyLoss(), "verbose": False, "distill_loss_weight": 1.0}
     if kind == "logit":
-        task = timm_task.LogitDistillationTask(model, teacher, **kwargs)
+        task = timm.task.LogitDistillationTask(model, teacher, **kwargs)
     else:
-        task = timm_task.FeatureDistillationTask(model, teacher, student_feature_dim=4, **kwargs)
+        task = timm.task.FeatureDistillationTask(model, teacher, student_feature_dim=4, **kwargs)
     for given in (task.get_trainable_module(), Wrapper(task.get_trainable_module()), task):
         optimizer = create_optimizer_v2(given, "agcsgd", lr=0.1, weight_decay=1e-4)
         by_name = policy(given, optimizer)

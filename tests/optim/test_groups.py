@@ -1,5 +1,6 @@
 import pytest
 import timm
+import timm.task
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -72,13 +73,13 @@ WRAPPERS = {
 }
 
 
-def tasks(timm_task, model):
+def tasks(model):
     teacher = small_model()
     kwargs = {"criterion": nn.CrossEntropyLoss(), "verbose": False}
-    feature = timm_task.FeatureDistillationTask(model, teacher, distill_loss_weight=1.0, **kwargs)
+    feature = timm.task.FeatureDistillationTask(model, teacher, distill_loss_weight=1.0, **kwargs)
     return {
-        "task": timm_task.ClassificationTask(model, **kwargs),
-        "logit distillation": timm_task.LogitDistillationTask(model, teacher, **kwargs),
+        "task": timm.task.ClassificationTask(model, **kwargs),
+        "logit distillation": timm.task.LogitDistillationTask(model, teacher, **kwargs),
         "feature distillation": feature,
         "what train.py optimizes": feature.get_trainable_module(),
         "the same, distributed": Wrapper(feature.get_trainable_module()),
@@ -101,9 +102,9 @@ def test_the_classifier_is_found_inside_every_wrapper(wrapping):
     "name",
     ["task", "logit distillation", "feature distillation", "what train.py optimizes", "the same, distributed"],
 )
-def test_the_classifier_is_found_inside_every_task(name, timm_task):
+def test_the_classifier_is_found_inside_every_task(name):
     model = small_model()
-    assert_the_classifier_is_found(tasks(timm_task, model)[name], model)
+    assert_the_classifier_is_found(tasks(model)[name], model)
 
 
 def test_the_classifier_is_found_inside_an_average_of_the_weights():

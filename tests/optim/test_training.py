@@ -6,6 +6,7 @@ import math
 
 import pytest
 import timm
+import timm.task
 import timm.utils
 import torch
 import torch.nn.functional as F
@@ -350,7 +351,7 @@ def test_only_a_few_numbers_per_unit_are_kept_for_the_statistics():
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("where", ["clip mode", "optimizer"])
-def test_the_calls_of_timms_training_script(where, bfloat16, monkeypatch, timm_task):
+def test_the_calls_of_timms_training_script(where, bfloat16, monkeypatch):
     calls = []
     original = agc._scale_gradients_
     monkeypatch.setattr(agc, "_scale_gradients_", lambda shards, units: calls.append(original(shards, units)))
@@ -365,7 +366,7 @@ def test_the_calls_of_timms_training_script(where, bfloat16, monkeypatch, timm_t
         clip_mode="agc" if where == "clip mode" else "norm",
     )
     model = create_network("NFNet")
-    task = timm_task.ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task = timm.task.ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     scaler = None if bfloat16 else timm.utils.NativeScaler(device="cpu")  # train.py has one for float16 only
     ema = timm.utils.ModelEmaV3(model, decay=0.5)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 from .._text import reason
 from ..version import __version__
 from . import inference, measure, networks, weights
-from .terminal import complain, typer
+from .terminal import complain, not_installed, typer
 
 __all__ = ["app", "main"]
 
@@ -105,6 +105,8 @@ def _set_log_levels(debug: bool) -> None:
 
 def _one_line(error: Exception) -> str:
     """The error's text. For an operating system's error, the file and the text without its number."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+        return not_installed(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or reason(error)

@@ -6,6 +6,12 @@ from typing import TypeVar
 
 from .._text import install_hint
 
+
+def not_installed(missing: ModuleNotFoundError) -> str:
+    """What to install for a module of the extra `cli`."""
+    return f"{missing.name} is not installed: {install_hint('cli')}"
+
+
 # Every command imports typer from here. If it is missing, this is the only message.
 try:
     import typer
@@ -13,11 +19,11 @@ try:
     from rich.progress import track as rich_track
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"timm-nf: error: {missing.name} is not installed: {install_hint('cli')}") from None
+    raise SystemExit(f"timm-nf: error: {not_installed(missing)}") from None
 
 __all__ = [
-    "complain", "console", "examples", "file_sizes", "note", "print_facts", "print_line", "print_table", "print_text",
-    "track", "typer", "visible", "warn",
+    "complain", "console", "examples", "file_sizes", "not_installed", "note", "print_facts", "print_line",
+    "print_table", "print_text", "track", "typer", "visible", "warn",
 ]  # fmt: skip
 
 T = TypeVar("T")
