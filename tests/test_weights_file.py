@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -69,6 +70,10 @@ SHAPES: dict[str, tuple[Any, str | None, str | None]] = {
     "Lightning, compiled": (lightning(**under("model._orig_mod.")), "state_dict", None),
     "Lightning with an average": (
         lightning(**under("model."), **under("ema_model.module.", MEAN)), "state_dict, model", "state_dict, ema_model",
+    ),
+    "Lightning with a loss and metrics": (
+        lightning(**under("model."), **{"criterion.weight": torch.ones(3), "matrix.confmat": torch.ones(3, 3).int()}),
+        "state_dict, model", None,
     ),
     "AveragedModel": (under("module.", MEAN, n_averaged=torch.tensor(7)), "", ""),
     "AveragedModel beside another": (
@@ -133,6 +138,14 @@ def test_what_is_not_clear_says_what_the_file_holds(content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.read(tmp_path / "file.pt")
     assert len(str(caught.value)) < 700
+
+
+def test_names_that_are_whole_under_a_prefix_say_how_to_pass_them(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    tensors = {f"encoder.net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(tensors | {"decoder.weight": torch.ones(3, 4)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"All are there under 'encoder\.net\.': save those without it as a file"):
+        checkpoint.build("test_resnet", checkpoint.read(tmp_path / "a.ckpt"), num_classes=3)
 
 
 # -- kinds of files ----------------------------------------------------------------------------------------------------

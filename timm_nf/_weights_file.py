@@ -357,11 +357,17 @@ def _unwrapped(weights: Weights) -> Iterator[Weights]:
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
         prefix, _, rest = name.partition(".")
-        groups.setdefault(prefix if rest else "", {})[rest] = tensor
-    if not groups or not (groups.keys() <= _OUTER or _in_a_holder(named)):
+        groups.setdefault(prefix if rest else "", {})[rest or name] = tensor
+    wrapped = {prefix: inner for prefix, inner in groups.items() if prefix in _OUTER}
+    beside = [tensor for prefix in groups.keys() - wrapped.keys() for tensor in groups[prefix].values()]
+    if not beside or _in_a_holder(named):
+        wrapped = groups
+    elif any(tensor.is_nested or (tensor.ndim >= 2 and tensor.is_floating_point()) for tensor in beside):
+        wrapped = {}  # a layer; a loss or a metric has vectors and counts
+    if not any(map(_is_network, wrapped.values())):
         yield weights._replace(tensors={name: t for name, t in named.items() if not name.endswith(f".{_COUNTER}")})
         return
-    for prefix, inner in groups.items():
+    for prefix, inner in wrapped.items():
         entry = (*weights.entry, prefix) if len(groups) > 1 else weights.entry
         yield from _unwrapped(weights._replace(entry=entry, tensors=inner))
 

@@ -30,7 +30,7 @@ Examples:
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -271,7 +271,19 @@ def _check_names(model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapp
     if unexpected:
         parts.append(f"has beside them {_counted(unexpected)}")
     if parts:
-        raise ValueError(f"{origin} is of another architecture: of {len(expected)} names it {' and '.join(parts)}")
+        raise ValueError(
+            f"{origin} is of another architecture: of {len(expected)} names it {' and '.join(parts)}"
+            f"{_whole_under_a_prefix(tensors, expected)}"
+        )
+
+
+def _whole_under_a_prefix(names: Collection[str], expected: Collection[str]) -> str:
+    """What to do if all expected names are there under one prefix, among others; empty otherwise."""
+    first = next(iter(expected))
+    for prefix in (name.removesuffix(first) for name in names if name.endswith(f".{first}")):
+        if all(prefix + name in names for name in expected):
+            return f". All are there under {prefix[:100]!r}: save those without it as a file of its own"
+    return ""
 
 
 def _counted(names: Sequence[str]) -> str:

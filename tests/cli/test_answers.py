@@ -59,6 +59,7 @@ ANSWERS: list[tuple[str, int, str]] = [
     ("classify {place}/pictures --device cpu:x", 2, "got 'cpu:x'"),
     ("classify {place}/pictures --model resnet5", 2, "no network or folder is called 'resnet5' (did you mean resnet50"),
     ("classify {place}/pictures --model me/net", 2, "a repository of the Hub is written hf-hub:me/net"),
+    ("classify {place}/pictures --model ./none", 2, "no network or folder is called './none'; `timm-nf list` shows"),
     ("classify {place}/pictures --model hf-hub:net", 2, "expected a repository as hf-hub:user/name, got 'hf-hub:net'"),
     ("classify {place}/pictures --model ftp:x", 2, "no network or folder is called 'ftp:x'"),
     ("classify {place}/pictures --model local-dir:/no/such", 2, "there is no folder /no/such"),
@@ -73,6 +74,7 @@ ANSWERS: list[tuple[str, int, str]] = [
     ("diagnose nfnet_f0 --images {place}/none", 2, "expected a folder, {place}/none is not there"),
     ("clip-range --model {place}/four --data {place}/pictures --pretrained --batch-size 2 -o {out}/p.png", 1, "of 4"),
     ("export {place}/four -o {out}/a.onnx --int8 {place}/best.pth.tar", 2, "best.pth.tar is a file"),
+    ("export nfnet_f0 -o {out}/a.onnx --int8 {place}/pictures", 1, "at least 10 pictures to calibrate and compare on"),
     ("export nfnet_f0 -o {out}/no/a.onnx --random-weights", 2, "in an existing folder"),
     ("export resnet50 -o {out}/a.onnx", 2, "ResNet has no standardised convolution to fuse"),  # nothing is fetched
     ("export resnet50 -o {out}/a --license mit", 2, "ResNet has no standardised convolution to fuse"),
@@ -82,6 +84,11 @@ ANSWERS: list[tuple[str, int, str]] = [
     ("bench {place}/four", 2, "expected the name of a network in timm's registry, got the place"),
     ("push {place}/none.pt me/net --model nfnet_f0 --license mit", 2, "{place}/none.pt is not there"),
     ("push {place}/best.pth.tar me/net --model nfnet_f00 --license mit", 2, "(did you mean nfnet_f0"),
+    (
+        "push {place}/best.pth.tar me/net --model nfnet_f0 --license mit --dry-run --architecture NFNet_F00",
+        2,
+        "Invalid value for '--architecture': no network or folder is called 'NFNet_F00' (did you mean nfnet_f0",
+    ),
     ("push {place}/best.pth.tar net --model nfnet_f0 --license mit --dry-run", 1, "as user/name, got 'net'"),
     ("convert {place}/none.npz -o {out}/x", 2, "{place}/none.npz is not there"),
     ("info resnet50", 2, "timm_nf has no network 'resnet50'; timm has"),

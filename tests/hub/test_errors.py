@@ -124,6 +124,7 @@ def test_options_reach_the_hub(hub, checkpoint, tmp_path, capsys):
 def test_not_logged_in(hub, checkpoint, tmp_path, monkeypatch, fails):
     publish(hub, tmp_path, private=True)
     monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("timm_nf.cli.weights.read", None)  # the file is not read first
     assert "hf auth login" in fails(*push(checkpoint))
     assert "hf auth login" in fails("pull", "alice/net")
     assert hub.count("POST") == 0

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._text import quoted
 from ..inference.bench import Timing
+from ..inference.images import Found, find_images
 from .options import (
     CheckpointFile,
     Device,
@@ -99,8 +100,10 @@ def export(
     """
     if random_weights:
         _require_registered_alone(network, checkpoint)
+    images: Found | None = None
     if int8:
         _require_plain_onnx(out, dynamic_size, dtype)
+        images = _enough_pictures(int8)
     to_folder = _is_folder(out)
     if to_folder:
         _require_whole_network(size, dynamic_batch or dynamic_size, random_weights)
@@ -113,8 +116,8 @@ def export(
         if license is None and checkpoint is None and not Path(network).is_dir():
             license = _published_license(loaded.network)
         _export_folder(loaded, out, license, dtype or torch.float32)
-    elif int8:
-        _export_int8(loaded, out, int8, size, dynamic_batch, metadata)
+    elif images:
+        _export_int8(loaded, out, images, size, dynamic_batch, metadata)
     else:
         _export_file(loaded, out, size, dynamic_batch, dynamic_size, dtype or torch.float32, metadata)
 
@@ -140,6 +143,16 @@ def _require_registered_alone(network: str, checkpoint: Path | None) -> None:
 def _require_plain_onnx(out: Path, dynamic_size: bool, dtype: torch.dtype | None) -> None:
     if out.suffix != ".onnx" or dynamic_size or dtype:
         raise typer.BadParameter("--int8 is for a file that ends in .onnx, without --dynamic-size and --dtype")
+
+
+def _enough_pictures(folder: Path) -> Found:
+    """The pictures to calibrate and compare on, found before the network is built or fetched."""
+    from ..inference.int8 import split
+
+    found = find_images([folder])
+    note_left_out(found)
+    split(found.pictures)
+    return found
 
 
 def _require_whole_network(size: int | None, dynamic: bool, random_weights: bool) -> None:
@@ -234,17 +247,14 @@ def _export_file(
 def _export_int8(
     loaded: Loaded,
     out: Path,
-    pictures: Path,
+    images: Found,
     size: int | None,
     dynamic_batch: bool,
     metadata: Mapping[str, str],
 ) -> None:
     from ..env import machine
-    from ..inference.images import find_images
     from ..inference.int8 import write
 
-    images = find_images([pictures])
-    note_left_out(images)
     found = write(
         _fused(loaded.network),
         images.pictures,
@@ -352,7 +362,6 @@ def classify(
     others are classified, and the exit code is 1.
     """
     from ..inference.classify import classify
-    from ..inference.images import find_images
 
     found = find_images(images)
     loaded = load_network(model, checkpoint, use_ema)

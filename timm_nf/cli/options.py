@@ -17,6 +17,7 @@ from ..variants import VARIANTS
 from .terminal import console, note, typer
 
 __all__ = [
+    "Architecture",
     "CheckpointFile",
     "Device",
     "Dtype",
@@ -175,6 +176,15 @@ RegisteredNetwork = Annotated[str, typer.Argument(metavar="NETWORK", help=_REGIS
 """The name of a network in timm's registry, as the first argument."""
 RegisteredOption = Annotated[str, typer.Option("--model", metavar="NETWORK", help=_REGISTERED, parser=_registered)]
 """The name of a network in timm's registry, as `--model`."""
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NETWORK",
+        help="Load as this model: with dm_nfnet_f0, stock timm loads an nfnet_f0.",
+        parser=_registered,
+    ),
+]
+"""The name of the network in timm's registry as which others load the weights."""
 Variant = Annotated[str, typer.Argument(metavar="NAME", help="A network of ours, see `timm-nf list`.", parser=_variant)]
 """The name of one of our networks."""
 CheckpointFile = Annotated[

@@ -8,7 +8,7 @@ from .._dtypes import dtype_name
 from .._text import quoted
 from ..checkpoint import Checkpoint, build, read
 from ..variants import VARIANTS
-from .options import Dtype, License, RegisteredOption, UseEma, any_path, existing_file
+from .options import Architecture, Dtype, License, RegisteredOption, UseEma, any_path, existing_file
 from .terminal import console, examples, file_sizes, print_facts, print_table, print_text, typer
 
 if TYPE_CHECKING:
@@ -137,17 +137,18 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     dtype: Dtype = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="Load as this model: with dm_nfnet_f0, stock timm loads an nfnet_f0.")
-    ] = None,
+    architecture: Architecture = None,
     overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="Replace an existing README.")] = False,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but upload, and print the card.")] = False,
 ) -> None:
     """Publish trained weights on the Hugging Face Hub. They are read back and compared first."""
     from .. import hub
+    from ..hub.client import require_hub
 
     _quiet_progress()
+    if not dry_run:
+        require_hub(repo_id, token=None)  # before the work
     content = read(checkpoint, use_ema)
     names = None if labels is None else _lines(labels)
     network = build(model, content, num_classes, names)

@@ -35,7 +35,7 @@ from ..checkpoint import Checkpoint, fill
 __all__ = ["canonical_name", "is_known", "load_model", "near_names", "random_model", "require_tag", "timm_name"]
 
 _PLACE = re.compile(r"hf[-_]hub:|https?:", re.IGNORECASE)
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(@.+)?")
 
 
 def is_known(name: str) -> bool:
