@@ -49,14 +49,14 @@ def network() -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def main(steps: int = 600, count: int = 1500) -> dict[str, float]:
+def main(steps: int = 2400, count: int = 1500) -> dict[str, float]:
     """Held-out accuracy of both networks, in percent."""
     x, y = volumes(count)
     held_out = count // 5
     results = {}
     for name, model in (("normalizer-free", timm_nf.normalizer_free(network())), ("batch-normalised", network())):
         exempt = f"{len(model) - 1}" if name == "normalizer-free" else None
-        train(model, x[held_out:], y[held_out:], F.cross_entropy, steps, lr=0.02, exempt=exempt)
+        train(model, x[held_out:], y[held_out:], F.cross_entropy, steps, lr=0.05, exempt=exempt)
         results[name] = accuracy(model, x[:held_out], y[:held_out])
     return results
 
