@@ -70,7 +70,7 @@ def contenders(name: str) -> Contenders:
     }
 
 
-class Measured(NamedTuple):
+class ClipCosts(NamedTuple):
     """By the labels of the contenders; operations and memory of clipping alone."""
 
     medians: dict[str, float]  # milliseconds
@@ -78,7 +78,7 @@ class Measured(NamedTuple):
     memory: dict[str, float]  # share of the parameters
 
 
-def measure(runs: Contenders, scale: float, repeats: int, title: str) -> Measured:
+def measure(runs: Contenders, scale: float, repeats: int, title: str) -> ClipCosts:
     """Run all contenders in turn, so that noise affects all of them. The first round is not timed."""
     grads = [scale * torch.randn_like(p) for p in runs["floor"][0]]
     times: dict[str, list[float]] = {label: [] for label in runs}
@@ -100,7 +100,7 @@ def measure(runs: Contenders, scale: float, repeats: int, title: str) -> Measure
                 operations[label] = counter.count
             for p in parameters:
                 p.grad = None
-    return Measured({label: statistics.median(values) for label, values in times.items()}, operations, memory)
+    return ClipCosts({label: statistics.median(values) for label, values in times.items()}, operations, memory)
 
 
 def set_gradients(parameters: list[Tensor], grads: list[Tensor]) -> None:
@@ -108,7 +108,7 @@ def set_gradients(parameters: list[Tensor], grads: list[Tensor]) -> None:
         p.grad = grad.clone()
 
 
-def cells_of(what: str, found: Measured) -> list[str]:
+def cells_of(what: str, found: ClipCosts) -> list[str]:
     """The cells of `clip` or `step`, from the third column on."""
     ours, theirs = f"{what}, timm_nf", f"{what}, timm"
     milliseconds = found.medians[ours], found.medians[theirs]
@@ -120,7 +120,7 @@ def cells_of(what: str, found: Measured) -> list[str]:
     return cells
 
 
-def missed_targets(found: Measured) -> Iterator[str]:
+def missed_targets(found: ClipCosts) -> Iterator[str]:
     for what, target in TARGETS.items():
         ratio = found.medians[f"{what}, timm"] / found.medians[f"{what}, timm_nf"]
         if ratio < target:

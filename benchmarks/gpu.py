@@ -80,7 +80,7 @@ class Case(NamedTuple):
     batch: int | None = None
 
 
-class Row(NamedTuple):
+class CaseResult(NamedTuple):
     """What was measured of a case; None where nothing was, and the note says why."""
 
     part: str
@@ -217,7 +217,7 @@ def warmed(build: Callable[[], Work], device: str) -> tuple[Work, float]:
     return work, (torch.accelerator.max_memory_allocated(device) - before) / 2**20
 
 
-def measure(case: Case, device: str, sizes: Sizes) -> Row:
+def measure(case: Case, device: str, sizes: Sizes) -> CaseResult:
     """Times and memory of ours and timm's; one that stops, for want of memory say, leaves the other."""
     works: dict[str, Work] = {}
     found: dict[str, float] = {}
@@ -234,7 +234,7 @@ def measure(case: Case, device: str, sizes: Sizes) -> Row:
         found |= {f"{whose}_ms": ms for whose, ms in medians(works, device, sizes.repeats).items()}
     except torch.OutOfMemoryError:
         notes.append("both at a time: out of memory")
-    return Row(*case, **found, note="; ".join(notes))
+    return CaseResult(*case, **found, note="; ".join(notes))
 
 
 def medians(works: dict[str, Work], device: str, repeats: int) -> dict[str, float]:
@@ -250,7 +250,7 @@ def medians(works: dict[str, Work], device: str, repeats: int) -> dict[str, floa
     return {label: statistics.median(values) / runs[label] for label, values in times.items()}
 
 
-def in_this_process(part: str, device: str, sizes: Sizes) -> Iterator[Row]:
+def in_this_process(part: str, device: str, sizes: Sizes) -> Iterator[CaseResult]:
     for case in cases(part, sizes):
         yield measure(case, device, sizes)
         gc.collect()  # networks whose error or graph still refers to them
@@ -259,7 +259,7 @@ def in_this_process(part: str, device: str, sizes: Sizes) -> Iterator[Row]:
             torch.accelerator.empty_cache()
 
 
-def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator[Row]:
+def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator[CaseResult]:
     """The part's rows as they come, and one for each case that was cut."""
     command = [
         sys.executable,
@@ -284,11 +284,11 @@ def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
-            yield Row(*json.loads(line))
+            yield CaseResult(*json.loads(line))
             left.pop(0)
         timer.cancel()
     why = f"cut, its part had {seconds:.0f} s" if ended.is_set() else f"its process ended with {process.returncode}"
-    yield from (Row(*case, note=why) for case in left)
+    yield from (CaseResult(*case, note=why) for case in left)
 
 
 # --- the page ---
@@ -300,7 +300,7 @@ def cell(value: float | None) -> str:
     return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
-def line(row: Row) -> str:
+def line(row: CaseResult) -> str:
     """As a row of the page's table."""
     ratio = f"{row.timm_ms / row.ours_ms:.2f}x" if row.ours_ms and row.timm_ms else ""
     cells = [row.part, row.work, row.network, "" if row.batch is None else str(row.batch)]
@@ -323,7 +323,7 @@ def driver() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0] or "not known"
 
 
-def measured(rows: list[Row], command: str) -> str:
+def measured(rows: list[CaseResult], command: str) -> str:
     """The page's part about what was measured."""
     about = environment() | {"driver": driver(), "command": f"`{command}`"}
     return (
@@ -379,11 +379,11 @@ def write(folder: Path, measured: str, counted: str | None) -> None:
     file.write_text(PAGE.format(measured=measured, counted=counted))
 
 
-def write_csv(folder: Path, rows: list[Row]) -> None:
+def write_csv(folder: Path, rows: list[CaseResult]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "gpu.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Row._fields)
+        writer.writerow(CaseResult._fields)
         writer.writerows(rows)
 
 
@@ -412,7 +412,7 @@ def main() -> int:
         return 0
 
     end = time.monotonic() + 60 * args.minutes
-    rows: list[Row] = []
+    rows: list[CaseResult] = []
     print(HEAD, end="")
     for i, part in enumerate(PARTS):
         left = end - time.monotonic()

@@ -37,7 +37,7 @@ STEP = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
 
 
 @dataclass
-class Row:
+class Ratio:
     work: str
     against: str
     ours: str
@@ -68,16 +68,16 @@ def timed(name: str, batch: int, size: int, labels: list[str], repeats: int) -> 
     return {label: timing.median for label, timing in timings.items()}
 
 
-def inference_rows(repeats: int) -> list[Row]:
+def inference_rows(repeats: int) -> list[Ratio]:
     layouts = ["stock", "stock, channels_last", "fused", "fused, channels_last"]
     labels = [*layouts, "fused, compiled", "fused, onnxruntime"]
     if bfloat16_is_fast():
         labels.append("fused, bfloat16")
     medians = timed("nfnet_f0", 1, PIXELS, labels, repeats)
 
-    def row(work: str, label: str, against: str, asked: float) -> Row:
+    def row(work: str, label: str, against: str, asked: float) -> Ratio:
         ours, theirs = medians[label], medians[against]
-        return Row(f"{work}: {label}", against, f"{ours:.1f} ms", f"{theirs:.1f} ms", theirs / ours, asked)
+        return Ratio(f"{work}: {label}", against, f"{ours:.1f} ms", f"{theirs:.1f} ms", theirs / ours, asked)
 
     rows = [row("F0, batch 1", best(medians, "fused")[0], "stock", 1.4)]
     if bfloat16_is_fast():
@@ -89,7 +89,7 @@ def inference_rows(repeats: int) -> list[Row]:
     for label in (best(medians, "fused")[0], "fused, compiled", "fused, onnxruntime"):
         achieved = macs / medians[label] / 1e6
         work = f"F0, batch 1: {label}, multiply-adds per second"
-        rows.append(Row(work, "matrix product", f"{achieved:.0f} G", f"{rate:.0f} G", achieved / rate, 0.6))
+        rows.append(Ratio(work, "matrix product", f"{achieved:.0f} G", f"{rate:.0f} G", achieved / rate, 0.6))
 
     medians = timed("nfnet_f0", 8, PIXELS, layouts, max(5, repeats // 2))
     rows.append(row("F0, batch 8", best(medians, "fused")[0], best(medians, "stock")[0], 1.1))
@@ -121,7 +121,7 @@ def training_step(name: str, batch: int, channels_last: bool) -> Work:
     return step
 
 
-def training_rows(repeats: int) -> list[Row]:
+def training_rows(repeats: int) -> list[Ratio]:
     rows = []
     for batch in (2, 8):
         labels = [f"{name}{layout}" for name in ("fused", "stock") for layout in ("", ", channels_last")]
@@ -132,14 +132,14 @@ def training_rows(repeats: int) -> list[Row]:
         (ours, our_time), (theirs, their_time) = best(medians, "fused"), best(medians, "stock")
         layouts = ["channels_last" if "last" in label else "contiguous" for label in (ours, theirs)]
         work, against = f"F0, training step, batch {batch}: {layouts[0]}", f"dm_nfnet_f0, {layouts[1]}"
-        rows.append(Row(work, against, f"{our_time:.0f} ms", f"{their_time:.0f} ms", their_time / our_time, 1.0))
+        rows.append(Ratio(work, against, f"{our_time:.0f} ms", f"{their_time:.0f} ms", their_time / our_time, 1.0))
         peaks = [peak_memory(steps[label]) / 2**20 for label in (ours, theirs)]
         work = f"F0, training step, batch {batch}: peak memory"
-        rows.append(Row(work, against, f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB", peaks[1] / peaks[0], 1.0))
+        rows.append(Ratio(work, against, f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB", peaks[1] / peaks[0], 1.0))
     return rows
 
 
-def draw_ratios(rows: list[Row], kind: str, file: Path) -> None:
+def draw_ratios(rows: list[Ratio], kind: str, file: Path) -> None:
     """The rows of one picture, with their targets."""
     from matplotlib.figure import Figure
 
@@ -228,7 +228,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
 
-    rows: list[Row] = []
+    rows: list[Ratio] = []
     if args.only != "training":
         rows += inference_rows(args.repeats)
     if args.only != "inference":

@@ -190,7 +190,7 @@ def test_the_authors_checkpoints_are_read(tmp_path):
 
 def test_what_is_no_checkpoint_of_the_authors_is_named(tmp_path):
     (tmp_path / "F0.npz").write_bytes(b"\x80\x04}.")
-    with pytest.raises(ValueError, match=r"F0\.npz has not the parameters of one of the authors' networks"):
+    with pytest.raises(ValueError, match=r"F0\.npz does not have the parameters of one of the authors' networks"):
         checkpoint.read(tmp_path / "F0.npz")
     (tmp_path / "F0.pth").write_bytes(b"\x80\x04}.")  # torch warns of its protocol first
     with pytest.raises(ValueError, match=r"F0\.pth cannot be read"):

@@ -118,9 +118,9 @@ def test_a_shape_is_read_and_its_entry_is_said(what, zipped, tmp_path):
         ({"generator": RAW, "discriminator": RAW}, "several sets of weights: generator .2 tensors., discriminator"),
         (
             {"model": RAW, "state_dict": RAW, "ema": MEAN},
-            "model .2 .*state_dict .2 .*averaged ones are had by --use-ema",
+            "model .2 .*state_dict .2 .*--use-ema takes the averaged ones",
         ),
-        (under("student.") | under("teacher."), "student .2 tensors., teacher .2 tensors.*Save the one that is meant"),
+        (under("student.") | under("teacher."), "student .2 tensors., teacher .2 tensors.*Save the right one"),
         (OPTIMIZER, r"expected dense tensors by name in .* it holds state \(dict\), param_groups \(list\)"),
         ({"optimizer": OPTIMIZER, "epoch": 3}, r"it holds optimizer \(dict\), epoch \(int\)"),
         ({"state_dict": {}}, r"it holds state_dict \(dict\)"),
@@ -233,7 +233,7 @@ def test_an_index_whose_files_are_not_all_there_names_one(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
     with pytest.raises(FileNotFoundError, match=r"lists two\.safetensors, which is not there: download all 2 files"):
         checkpoint.read(index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}))
-    with pytest.raises(ValueError, match=r"one\.safetensors has not all tensors that .* lists, say 'b'"):
+    with pytest.raises(ValueError, match=r"one\.safetensors lacks tensors that .* lists, such as 'b'"):
         checkpoint.read(index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"}))
     (tmp_path / "two.safetensors").write_bytes(LFS)
     with pytest.raises(ValueError, match=r"two\.safetensors is a Git LFS pointer"):

@@ -1,6 +1,6 @@
-"""What is in a file of weights: its kind by its first bytes, the entry that is meant, names without wrappers.
+"""Reads files of weights: tells the kind by the first bytes, finds the entry with the weights, and unwraps its names.
 
-Nothing read here can run code. torch files are read with `weights_only=True`, safetensors hold only tensors, and the
+No file can run code here. torch files are read with `weights_only=True`. safetensors files hold only tensors. The
 authors' pickles are read by `timm_nf.convert`.
 """
 
@@ -30,20 +30,20 @@ __all__ = ["Weights", "load_tensors", "pick_weights", "read_content"]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ZIP, _PICKLE = b"PK\3\4", b"\x80"
-_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")  # as the Hub's clients name the parts of a large file
-# Entries that hold tensors by name and are no weights.
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")  # the Hub's clients name the parts of a large file like this
+# Names of entries that hold tensors by name, but no weights.
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|rng|random|hyper|config|args", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _AVERAGED = {"ema", "swa", "avg", "average", "averaged"}  # words in the name of an entry
-# What wraps a network and leaves its name in front of all others.
+# Wrappers of a whole network. They put one of these names in front of all parameter names.
 _OUTER = {
     "module", "model", "net", "network", "timm_model", "ema", "model_ema", "ema_model", "averaged_model", "student",
     "teacher",
 }  # fmt: skip
-# What wraps layers, too; no layer is called so.
+# Wrappers of layers or of networks. No layer has one of these names.
 _INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_COUNTER = "n_averaged"  # of updates, beside the `module` of torch's AveragedModel
-# Packages whose objects lie beside the weights: hyper-parameters, paths, numbers, settings. They are not needed.
+_COUNTER = "n_averaged"  # torch's AveragedModel counts its updates under this name, beside its `module`
+# Objects of these packages lie beside the weights: hyper-parameters, paths, numbers, settings. They are left out.
 _PASSED_OVER = {
     "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
     "deepspeed",
@@ -59,9 +59,9 @@ class Weights(NamedTuple):
     """One set of weights in a file.
 
     Attributes:
-        entry: Where it lies in the file, from outside to inside; () for the file itself.
-        tensors: By name, without wrappers; no two share memory.
-        averaged: Whether they are an average over training steps.
+        entry: The keys that lead to it, from outside to inside. () is the file itself.
+        tensors: The tensors by name, without the names of wrappers. No two share memory.
+        averaged: Whether the weights are an average over training steps.
     """
 
     entry: tuple[str, ...]
@@ -73,14 +73,18 @@ class Weights(NamedTuple):
 
 
 def read_content(file: Path) -> object:
-    """What a file holds: of safetensors and the authors' files tensors by name, of torch files whatever was saved.
+    """Read a file of weights.
 
     Args:
-        file: Its first bytes say what it is. The authors' files end in `.npz`, an index of several files in `.json`.
+        file: The file. Its first bytes tell whether it is from torch or safetensors. A file of the authors ends in
+            `.npz`, an index of several files in `.json`.
+
+    Returns:
+        Tensors by name for safetensors and for the authors' files. For a torch file, whatever was saved.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is none of these, or needs code to be run.
+        ValueError: if the file is of another kind, or reading it would run code.
     """
     if not file.is_file():
         found = "a folder, name a file in it" if file.is_dir() else "none"
@@ -101,12 +105,14 @@ def read_content(file: Path) -> object:
 
 
 def _refuse_placeholders(file: Path, start: bytes) -> None:
-    """Refuse what a download leaves where the weights should be."""
+    """Refuse what a failed download leaves in the place of the weights."""
     if not start:
         raise ValueError(f"{file} is empty: download or save it again")
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):  # HTML or XML, of a server that refused
+    if (
+        start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+    ):  # HTML or XML, the answer of a server that refused
         raise ValueError(
             f"{file} is a web page, not the weights: download the file itself, on the Hub by its resolve link"
         )
@@ -119,7 +125,7 @@ def _read_one(file: Path, start: bytes) -> object:
     if start.startswith((_ZIP, _PICKLE)):
         return _read_torch(file, is_zip=start.startswith(_ZIP))
     if file.suffix.lower() == ".safetensors" and b"\0" in start[:8]:
-        return _read_safetensors(file)  # which says how its header is broken
+        return _read_safetensors(file)  # its error says what is wrong with the header
     raise ValueError(
         f"{file} is no file of weights: expected one of torch or safetensors, it begins with {start[:24]!r}"
     )
@@ -130,7 +136,7 @@ def _read_authors(file: Path) -> dict[str, Tensor]:
     try:
         return convert.haiku_to_timm(params)
     except ValueError as error:
-        raise ValueError(f"{file} has not the parameters of one of the authors' networks: {error}") from error
+        raise ValueError(f"{file} does not have the parameters of one of the authors' networks: {error}") from error
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -141,17 +147,17 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own that is allocated once.
+    """The tensors of a safetensors file, each in memory of its own.
 
-    safetensors' own reader maps the file. That leaves tensors unaligned, for which the CPU has other kernels: logits
-    differ in the last bits. Copies of mapped tensors would need the memory twice.
+    safetensors' own reader maps the file, so its tensors are not aligned. For unaligned tensors the CPU has other
+    kernels, and logits differ in the last bits. Copying the mapped tensors would take twice the memory.
 
     Raises:
-        SafetensorError: if the file is none, or loses bytes meanwhile.
+        SafetensorError: if it is not a safetensors file, or if it becomes shorter while it is read.
     """
     mapped = load_file(file)  # checks the whole header
     tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in mapped.items()}
-    del mapped  # half of the file's pages were seen to count as memory as long as it is mapped
+    del mapped  # while the file is mapped, half of its pages were seen to count as used memory
     with Path(file).open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -187,7 +193,7 @@ def _read_shards(file: Path) -> dict[str, Tensor]:
         held = cast(dict[Any, Any], content) if isinstance(content, dict) else {}
         missing = [name for name in shards[shard] if not isinstance(held.get(name), Tensor)]
         if missing:
-            raise ValueError(f"{part} has not all tensors that {file.name} lists, say {missing[0]!r}")
+            raise ValueError(f"{part} lacks tensors that {file.name} lists, such as {missing[0]!r}")
         tensors |= {name: held[name] for name in shards[shard]}
     return tensors
 
@@ -196,7 +202,7 @@ def _read_shards(file: Path) -> dict[str, Tensor]:
 
 
 class _PassedOver:
-    """Stands for an object of another package, and keeps nothing of it."""
+    """Takes the place of an object of another package, and keeps nothing of it."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -206,14 +212,14 @@ class _PassedOver:
 
 
 class _PassedOverDict:
-    """Stands for a kind of dict: torch sets items of plain dicts alone."""
+    """Takes the place of a subclass of dict. It makes a plain dict, because torch only sets items of plain dicts."""
 
     def __new__(cls, *_: object) -> dict[Any, Any]:  # pyright: ignore[reportInconsistentConstructor]
         return {}
 
 
 def _stand_in(name: str) -> tuple[type, str]:
-    """What is made instead of an object, and the name under which torch's reader looks for it."""
+    """The class that takes an object's place, and the name under which torch's reader looks for it."""
     is_dict = name.endswith(".AttributeDict") or name == "collections.defaultdict"
     return (_PassedOverDict if is_dict else _PassedOver), name
 
@@ -223,7 +229,7 @@ def _is_passed_over(name: str) -> bool:
 
 
 def _read_torch(file: Path, is_zip: bool) -> object:
-    asked: set[str] = set()  # classes and functions that the file names
+    asked: set[str] = set()  # the classes and functions that the file asks for
     try:
         if is_zip:
             _require_torch_zip(file)
@@ -231,11 +237,11 @@ def _read_torch(file: Path, is_zip: bool) -> object:
         while True:
             passed_over = [_stand_in(name) for name in sorted(asked) if _is_passed_over(name)]
             try:
-                # train.py's arguments are a Namespace. torch warns of a protocol before it refuses the content.
+                # train.py saves its arguments as a Namespace. Before torch refuses a file, it may warn of its protocol.
                 with (
                     torch.serialization.safe_globals([argparse.Namespace, *passed_over]),
                     warnings.catch_warnings(action="ignore"),
-                    file.open("rb") as stream,  # of a path, torch would believe the suffix
+                    file.open("rb") as stream,  # not the path: torch would trust its suffix
                 ):
                     return torch.load(stream, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
@@ -246,21 +252,21 @@ def _read_torch(file: Path, is_zip: bool) -> object:
                     raise
     except pickle.UnpicklingError as error:
         refused = sorted(name for name in asked if not _is_passed_over(name) and name != "argparse.Namespace")
-        why = f"it asks for {', '.join(refused[:3])}" if refused else "it is no torch file of tensors alone"
+        why = f"it asks for {', '.join(refused[:3])}" if refused else "it holds other things than tensors"
         if any(name.startswith(("torch.nn.modules.", "timm.", "timm_nf.")) for name in refused):
             why += ": it is a whole model and not its weights"
         raise ValueError(
             f"{file} is not read, because {why}; expected a checkpoint of timm's train.py, safetensors or a state "
-            "dict: load what you trust yourself and save its state dict with safetensors"
+            "dict: if you trust the file, load it yourself and save its state dict with safetensors"
         ) from error
-    except Exception as error:  # torch raises all kinds for broken files
+    except Exception as error:  # torch raises many types of errors for broken files
         if isinstance(error, _NotTorchError):
             raise ValueError(str(error)) from None
         raise ValueError(f"{file} cannot be read, it may be incomplete: {reason(error)}") from error
 
 
 class _NotTorchError(Exception):
-    """A zip archive that holds something else."""
+    """A zip archive that torch did not write as a file of weights."""
 
 
 def _require_torch_zip(file: Path) -> None:
@@ -272,24 +278,24 @@ def _require_torch_zip(file: Path) -> None:
     if not any(name.endswith("/data.pkl") for name in names):
         held = ", ".join(name[:60] for name in names[:2]) or "nothing"
         raise _NotTorchError(f"{file} is a zip archive of other things than weights ({held}): unpack it, or save again")
-    if packed:  # torch compresses nothing; a few bytes could fill the memory
-        raise _NotTorchError(f"{file} is compressed, as torch writes no file: unpack it and save it again")
+    if packed:  # a few compressed bytes could fill the memory
+        raise _NotTorchError(f"{file} is compressed, but torch does not compress: unpack it and save it again")
 
 
 # -- the entry ---------------------------------------------------------------------------------------------------------
 
 
 def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
-    """The weights in what `read_content` returned: the only ones there are, or the only ones of the kind asked for.
+    """Find the weights in what `read_content` returned. There must be one set, or one set of the kind asked for.
 
     Args:
-        file: Where it is from, for messages.
+        file: The file that it is from, for messages.
         content: What the file holds.
-        use_ema: Weights averaged over training steps. Otherwise those of the last step, or averaged ones where a file
-            has no others.
+        use_ema: Whether to take weights that are averaged over training steps. If false, the weights of the last step
+            are taken. A file that only has averaged weights gives those.
 
     Raises:
-        ValueError: if there are none, or several; lists what the file holds.
+        ValueError: if there is no such set, or more than one. The message lists what the file holds.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a checkpoint in {file}, got {type(content).__name__}")
@@ -297,7 +303,7 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
     found = list(_sets(entries))
     averaged = [weights for weights in found if weights.averaged]
     if use_ema and not averaged:
-        raise ValueError(f"{file} has no averaged weights (state_dict_ema, say): leave out --use-ema")
+        raise ValueError(f"{file} has no averaged weights (such as state_dict_ema): leave out --use-ema")
     wanted = averaged if use_ema else [weights for weights in found if not weights.averaged] or averaged
     if not wanted:
         raise ValueError(
@@ -306,9 +312,9 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
         )
     if len(wanted) > 1:
         names = ", ".join(f"{_name(w.entry)} ({len(w.tensors)} tensors)" for w in wanted)
-        hint = "; averaged ones are had by --use-ema" if averaged and not use_ema else ""
+        hint = "; --use-ema takes the averaged ones" if averaged and not use_ema else ""
         raise ValueError(
-            f"{file} holds several sets of weights: {names}{hint}. Save the one that is meant as a file of its own"
+            f"{file} holds several sets of weights: {names}{hint}. Save the right one as a file of its own"
         )
     (weights,) = wanted
     _refuse_what_is_not_dense(weights, file)
@@ -316,13 +322,13 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
 
 
 def _sets(entries: Mapping[Any, Any]) -> Iterator[Weights]:
-    """All sets of weights in a file, each with its entry."""
+    """All sets of weights in a file."""
     found = list(_nested(entries, ()))
     own = _tensors(entries)
     if own and (not found or _is_network(own)):
         found.append(((), own))
     for entry, tensors in found:
-        # Lightning's callback for averages puts them in the place of the weights of the last step.
+        # Lightning's callback for weight averaging stores the averages under state_dict, in the place of the weights.
         averaged = "current_model_state" in entries and entry == ("state_dict",)
         for weights in _unwrapped(Weights(entry, tensors, averaged)):
             yield weights._replace(averaged=weights.averaged or any(map(_is_averaged, weights.entry)))
@@ -345,12 +351,12 @@ def _tensors(entries: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _is_network(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there is a matrix or a kernel: counters and best scores are tensors by name, too."""
+    """Whether a matrix or a kernel is among the tensors. Counters and best scores are tensors by name, too."""
     return any(tensor.is_nested or tensor.ndim >= 2 for tensor in tensors.values())
 
 
 def _unwrapped(weights: Weights) -> Iterator[Weights]:
-    """Tensors without the prefixes that wrappers leave; several sets where every name has one of several prefixes."""
+    """The weights without the prefixes of wrappers. If names begin with several wrappers, each gives a set."""
     named = {_INNER.sub("", name): tensor for name, tensor in weights.tensors.items()}
     counted = named.pop(_COUNTER, None) is not None
     weights = weights._replace(averaged=weights.averaged or counted)
@@ -373,7 +379,7 @@ def _unwrapped(weights: Weights) -> Iterator[Weights]:
 
 
 def _in_a_holder(names: Iterable[str]) -> bool:
-    """Whether all names begin alike, and several layers follow: no network of timm is one child alone."""
+    """Whether all names begin with the same part and then differ. A network of timm has more than one child."""
     parts = [name.split(".") for name in names]
     common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
     return common > 0 and len({name[common] for name in parts if len(name) > common + 1}) > 1
@@ -388,7 +394,7 @@ def _name(entry: tuple[str, ...]) -> str:
 
 
 def _inventory(entries: Mapping[Any, Any]) -> str:
-    """The first entries of a file in words."""
+    """The first entries of a file, in words."""
     words = [f"{str(key)[:60]} ({type(value).__name__})" for key, value in list(entries.items())[:8]]
     if len(entries) > 8:
         words.append(f"and {len(entries) - 8} more")
@@ -407,18 +413,18 @@ def _refuse_what_is_not_dense(weights: Weights, file: Path) -> None:
             raise ValueError(f"expected dense tensors by name in {origin}, but {name[:100]} is {kind}")
     if weights.tensors and all(tensor.numel() == 0 for tensor in weights.tensors.values()):
         raise ValueError(
-            f"all tensors in {origin} are empty, as DeepSpeed leaves them where it shards parameters: join them with "
+            f"all tensors in {origin} are empty. DeepSpeed leaves them empty if it shards parameters: join them with "
             "its zero_to_fp32.py first"
         )
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each in memory of its own: of a tensor under two names, training would change both."""
+    """The tensors, each in memory of its own. Otherwise training one name would change the other."""
     held: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        # Views have more memory than they need, expanded tensors less.
+        # A view's storage is larger than the tensor, that of an expanded tensor is smaller.
         if storage.data_ptr() in held or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         held.add(storage.data_ptr())

@@ -182,7 +182,7 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     """The settings as a file for `train.py --config`. Comments at its top list what train.py does differently.
 
     Args:
-        name: As for `settings`, and so for the others.
+        name: The network's name.
         purpose: The recipe's purpose.
         world_size: Number of processes.
         batch_size: Batch size of all processes together.

@@ -13,7 +13,7 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from .environments import FOLDER, Answer, Row, ToolError, ask, install
+from .environments import FOLDER, Answer, Outcome, ToolError, ask, install
 from .page import PAGE, row, write
 from .probes import PROBES
 
@@ -43,7 +43,7 @@ def main() -> int:
     answers: dict[str, Answer | str] = {}
     for name in track(arguments.names or list(PROBES), "trying tools", console=console):
         answers[name] = found = answer(name)
-        rows = found.rows if isinstance(found, Answer) else [Row("-", "-", found)]
+        rows = found.rows if isinstance(found, Answer) else [Outcome("-", "-", found)]
         for one in rows:
             console.print(row(PROBES[name].title, *one), markup=False, highlight=False, soft_wrap=True)
     write(answers)

@@ -23,7 +23,7 @@ class ToolError(Exception):
     """A tool does not install, or its probe ended without an answer. The message is one line."""
 
 
-class Row(NamedTuple):
+class Outcome(NamedTuple):
     """One line of the page.
 
     Attributes:
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
     """The answer of a probe: the tool's versions, its rows of the page, and the machine that it ran on."""
 
     versions: str
-    rows: list[Row]
+    rows: list[Outcome]
     machine: str
 
 
@@ -97,7 +97,7 @@ def ask(name: str, python: Path, module: str = "scripts.check_tools.probes") -> 
     if not answers:
         raise ToolError(f"the probe {name} ended without an answer")
     answer: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
-    return Answer(answer["versions"], [Row(*row) for row in answer["rows"]], answer["machine"])
+    return Answer(answer["versions"], [Outcome(*row) for row in answer["rows"]], answer["machine"])
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:

@@ -31,7 +31,7 @@ import timm_nf
 from timm_nf._relative_error import relative_error
 from timm_nf.env import machine
 
-from .environments import MARK, Row
+from .environments import MARK, Outcome
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "num_classes": 10}
 EXACT = 1e-4  # relative error of float32 rounding, at most
@@ -43,7 +43,7 @@ class Probe(NamedTuple):
 
     title: str
     requirements: tuple[str, ...]
-    run: Callable[[], list[Row]]
+    run: Callable[[], list[Outcome]]
 
 
 class Measured(NamedTuple):
@@ -56,10 +56,10 @@ class Measured(NamedTuple):
 PROBES: dict[str, Probe] = {}
 
 
-def probe(title: str, *requirements: str) -> Callable[[Callable[[], list[Row]]], Callable[[], list[Row]]]:
+def probe(title: str, *requirements: str) -> Callable[[Callable[[], list[Outcome]]], Callable[[], list[Outcome]]]:
     """Register a function in `PROBES` under its name."""
 
-    def register(function: Callable[[], list[Row]]) -> Callable[[], list[Row]]:
+    def register(function: Callable[[], list[Outcome]]) -> Callable[[], list[Outcome]]:
         PROBES[function.__name__] = Probe(title, requirements, function)
         return function
 
@@ -136,7 +136,7 @@ def attempt(measure: Callable[[Any], Measured], model: Any) -> Measured:
         return Measured(False, f"{type(raised).__name__}: {short}")
 
 
-def both(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
+def both(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Outcome:
     """Measure the network and the fused network."""
     unfused, fused = attempt(measure, create()), attempt(measure, timm_nf.fuse(create()))
     if unfused.ok:
@@ -146,13 +146,13 @@ def both(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any
     else:
         verdict = "not"
     second = "the same" if fused.text == unfused.text else fused.text
-    return Row(what, verdict, f"{unfused.text}; fused: {second}")
+    return Outcome(what, verdict, f"{unfused.text}; fused: {second}")
 
 
-def alone(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Row:
+def alone(what: str, measure: Callable[[Any], Measured], create: Callable[[], Any] = network) -> Outcome:
     """Measure the network alone. The tool builds it by name, so it cannot be fused."""
     found = attempt(measure, create())
-    return Row(what, "as it is" if found.ok else "not", found.text)
+    return Outcome(what, "as it is" if found.ok else "not", found.text)
 
 
 def multiply_adds() -> float:
@@ -180,7 +180,7 @@ def run_onnx(file: Path, x: Tensor) -> Tensor:
 
 
 @probe("torch")
-def torch_itself() -> list[Row]:
+def torch_itself() -> list[Outcome]:
     def trace(model: Any) -> Measured:
         return off(error(torch.jit.trace(model, images())(images()), truth(model)))
 
@@ -238,7 +238,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 @probe("torchvision")
-def torchvision() -> list[Row]:
+def torchvision() -> list[Outcome]:
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.models.feature_extraction import create_feature_extractor
@@ -288,7 +288,7 @@ def torchvision() -> list[Row]:
 
 
 @probe("accelerate", "accelerate")
-def accelerate() -> list[Row]:
+def accelerate() -> list[Outcome]:
     import accelerate as tool
 
     def cpu(model: Any) -> Measured:
@@ -338,7 +338,7 @@ ADAPTED = r"stages\.\d+\.\d+\.(conv1|conv3|downsample\.conv)"
 
 
 @probe("PEFT", "peft", "accelerate")
-def peft() -> list[Row]:
+def peft() -> list[Outcome]:
     import peft as tool
 
     def adapted(model: Any, config: Any) -> tuple[Any, float, float]:
@@ -384,7 +384,7 @@ def peft() -> list[Row]:
 
 
 @probe("transformers", "transformers", "accelerate")
-def transformers() -> list[Row]:
+def transformers() -> list[Outcome]:
     import transformers as tool
 
     tool.logging.set_verbosity_error()
@@ -437,7 +437,7 @@ def transformers() -> list[Row]:
 
 
 @probe("captum", "captum")
-def captum() -> list[Row]:
+def captum() -> list[Outcome]:
     from captum.attr import DeepLift, GuidedBackprop
 
     def guided(model: Any) -> Measured:
@@ -475,7 +475,7 @@ def captum() -> list[Row]:
 
 
 @probe("zennit", "zennit")
-def zennit() -> list[Row]:
+def zennit() -> list[Outcome]:
     from zennit.attribution import Gradient
     from zennit.composites import EpsilonPlusFlat
 
@@ -491,7 +491,7 @@ def zennit() -> list[Row]:
 
 
 @probe("grad-cam", "grad-cam")
-def grad_cam() -> list[Row]:
+def grad_cam() -> list[Outcome]:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -514,7 +514,7 @@ def grad_cam() -> list[Row]:
 
 
 @probe("fvcore", "fvcore")
-def fvcore() -> list[Row]:
+def fvcore() -> list[Outcome]:
     from fvcore.nn import FlopCountAnalysis
 
     logging.disable(logging.WARNING)
@@ -527,7 +527,7 @@ def fvcore() -> list[Row]:
 
 
 @probe("thop", "thop")
-def thop() -> list[Row]:
+def thop() -> list[Outcome]:
     from thop import profile
     from thop.vision.basic_hooks import count_convNd
 
@@ -545,7 +545,7 @@ def thop() -> list[Row]:
 
 
 @probe("ptflops", "ptflops")
-def ptflops() -> list[Row]:
+def ptflops() -> list[Outcome]:
     from ptflops import get_model_complexity_info
 
     def counted(backend: str) -> Callable[[Any], Measured]:
@@ -564,7 +564,7 @@ def ptflops() -> list[Row]:
 
 
 @probe("torchinfo", "torchinfo")
-def torchinfo() -> list[Row]:
+def torchinfo() -> list[Outcome]:
     from torchinfo import summary
 
     return [
@@ -581,7 +581,7 @@ def torchinfo() -> list[Row]:
 
 
 @probe("torchao", "torchao")
-def torchao() -> list[Row]:
+def torchao() -> list[Outcome]:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -609,7 +609,7 @@ def torchao() -> list[Row]:
 
 
 @probe("optimum-quanto", "optimum-quanto")
-def optimum_quanto() -> list[Row]:
+def optimum_quanto() -> list[Outcome]:
     from optimum.quanto import freeze, qint8, quantize
 
     def measure(model: Any, exclude: list[str] | None = None) -> Measured:
@@ -630,7 +630,7 @@ def optimum_quanto() -> list[Row]:
 
 
 @probe("nncf", "nncf")
-def nncf() -> list[Row]:
+def nncf() -> list[Outcome]:
     # It compiles a C++ extension in the first call. Its default limit for that is 60 seconds.
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "600"
     import nncf as tool
@@ -643,7 +643,7 @@ def nncf() -> list[Row]:
 
 
 @probe("OpenVINO", "openvino")
-def openvino() -> list[Row]:
+def openvino() -> list[Outcome]:
     import openvino as tool
 
     def measure(model: Any) -> Measured:
@@ -656,7 +656,7 @@ def openvino() -> list[Row]:
 
 
 @probe("onnxsim", "onnxsim")
-def onnxsim() -> list[Row]:
+def onnxsim() -> list[Outcome]:
     import onnx
     import onnxsim as tool
 
@@ -675,7 +675,7 @@ def onnxsim() -> list[Row]:
 
 # 9.0 makes a number of an array of one element, which numpy 2.4 refuses
 @probe("coremltools", "coremltools", "numpy<2.4")
-def coremltools() -> list[Row]:
+def coremltools() -> list[Outcome]:
     import coremltools as tool
 
     def measure(model: Any) -> Measured:
@@ -694,7 +694,7 @@ def coremltools() -> list[Row]:
 
 
 @probe("torch-pruning", "torch-pruning")
-def torch_pruning() -> list[Row]:
+def torch_pruning() -> list[Outcome]:
     import torch_pruning as tool
 
     def measure(model: Any) -> Measured:
@@ -714,7 +714,7 @@ def torch_pruning() -> list[Row]:
 
 
 @probe("opacus", "opacus")
-def opacus() -> list[Row]:
+def opacus() -> list[Outcome]:
     from opacus import GradSampleModule
     from torch.func import functional_call, grad, vmap
 
@@ -734,7 +734,7 @@ def opacus() -> list[Row]:
 
 
 @probe("lightning", "lightning")
-def lightning() -> list[Row]:
+def lightning() -> list[Outcome]:
     import lightning as tool
     from torch.utils.data import DataLoader
 
@@ -766,7 +766,7 @@ def lightning() -> list[Row]:
 
 
 @probe("fastai", "fastai")
-def fastai() -> list[Row]:
+def fastai() -> list[Outcome]:
     import fastai.callback.progress  # noqa: F401, gives Learner no_bar
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
@@ -794,7 +794,7 @@ def fastai() -> list[Row]:
 
 
 @probe("skorch", "skorch")
-def skorch() -> list[Row]:
+def skorch() -> list[Outcome]:
     from skorch import NeuralNetClassifier
 
     def measure(model: Any) -> Measured:
@@ -809,7 +809,7 @@ def skorch() -> list[Row]:
 
 
 @probe("segmentation_models_pytorch", "segmentation-models-pytorch")
-def segmentation_models_pytorch() -> list[Row]:
+def segmentation_models_pytorch() -> list[Outcome]:
     import segmentation_models_pytorch as tool
 
     def measure(_: Any) -> Measured:
@@ -823,7 +823,7 @@ def segmentation_models_pytorch() -> list[Row]:
 
 
 @probe("open_clip", "open_clip_torch")
-def open_clip() -> list[Row]:
+def open_clip() -> list[Outcome]:
     from open_clip.timm_model import TimmModel
 
     def measure(_: Any) -> Measured:
@@ -836,7 +836,7 @@ def open_clip() -> list[Row]:
 
 
 @probe("lightly", "lightly")
-def lightly() -> list[Row]:
+def lightly() -> list[Outcome]:
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
@@ -856,7 +856,7 @@ def lightly() -> list[Row]:
 
 
 @probe("kornia", "kornia")
-def kornia() -> list[Row]:
+def kornia() -> list[Outcome]:
     from kornia.enhance import Normalize
 
     def measure(model: Any) -> Measured:

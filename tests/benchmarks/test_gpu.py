@@ -53,7 +53,7 @@ def test_all_of_the_work_that_was_promised_is_a_row() -> None:
         assert rows >= {("clip", network, None), ("clip and step", network, None)}
 
 
-def one(monkeypatch: pytest.MonkeyPatch, build: Any) -> gpu.Row:
+def one(monkeypatch: pytest.MonkeyPatch, build: Any) -> gpu.CaseResult:
     monkeypatch.setattr(bench, "_PAUSE", 0)
     monkeypatch.setitem(gpu.PARTS, "clipping", (build, 1))
     return gpu.measure(gpu.Case("clipping", "clip", "nfnet_f0"), "cpu", gpu.TINY)

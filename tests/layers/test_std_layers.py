@@ -350,7 +350,7 @@ def test_a_layer_built_by_the_attributes_of_another_pads_alike(case: Case) -> No
 
 @pytest.mark.parametrize("case", {case.ours: case for case in CASES.values()}.values(), ids=lambda c: c.ours.__name__)
 def test_an_adapter_that_wants_no_bias_is_told_to_fuse(case: Case) -> None:
-    with pytest.raises(TypeError, match=r"has a bias.*timm_nf\.fuse"):
+    with pytest.raises(TypeError, match=r"needs a bias.*timm_nf\.fuse"):
         case.ours(**case.sizes, **case.kwargs, bias=False)
 
 

@@ -37,7 +37,7 @@ class Recorded(TorchDispatchMode):
         return out
 
 
-class Written(TorchFunctionMode):
+class HostNumbers(TorchFunctionMode):
     """Fails where numbers that the host writes become a tensor of the device, which meta tensors do without a copy."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -49,7 +49,7 @@ class Written(TorchFunctionMode):
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    with Recorded(), Written():
+    with Recorded(), HostNumbers():
         yield
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from scripts.check_tools import __main__ as command
 from scripts.check_tools import environments, page, probes
-from scripts.check_tools.environments import Answer, Row, ToolError
+from scripts.check_tools.environments import Answer, Outcome, ToolError
 from scripts.check_tools.probes import PROBES, Measured
 from tests.support import ROOT
 
@@ -87,7 +87,7 @@ def test_the_answer_is_the_marked_line_among_what_tools_print(module):
     answer = {"versions": "1.2", "rows": [["a call", "as it is", "1e-7"]], "machine": "a CPU"}
     code = f"import sys\nprint('noise'); print({environments.MARK + json.dumps(answer)!r}); print(sys.argv[1])"
     found = environments.ask("x", environments.Path(sys.executable), module(code))
-    assert found == Answer("1.2", [Row("a call", "as it is", "1e-7")], "a CPU")
+    assert found == Answer("1.2", [Outcome("a call", "as it is", "1e-7")], "a CPU")
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,13 @@ def test_the_page_has_a_row_of_every_probe_and_our_words_around_it():
 
 def test_a_run_of_some_probes_keeps_the_rows_of_the_others(tmp_path):
     file = tmp_path / "tools.md"
-    old = Answer("1", [Row("a | b", "not", "old"), Row("c", "not", "old")], "timm_nf 0.1, an old machine, 1 threads")
+    old = Answer(
+        "1", [Outcome("a | b", "not", "old"), Outcome("c", "not", "old")], "timm_nf 0.1, an old machine, 1 threads"
+    )
     page.write(dict.fromkeys(PROBES, old), file)
-    page.write({"thop": Answer("2", [Row("d", "as it is", "new")], "timm_nf 0.2, another machine, 2 threads")}, file)
+    page.write(
+        {"thop": Answer("2", [Outcome("d", "as it is", "new")], "timm_nf 0.2, another machine, 2 threads")}, file
+    )
     text = file.read_text()
     assert text.count(" | old | 1 |") == 2 * (len(PROBES) - 1)
     assert [line for line in text.splitlines() if line.startswith("| thop ")] == ["| thop | d | as it is | new | 2 |"]

@@ -276,9 +276,9 @@ def load_network(name: str, checkpoint: Path | None = None, use_ema: bool = Fals
     """The network that the command line names, in evaluation mode.
 
     Args:
-        name: As `Network` takes it.
-        checkpoint: File of weights, in place of the published ones.
-        use_ema: Take the averaged weights of the file.
+        name: The network's name, in any form that the argument `Network` accepts.
+        checkpoint: A file of weights to load instead of the published ones.
+        use_ema: Whether to load the file's averaged weights.
     """
     with console(stderr=True).status(f"loading {name}"):
         content = read_checkpoint(checkpoint, use_ema)

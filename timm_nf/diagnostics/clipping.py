@@ -195,9 +195,9 @@ def network_and_batches(
     """A network and shuffled, augmented batches for it, as timm's train.py makes them by default.
 
     Args:
-        name: As `timm.create_model` takes it.
+        name: The network's name for `timm.create_model`.
         data: A folder with one folder of pictures per class.
-        batch_size: Of every batch; an incomplete last batch is dropped.
+        batch_size: Number of pictures in every batch. An incomplete last batch is dropped.
         img_size: Height and width in pixels, the network's own by default.
         pretrained: Start from the published weights.
         checkpoint: Start from these weights. A classifier of another size is replaced by a new one.

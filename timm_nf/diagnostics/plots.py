@@ -40,7 +40,7 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
     The expected variance of a normalizer-free network is dashed: 1 + k alpha^2 at block k of a stage.
 
     Args:
-        measured: For each name in the legend, the rows of `diagnostics.signal_stats`.
+        measured: The statistics of `diagnostics.signal_stats`, by the name for the legend.
         title: The picture's title.
         file: The file to write. Its suffix names the format.
     """

@@ -316,7 +316,7 @@ def troubles(rows: Sequence[SignalStats]) -> list[str]:
     """Where a signal is not finite, explodes or dies, in words. The list is empty if nothing is wrong.
 
     Args:
-        rows: As `signal_stats` returns them.
+        rows: The statistics that `signal_stats` returns.
 
     Examples:
         >>> row = {"name": "stem", "avg_sq_mean": 0.0, "avg_var": 1e-9, "res_avg_var": None, "expected_var": None}

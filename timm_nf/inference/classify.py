@@ -71,13 +71,13 @@ def labels(model: Any) -> list[str]:
 
 @torch.inference_mode()
 def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str = "cpu") -> Iterator[Prediction]:
-    """Classify picture after picture; one that cannot be read yields its error and the others go on.
+    """Classify one picture after the other. A picture that cannot be read yields its error, and the next one follows.
 
     Args:
-        model: In evaluation mode, as `load_model` gives it.
-        paths: Of picture files.
-        topk: How many classes of each, at most all.
-        device: Where to run, as torch names it.
+        model: A network in evaluation mode, for example from `load_model`.
+        paths: Paths of picture files.
+        topk: Number of classes to yield for each picture. At most all classes are.
+        device: The device to run on, as torch names it.
 
     Raises:
         ValueError: before the first picture, if the model takes no pictures, or its labels do not fit.

@@ -1,8 +1,8 @@
 """Triton kernels of weight standardisation, forward and backward, and how they are launched.
 
-Only a device that has Triton imports this module, see `standardize_triton`. A row is the fan-in of one output channel
-and lies in memory in one piece, whatever the order of its elements. Up to `MAX_COLUMNS` elements stay in registers, so
-that a weight is read once and written once; longer rows are read three times.
+This module is only imported if the device has Triton, see `standardize_triton`. A row holds the weights of one output
+channel, in one piece of memory, in any order. A row of up to `MAX_COLUMNS` elements stays in registers, so a weight is
+read once and written once. Longer rows are read three times.
 
 Shapes: O output channels (rows), N fan-in.
 """
@@ -11,7 +11,7 @@ Shapes: O output channels (rows), N fan-in.
 # pyright: standard
 
 # pyright: reportInvalidTypeForm=false
-# A kernel's annotations are Triton's types of its arguments, which are values: Python's floats would be float32.
+# Kernels annotate floats with Triton's float64, which is not a Python type. Without it Triton passes them as float32.
 
 from contextlib import nullcontext
 from functools import cache
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_COLUMNS = 8192  # of a row in registers: 16 elements a thread and operand
-_TILE = 1024  # elements of a program of several short rows
-_CHUNK = 4096  # elements of a long row at a time
+MAX_COLUMNS = 8192  # longest row that stays in registers: 16 elements for each thread and operand
+_TILE = 1024  # number of elements of a program that takes several short rows
+_CHUNK = 4096  # number of elements of a long row that a program reads at a time
 
 
 @triton.jit
@@ -39,13 +39,13 @@ def _inverse_norm(norm2, eps):
 
 @triton.jit
 def _number(x, DTYPE: tl.constexpr):
-    # The interpreter passes Python's floats, which have no method `to`.
+    # Not `x.to(DTYPE)`: the interpreter passes Python floats, which have no method `to`.
     return tl.full((1, 1), x, tl.float64).to(DTYPE)
 
 
 @triton.jit
 def _centred(x, mask, fan_in):
-    # Twice: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
+    # The mean is subtracted twice, see `formula` in _standardize_formula.py.
     x = tl.where(mask, x - _mean(x, fan_in), 0.0)
     return tl.where(mask, x - _mean(x, fan_in), 0.0)
 
@@ -62,7 +62,7 @@ def forward(
     weight, gain, out, rows, fan_in, eps: tl.float64, scale: tl.float64,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(O, N) weight and (O,) gain to (O, N) out, computed in DTYPE; a program takes ROWS rows."""
+    """Weight (O, N) and gain (O,) -> out (O, N). It computes in DTYPE. A program takes ROWS rows."""
     row, at, mask = _place(rows, fan_in, ROWS, COLUMNS)
     x = _centred(tl.load(weight + at, mask=mask, other=0.0).to(DTYPE), mask, fan_in)
     factor = tl.load(gain + row, mask=row < rows, other=0.0).to(DTYPE) * _number(scale, DTYPE)
@@ -75,7 +75,7 @@ def backward(
     grad, weight, gain, grad_weight, grad_gain, rows, fan_in, eps: tl.float64, scale: tl.float64,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(O, N) grad, (O, N) weight and (O,) gain to (O, N) grad_weight and (O,) grad_gain."""
+    """Grad (O, N), weight (O, N) and gain (O,) -> grad_weight (O, N) and grad_gain (O,)."""
     row, at, mask = _place(rows, fan_in, ROWS, COLUMNS)
     x = _centred(tl.load(weight + at, mask=mask, other=0.0).to(DTYPE), mask, fan_in)
     y = _centred(tl.load(grad + at, mask=mask, other=0.0).to(DTYPE), mask, fan_in)
@@ -85,7 +85,7 @@ def backward(
     x *= inverse
     along = tl.sum(x * y, 1, keep_dims=True)
     tl.store(grad_gain + row, along * _number(scale, DTYPE), mask=row < rows)
-    y -= tl.where(norm2 >= floor, along, 0.0) * x  # under the floor the norm is a constant, nothing is projected out
+    y -= tl.where(norm2 >= floor, along, 0.0) * x  # a norm below the floor is a constant
     factor = tl.load(gain + row, mask=row < rows, other=0.0).to(DTYPE) * _number(scale, DTYPE) * inverse
     tl.store(grad_weight + at, y * factor, mask=mask)
 
@@ -107,7 +107,7 @@ def _mean_of_row(row, fan_in, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
 def forward_long(
     weight, gain, out, fan_in, eps: tl.float64, scale: tl.float64, DTYPE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """`forward`, a program a row."""
+    """`forward` for long rows. A program takes one row."""
     row = tl.program_id(0).to(tl.int64)
     weight += row * fan_in
     out += row * fan_in
@@ -118,7 +118,7 @@ def forward_long(
         x = _load_less(weight, start + tl.arange(0, CHUNK)[None, :], fan_in, mean, DTYPE)
         total += x
         squares += x * x
-    rest = _mean(total, fan_in)  # of the mean, which is rounded at its own scale
+    rest = _mean(total, fan_in)  # the rounding error of the first mean
     norm2 = tl.sum(squares, 1, keep_dims=True) - rest * rest * fan_in
     factor = tl.load(gain + row).to(DTYPE) * _number(scale, DTYPE) * _inverse_norm(norm2, _number(eps, DTYPE))
     for start in range(0, fan_in, CHUNK):
@@ -132,7 +132,7 @@ def backward_long(
     grad, weight, gain, grad_weight, grad_gain, fan_in, eps: tl.float64, scale: tl.float64,
     DTYPE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`backward`, a program a row."""
+    """`backward` for long rows. A program takes one row."""
     row = tl.program_id(0).to(tl.int64)
     weight += row * fan_in
     grad += row * fan_in
@@ -167,13 +167,13 @@ def backward_long(
         tl.store(grad_weight + at, (y - x * projected) * factor, mask=at < fan_in)
 
 
-FORWARD = forward, forward_long  # for rows in registers and longer ones
+FORWARD = forward, forward_long  # for rows that stay in registers, and for longer rows
 BACKWARD = backward, backward_long
 
 
 @cache
 def tiling(fan_in: int) -> tuple[dict[str, int], int]:
-    """Sizes that the kernel for such rows is compiled for, and the warps of a program."""
+    """The sizes with which Triton compiles the kernel for rows of this length, and the number of warps of a program."""
     if fan_in > MAX_COLUMNS:
         return {"CHUNK": _CHUNK}, 16
     columns = 1 << max(fan_in - 1, 0).bit_length()
@@ -186,12 +186,12 @@ def launch(
     """Start `FORWARD` or `BACKWARD`.
 
     Args:
-        kernels: The one or the other.
-        tensors: What its arguments begin with: (O, N) or (O,) in memory, in one piece, whatever their shapes.
-        weight: (O, ...), the one among them that says how many rows of what length there are.
-        eps: Floor on N * variance.
-        scale: Constant factor.
-        dtype: float32 or float64, of the computation.
+        kernels: `FORWARD` or `BACKWARD`.
+        tensors: The kernel's first arguments. Each is one piece of memory, (O, N) or (O,), whatever its shape.
+        weight: The weight (O, ...) among them. It gives the number of rows and their length.
+        eps: Smallest value of N * variance.
+        scale: Constant factor on the result.
+        dtype: float32 or float64, in which to compute.
     """
     rows = weight.shape[0]
     fan_in = weight.numel() // max(1, rows)

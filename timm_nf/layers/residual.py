@@ -1,8 +1,8 @@
 """The end of a residual branch: the mean for its gate, and the sum with the shortcut.
 
-Both are plain operations with their own backward pass, which reads or writes 9 tensors of the branch's size. torch's
-backward pass takes 13: `mean` divides the expanded gradient instead of the small one, and `addcmul` multiplies by its
-`value` of 1. Compilers, exporters, tracing and scripting get torch's own operations.
+Both are plain operations with a backward pass of their own. It reads or writes 9 tensors of the branch's size. torch's
+backward pass reads or writes 13: `mean` divides the expanded gradient instead of the small one, and `addcmul`
+multiplies by its `value` of 1. Compilers, exporters, tracing and scripting get torch's own operations.
 
 Shapes: N examples, C channels, H height, W width.
 """
@@ -46,8 +46,8 @@ def global_mean(x: Tensor, axes: int = 2) -> Tensor:
     """Mean over all axes behind the channels, (N, C, H, W) -> (N, C, 1, 1).
 
     Args:
-        x: (N, C, ...), with this many axes behind the channels. Symbolic tracing could not ask `x` for them.
-        axes: How many.
+        x: (N, C, ...).
+        axes: Number of axes behind the channels. `x` itself cannot give it in symbolic tracing.
 
     Examples:
         >>> global_mean(torch.arange(4.0).view(1, 1, 2, 2))
@@ -57,7 +57,7 @@ def global_mean(x: Tensor, axes: int = 2) -> Tensor:
         return x
     if not torch.jit.is_scripting() and is_eager(x):
         return _GlobalMean.apply(x)
-    # torch's older ONNX exporter knows no list that a loop makes
+    # torch's older ONNX exporter cannot read a list that a loop makes.
     return x.mean([2, 3, 4][:axes] if axes <= 3 else list(range(2, 2 + axes)), keepdim=True)
 
 
@@ -139,10 +139,10 @@ class SkipInit(nn.Module):
     the shortcut. Stochastic depth does not rescale the examples that keep their branch.
 
     Args:
-        alpha: The paper's 0.2.
-        drop_path_rate: Of stochastic depth.
-        device: Of the gain.
-        dtype: Of the gain.
+        alpha: Constant factor on the branch. The paper has 0.2.
+        drop_path_rate: Rate of stochastic depth.
+        device: Device of the gain.
+        dtype: Dtype of the gain.
 
     Raises:
         ValueError: if the rate is not between 0 and 1.
@@ -163,16 +163,16 @@ class SkipInit(nn.Module):
         self.gain = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Gain 0."""
+        """Set the gain to 0."""
         nn.init.zeros_(self.gain)
 
     def forward(self, shortcut: Tensor, out: Tensor, gate: Tensor | None = None) -> Tensor:
         """(N, C, ...), (N, C, ...) -> (N, C, ...), of any number of axes.
 
         Args:
-            shortcut: What is added to.
-            out: Of the branch.
-            gate: (N, C, 1, ..., 1) of `SqueezeExcite`, which takes the authors' factor of 2 here.
+            shortcut: Output of the shortcut.
+            out: Output of the branch.
+            gate: Output of `SqueezeExcite`, (N, C, 1, ..., 1). It is multiplied by the authors' factor of 2.
         """
         gain = (self.alpha if gate is None else 2 * self.alpha) * self.gain
         if self.drop_path is not None:

@@ -1,10 +1,10 @@
 """Convolutions along one, two or three axes under TensorFlow's SAME rule: the padding depends on the input's size.
 
-Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
+Shapes: O output channels, I input channels per group, K kernel size; "size" is one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
 """
 
-# torch.jit does not list what it exports. A mixin uses what torch's classes beside it have.
+# torch.jit exports names without listing them. A mixin uses attributes of the torch class that it is combined with.
 # pyright: standard, reportPrivateImportUsage=false, reportIncompatibleVariableOverride=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -21,7 +21,7 @@ from .padding import same_padding
 
 __all__ = ["SameConv1d", "SameConv2d", "SameConv3d"]
 
-Numbers = int | Sequence[int]  # of all axes, or one for each
+Numbers = int | Sequence[int]  # one number for all axes, or one for each
 
 
 def per_axis(name: str, value: Numbers, axes: int) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class SamePadding:
         if not torch.jit.is_scripting() and self._cuts(input, before, after):
             return self._unpadded(input, before, after)
         pads: list[int] = []
-        for axis, _ in enumerate(self.kernel_size):  # TorchScript unrolls loops over tuples, exporters know no others
+        for axis, _ in enumerate(self.kernel_size):  # TorchScript and exporters only unroll loops over tuples
             pads.append(before[-1 - axis])  # the last axis first
             pads.append(after[-1 - axis])
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -123,7 +123,7 @@ class SamePadding:
         before: list[int] = []
         after: list[int] = []
         axes = len(self.kernel_size)
-        # TorchScript unrolls loops over tuples, but knows no argument `strict`.
+        # TorchScript unrolls loops over tuples. Its zip has no argument `strict`.
         for axis, (k, s, d) in enumerate(zip(self.kernel_size, self.stride, self.dilation)):  # noqa: B905
             first, last = 0, 0
             if k > 1:
@@ -192,8 +192,8 @@ class SameConv2d(SamePadding, nn.Conv2d):
         torch.Size([1, 8, 3, 3])
 
     Args:
-        in_channels: I times groups.
-        out_channels: O.
+        in_channels: Number of input channels, I times groups.
+        out_channels: Number of output channels, O.
         kernel_size: K of all axes, or one number for each.
         stride: Stride of all axes, or one number for each. At most the kernel's reach, (K - 1) * dilation + 1, unless
             that is 1.

@@ -25,8 +25,8 @@ class GateConv2d(nn.Conv2d):
     The arguments are those of nn.Conv2d, so that tools can build such a layer from another one. Most allow one value.
 
     Args:
-        in_channels: I.
-        out_channels: O.
+        in_channels: Number of input channels, I.
+        out_channels: Number of output channels, O.
         kernel_size: Only 1.
         stride: Only 1.
         padding: Only 0.

@@ -1,13 +1,13 @@
-"""Scaled weight standardisation, equal to the authors' to rounding, and its inverse.
+"""Scaled weight standardisation, equal to the authors' up to rounding, and its inverse.
 
-timm's layers add an epsilon to the variance where the authors take a maximum, and go through batch_norm, which takes
-longer: `python -m benchmarks.weights` compares.
+timm's layers add an epsilon to the variance, the authors take a maximum. timm's layers call batch_norm, which takes
+longer. `python -m benchmarks.weights` compares both.
 
 Shapes: O output channels, I input channels per group, K kernel size. Sources: arXiv:2101.08692, section 4.2;
 deepmind-research nfnets/base.py at f5de0ede.
 """
 
-# torch.jit does not list what it exports.
+# torch.jit exports names without listing them.
 # pyright: reportPrivateImportUsage=false
 
 from typing import Any
@@ -21,21 +21,22 @@ from .standardize_triton import standardize, takes_kernel
 
 __all__ = ["destandardize_weight", "standardize_weight"]
 
-_MAX_MEAN_TO_STD = 4.0  # group_norm computes w * a + b: a row whose mean is larger than this loses more than 2 bits
+# group_norm computes w * a + b. If the mean of a row is more than 4 times its spread, the sum loses more than 2 bits.
+_MAX_MEAN_TO_STD = 4.0
 
 
 class _StandardizeOnCPU(torch.autograd.Function):
-    """The formula through the group_norm kernels: one fused pass forward, one backward.
+    """The formula by torch's group_norm kernels: one fused pass forward, one backward.
 
-    group_norm divides by sqrt(var + eps), not by sqrt(max(N * var, eps)): the two agree unless a row lies under the
-    floor. Weights with such a row, or with a row whose mean dwarfs its spread, go through the formula, as does a
-    backward pass that is itself differentiated. Looking at the statistics costs nothing on a CPU.
+    group_norm divides by sqrt(var + eps), the formula by sqrt(max(N * var, eps)). The results agree if no row is under
+    the floor. Plain operations compute the formula if a row is under the floor or has a mean far above its spread, and
+    for derivatives of the backward pass. Reading the statistics to decide this costs nothing on a CPU.
     """
 
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         out_chs, fan_in = weight.shape[0], weight[0].numel()
-        # eps 1e-38 is lost in any variance above 1e-30 and keeps a constant row from dividing by zero
+        # An eps of 1e-38 does not change a variance above 1e-30. It keeps a constant row from dividing by zero.
         out, mean, rstd = torch.native_group_norm(
             weight.reshape(1, out_chs, fan_in),
             gain.reshape(-1) * fan_in**-0.5,
@@ -48,10 +49,10 @@ class _StandardizeOnCPU(torch.autograd.Function):
         )
         try:
             exact = not bool(((rstd > (fan_in / eps) ** 0.5) | (mean.abs() * rstd > _MAX_MEAN_TO_STD)).any())
-        except RuntimeError:  # under FakeTensorMode and make_fx the statistics have no values to look at
+        except RuntimeError:  # under FakeTensorMode and make_fx the statistics have no values
             exact = False
         if not exact:
-            out, rstd = formula(weight, gain, eps), rstd[:, :0]  # of no elements, which tells backward
+            out, rstd = formula(weight, gain, eps), rstd[:, :0]  # an empty rstd tells backward to use the formula
         return out.view_as(weight), mean.view(-1), rstd.view(-1)
 
     @staticmethod
@@ -93,14 +94,14 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
     Statistics are computed in at least float32, whatever the weight's dtype and whether autocast is on.
 
     Args:
-        weight: (O, I, K, K), say (256, 128, 3, 3), or any other shape with the output channels first: N is the number
-            of all entries of a channel.
-        gain: One element an output channel, say (256, 1, 1, 1).
-        eps: Floor on N * var, below which the divisor is constant.
+        weight: (O, I, K, K), for example (256, 128, 3, 3), or any other shape with the output channels first. N is the
+            number of weights of one output channel.
+        gain: One element for each output channel, for example (256, 1, 1, 1).
+        eps: Smallest value of N * var. Below it the divisor is constant.
         scale: Constant factor on the result.
 
     Returns:
-        In the weight's shape and dtype and on its device.
+        The standardised weight, with the shape, dtype and device of `weight`.
 
     Examples:
         >>> standardize_weight(torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.ones(1, 1, 1, 1)).flatten()
@@ -117,7 +118,7 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
             return call
         if takes_kernel(weight):
             return standardize(weight, gain, eps, scale=scale)
-        if not torch.jit.is_tracing():  # where sizes are tensors
+        if not torch.jit.is_tracing():  # when tracing, sizes are tensors
             check_gain(weight, gain)
     given = weight.dtype
     dtype = statistics_dtype(weight, gain)
@@ -135,19 +136,19 @@ def standardize_weight(weight: Tensor, gain: Tensor, eps: float = STD_EPS, scale
 
 @torch.jit.unused
 def _has_values(weight: Tensor) -> bool:
-    """Whether the statistics on a CPU can be looked at: not of fake, distributed, traced and compiled tensors."""
+    """Whether the tensor is on a CPU and has values. Fake, distributed, traced and compiled tensors have none here."""
     return is_eager(weight) and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
 
 
 def destandardize_weight(weight: Tensor, eps: float = STD_EPS) -> tuple[Tensor, Tensor]:
-    """A weight and a gain whose standardised weight is the given one, less its mean over the fan-in.
+    """Find a weight and a gain whose standardised weight is the given weight minus its mean over the fan-in.
 
     Args:
         weight: (O, I, K, K).
-        eps: As for `standardize_weight`.
+        eps: The `eps` of the `standardize_weight` that this inverts.
 
     Returns:
-        (O, I, K, K) and (O, 1, 1, 1).
+        The weight (O, I, K, K), and the gain (O, 1, 1, 1).
 
     Examples:
         >>> weight = torch.tensor([3.0, -3.0]).view(1, 2, 1, 1)

@@ -1,11 +1,12 @@
-"""Scaled weight standardisation on accelerators: one kernel forward and one backward, both of them our own.
+"""Scaled weight standardisation on accelerators: one Triton kernel forward and one backward.
 
-`standardize.py` has the formula as tensor operations, which a compiler fuses and a file can hold. This file exists for
-tensors that nobody compiles: two kernels a convolution, 5 times its weight's bytes (`python -m benchmarks.counts`).
+`standardize.py` has the formula as tensor operations, which compilers fuse and exporters write. This file is for
+eager tensors. A convolution takes two kernels, which move 5 times the bytes of its weight (`python -m
+benchmarks.counts`).
 
-The two kernels are operations of torch's dispatcher, with an implementation for meta tensors, and exist without Triton
-as well. A device that has no Triton takes `_Plain` instead. Operations are registered with `Library.impl` and called by
-an autograd.Function, which takes the least time on the host of what gives forward mode too (LOG.md has the others).
+The kernels are operations of torch's dispatcher, with an implementation for meta tensors. The operations exist without
+Triton, too, but a device without Triton uses `_Plain`. They are registered with `Library.impl` and called by an
+autograd.Function. Of the ways with forward mode, this one takes the least time on the host (LOG.md has the others).
 
 Shapes: O output channels, I input channels per group, K kernel size, N = I * K * K. Source: arXiv:2101.08692,
 section 4.2.
@@ -37,15 +38,15 @@ from ._standardize_formula import STD_EPS, as_rows, check_gain, jvp, statistics_
 
 __all__ = ["standardize", "takes_kernel"]
 
-_NO_PROJECTION = 1e9  # its square is lost in float64
+_NO_PROJECTION = 1e9  # 1 / 1e18, the projection's share, is below the resolution of float64
 
 
 @torch.jit.unused
 def takes_kernel(weight: Tensor) -> bool:
-    """Whether `standardize` is the way for this weight: eager, and on a device other than the CPU.
+    """Whether `standardize` computes this weight: an eager tensor on another device than the CPU.
 
-    Meta tensors, and fake ones of such a device, go the way of the device that they stand for. What traces, compiles or
-    exports sees the formula, and so do subclasses of tensors, which may not hold their elements in one piece.
+    A meta tensor, or a fake tensor of an accelerator, stands for a tensor on an accelerator, so it counts. Tracing,
+    compiling and exporting take the plain formula. So do subclasses of Tensor, which may lie in several pieces.
     """
     return is_eager(weight) and weight.device.type != "cpu"
 
@@ -56,19 +57,19 @@ def standardize(
     """Weight with zero mean and norm `gain * scale` over the fan-in of every output channel.
 
     `w_hat = (w - mean(w)) * gain * scale / sqrt(max(N * var(w), eps))` with the population variance. It is computed in
-    at least float32 and rounded once, to `out_dtype`. No value is read on the host. CPU tensors take the kernels where
-    TRITON_INTERPRET=1 is set, for tests, and the plain path otherwise.
+    at least float32 and rounded once, to `out_dtype`. No value is read on the host. For CPU tensors it computes plain
+    operations, or, for tests, interprets the kernels if TRITON_INTERPRET=1 is set.
 
     Args:
-        weight: (O, I, K, K), say (256, 128, 3, 3), or any other shape with the output channels first.
-        gain: One element an output channel, say (256, 1, 1, 1).
-        eps: Floor on N * var, below which the scale is constant.
-        out_dtype: Of the result, say that of the convolution under autocast; the weight's by default. Gradients have
-            the dtypes of `weight` and `gain`.
-        scale: Constant factor.
+        weight: (O, I, K, K), for example (256, 128, 3, 3), or any other shape with the output channels first.
+        gain: One element for each output channel, for example (256, 1, 1, 1).
+        eps: Smallest value of N * var. Below it the divisor is constant.
+        out_dtype: Dtype of the result, by default that of the weight. Under autocast it is the dtype in which the
+            convolution computes. Gradients have the dtypes of `weight` and `gain`.
+        scale: Constant factor on the result.
 
     Returns:
-        (O, I, K, K), in the memory format of the weight.
+        The standardised weight (O, I, K, K), in the memory format of `weight`.
 
     Raises:
         ValueError: if there is not exactly one gain for every output channel, or it is on another device.
@@ -79,7 +80,7 @@ def standardize(
         raise ValueError(f"expected weight and gain on one device, got {weight.device} and {gain.device}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"expected an out_dtype of floating point numbers, got {out_dtype}")
-    if not weight.numel():  # no kernel starts without elements, and batch_norm's backward pass divides by their number
+    if not weight.numel():  # a kernel cannot start without elements, and batch_norm divides by their number
         return (weight * gain.view(-1, *[1] * (weight.ndim - 1))).to(out_dtype or weight.dtype)
     if has_triton(weight.device.type):
         function = _Kernel if torch._C._are_functorch_transforms_active() else _EagerKernel
@@ -95,7 +96,7 @@ def _kernels() -> ModuleType:
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
-    """One in which every row of `weight` is one piece of memory; that of the weight, if it has such a one."""
+    """The weight's memory format, if every row is one piece of memory in it. Otherwise the contiguous format."""
     if not weight.is_contiguous():
         if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -144,11 +145,11 @@ _LIBRARY.impl("standardize", _forward_meta, "Meta")
 _LIBRARY.impl("standardize_backward", _backward_meta, "Meta")
 
 
-# --- the way of a device with Triton ---
+# --- devices with Triton ---
 
 
 class _Kernel(torch.autograd.Function):
-    """Through the two operations; the inputs are all that is saved."""
+    """The formula by the two operations. It saves nothing but its inputs."""
 
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, scale: float) -> Tensor:
@@ -182,7 +183,7 @@ class _Kernel(torch.autograd.Function):
 
 
 class _EagerKernel(_Kernel):
-    """The same outside of torch.func: torch takes twice as long to call a function that has a `setup_context`."""
+    """The same for calls outside torch.func. torch takes twice as long to call a Function with a `setup_context`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -203,19 +204,19 @@ def _rows(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_rows`, in the strides of `like`, which has one of these memory formats."""
+    """The inverse of `_rows`, with the strides of `like`, which has the memory format of `_rows`."""
     return rows.as_strided(like.shape, like.stride())
 
 
 def _constants(weight: Tensor, eps: float, dtype: torch.dtype, scale: float) -> tuple[float, float]:
-    """Floor on the standard deviation, and scale over sqrt(N); the floor as `dtype` has it, which equals itself."""
+    """The smallest standard deviation, rounded to `dtype` so that comparisons are exact, and scale / sqrt(N)."""
     fan_in = max(1, math.prod(weight.shape[1:]))
     floor = (eps / fan_in) ** 0.5
     return floor if dtype is torch.float64 else float(np.float32(floor)), scale * fan_in**-0.5
 
 
 class _Plain(torch.autograd.Function):
-    """In tensor operations, as few as there are: 16 of them, 11 times the weight's bytes forward and backward."""
+    """The formula in as few tensor operations as possible: 16, which move 11 times the weight's bytes in all."""
 
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, scale: float) -> tuple[Tensor, ...]:
@@ -225,11 +226,11 @@ class _Plain(torch.autograd.Function):
         rows = _rows(weight, memory_format)
         mean = rows.mean(1, keepdim=True, dtype=stats_dtype)
         rows = rows - mean
-        # Two centrings: the first mean is rounded at the scale of the mean, the second at the scale of the spread.
+        # The mean is subtracted twice, see `formula`.
         std, rest = torch.std_mean(rows, 1, correction=0, keepdim=True)
         std = std.clamp(min=floor)
         factor = gain.view(-1, 1) / std
-        # Into memory of its own: a view of `rows` could not be changed in place by whoever gets it.
+        # The result has memory of its own. If it were a view of `rows`, callers could not change it in place.
         out = torch.empty_like(weight, dtype=stats_dtype)
         torch.addcmul(rest * factor * -constant, rows, factor, value=constant, out=_rows(out, memory_format))
         return out.to(dtype), mean, rest, std
@@ -238,7 +239,7 @@ class _Plain(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         weight, gain, ctx.eps, ctx.dtype, ctx.scale = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or the statistics' would be zeros, three kernels to make them
+        ctx.set_materialize_grads(False)  # otherwise three kernels fill zeros for the statistics
         ctx.save_for_backward(weight, gain, *output[1:])
         ctx.save_for_forward(weight, gain)
 
@@ -254,8 +255,8 @@ class _Plain(torch.autograd.Function):
         grad, weight = (x.contiguous(memory_format=memory_format) for x in (grad, weight))
         rows = _rows(weight, memory_format) - mean
         grad = _rows(grad, memory_format).to(mean.dtype)
-        # The backward pass of batch_norm is this one, for rows above the floor. Under it the norm is a constant and
-        # nothing is projected out: a row that is said to be spread 1e9 times wider has no projection left.
+        # For rows above the floor, batch_norm has the same backward pass. Below the floor the norm is a constant and
+        # nothing may be projected out. batch_norm then gets a 1e9 times larger spread, which makes the projection 0.
         spread = F.threshold(std, floor, _NO_PROJECTION * floor)
         factor = spread / std * constant
         grad_rows, grad_gain, _ = torch.ops.aten.native_batch_norm_backward(

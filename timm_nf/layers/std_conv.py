@@ -1,9 +1,9 @@
 """Layers with a standardised weight: convolutions along one, two or three axes, transposed ones, and linear layers.
 
-The 2-d convolution is the authors', equal to rounding; the others follow from its formula. A unit is an output channel,
-so that the fan-in is over the input channels of its group and over the kernel.
+The 2-d convolution equals the authors' up to rounding. The others apply its formula to other shapes. A unit is an
+output channel. Its fan-in is the number of its weights: the input channels of its group times the size of the kernel.
 
-Shapes: O output channels, I input channels per group, K kernel size, size one number for every axis.
+Shapes: O output channels, I input channels per group, K kernel size; "size" is one number for every axis.
 Source: deepmind-research nfnets/base.py at f5de0ede.
 
 Examples:
@@ -15,7 +15,7 @@ Examples:
     [(1, 8, 7, 7, 7), (1, 8, 11, 11, 11)]
 """
 
-# torch.jit does not list what it exports. A mixin uses what torch's classes beside it have.
+# torch.jit exports names without listing them. A mixin uses attributes of the torch class that it is combined with.
 # pyright: standard, reportPrivateImportUsage=false, reportIncompatibleVariableOverride=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -50,8 +50,8 @@ _Plain = TypeVar("_Plain", bound=nn.Module)
 
 @torch.jit.unused
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
-    """In which autocast would convolve with the weight, if a kernel can write that."""
-    # autocast leaves float64 alone and knows no meta tensors
+    """The dtype in which autocast convolves, if a kernel can write the weight in it. Otherwise None."""
+    # Autocast does not cast float64, and it has no entry for the meta device.
     if takes_kernel(weight) and not weight.is_meta and weight.dtype is not torch.float64:
         device = weight.device.type
         if torch.is_autocast_enabled(device):
@@ -60,7 +60,7 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
 
 
 class _Standardized:
-    """What all layers with a standardised weight have in common: gain, scale, and the weight that they compute with."""
+    """The common part of all layers with a standardised weight: gain, scale, and the weight that they compute with."""
 
     def _add_gain(self, out_channels: int, scale: float, eps: float) -> None:
         self.scale, self.eps = scale, eps
@@ -70,12 +70,12 @@ class _Standardized:
         self.gain = nn.Parameter(ones)
 
     def reset_parameters(self) -> None:
-        """Normal weight of variance 1 / fan-in, gain 1, bias 0, as the authors initialise it."""
+        """Initialise as the authors do: a normal weight of variance 1 / fan-in, gain 1, bias 0."""
         rows = self._rows(self.weight)
         nn.init.normal_(self.weight, std=1 / math.sqrt(max(1, math.prod(rows.shape[1:]))))
         assert self.bias is not None
         nn.init.zeros_(self.bias)
-        if hasattr(self, "gain"):  # torch's constructors call this before there is one
+        if hasattr(self, "gain"):  # torch's constructors call this method before the gain exists
             nn.init.ones_(self.gain)
 
     def _rows(self, weight: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class _Standardized:
         return rows
 
     def effective_weight(self) -> Tensor:
-        """In the shape of the weight: the standardised weight with gain and scale in it.
+        """The weight of the convolution: the standardised weight times gain and scale, in the shape of the parameter.
 
-        On an accelerator under autocast it comes in autocast's dtype, rounded once and without a copy in float32.
+        Under autocast on an accelerator it has autocast's dtype. It is rounded once, and no float32 copy is made.
         """
         if not torch.jit.is_scripting():
             dtype = _autocast_dtype(self.weight)
@@ -108,20 +108,24 @@ class _Standardized:
 
 def _require_bias(bias: bool) -> None:
     if not bias:
+        # Adapters such as LoRA build their own layers of this type without a bias. Their weights would be standardised.
         raise TypeError(
-            "a standardised layer has a bias. If an adapter such as LoRA asked for none: it would be standardised "
-            "itself, so give it the network that timm_nf.fuse(model) returns"
+            "a standardised layer needs a bias, got bias=False; for an adapter such as LoRA, adapt the network that "
+            "timm_nf.fuse(model) returns"
         )
 
 
 @torch.no_grad()
 def bake(plain: _Plain, layer: Any, weight: Tensor) -> _Plain:
-    """`plain` with this weight and the bias of `layer`, in the memory format, mode and requires_grad of `layer`.
+    """Give `plain` this weight, and the bias, memory format, mode and requires_grad of the layer that it replaces.
 
     Args:
-        plain: On the meta device.
-        layer: What `plain` replaces.
-        weight: In the shape of the layer's.
+        plain: The new layer, on the meta device.
+        layer: The layer that `plain` replaces.
+        weight: The weight for `plain`, in the shape of the layer's weight.
+
+    Returns:
+        `plain`.
 
     Examples:
         >>> layer = ScaledStdLinear(4, 8)
@@ -140,9 +144,9 @@ def bake(plain: _Plain, layer: Any, weight: Tensor) -> _Plain:
 
 
 class _ScaledStdConv(_Standardized):
-    """What standardised convolutions along any number of axes have in common; beside one of the `SameConv` classes."""
+    """The common part of standardised convolutions along any number of axes. Combined with a `SameConv` class."""
 
-    _plain: tuple[Callable[..., Any], Callable[..., Any]]  # torch's layer, and the one that pads SAME
+    _plain: tuple[Callable[..., Any], Callable[..., Any]]  # torch's layer, and the layer that pads SAME
 
     def __init__(
         self,
@@ -167,7 +171,7 @@ class _ScaledStdConv(_Standardized):
             device=device, dtype=dtype,
         )  # fmt: skip
         if self.same_pad:
-            self.padding = "same"  # so that a layer built by this one's attributes pads alike
+            self.padding = "same"  # a layer that is built from this one's attributes then pads alike
         self._add_gain(out_channels, scale, eps)
 
     def _given(self, padding: str | Numbers | None, own: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -180,9 +184,9 @@ class _ScaledStdConv(_Standardized):
         return per_axis("padding", padding, len(own))
 
     def fuse(self) -> Any:
-        """Torch's convolution of the same output; timm's `reparameterize_model` looks for this name.
+        """The plain convolution with the same output. timm's `reparameterize_model` looks for this name.
 
-        Where the padding depends on the size of the input, a subclass of it pads before it convolves.
+        It is torch's layer. If the padding depends on the size of the input, it is a subclass that pads first.
         """
         plain, same = self._plain
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride)
@@ -194,7 +198,7 @@ class _ScaledStdConv(_Standardized):
 
 
 class ScaledStdConv1d(_ScaledStdConv, SameConv1d):
-    """`ScaledStdConv2d` along one axis, (N, C, L), gain (O, 1, 1); its arguments, but `padding` is 0 by default."""
+    """`ScaledStdConv2d` along one axis: (N, C, L), gain (O, 1, 1). Same arguments, but `padding` is 0 by default."""
 
     _plain = nn.Conv1d, SameConv1d
 
@@ -202,32 +206,32 @@ class ScaledStdConv1d(_ScaledStdConv, SameConv1d):
 class ScaledStdConv2d(_ScaledStdConv, SameConv2d):
     """Convolution with a standardised weight, a gain (O, 1, 1, 1) and a bias (O,).
 
-    The arguments are nn.Conv2d's, in its order; `padding` is the authors' SAME rule by default.
+    The arguments are those of nn.Conv2d in its order. By default, `padding` is the authors' SAME rule.
 
     Examples:
         >>> [ScaledStdConv2d(3, 8, 3, 2, pad)(torch.zeros(1, 3, 6, 6)).shape[-1] for pad in (None, "same", 1, 0)]
         [3, 3, 3, 2]
 
     Args:
-        in_channels: I times groups.
-        out_channels: O.
-        kernel_size: K of all axes, or one for each.
-        stride: Of all axes, or one for each.
-        padding: Numbers or "valid", as torch's. None or "same" pad SAME: the output is ceil(size / stride), at every
-            stride, where torch's "same" knows stride 1 only.
-        dilation: Of all axes, or one for each.
-        groups: Divides both channel counts.
-        bias: There is one.
+        in_channels: Number of input channels, I times groups.
+        out_channels: Number of output channels, O.
+        kernel_size: K of all axes, or one number for each.
+        stride: Stride of all axes, or one number for each.
+        padding: Numbers or "valid", as in torch. None or "same" pad SAME: the output has ceil(size / stride) pixels
+            at every stride. torch's own "same" only allows stride 1.
+        dilation: Dilation of all axes, or one number for each.
+        groups: Divides both numbers of channels.
+        bias: Must be true.
         padding_mode: What is padded, as torch names it.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        scale: Constant factor on the standardised weight. It carries what would otherwise be a multiplication of the
-            input: gamma of the activation before it and 1 / beta of its block.
-        eps: Floor on N * variance of a unit.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        scale: Constant factor on the standardised weight. It takes the place of a multiplication of the input, by gamma
+            of the activation before it and 1 / beta of its block.
+        eps: Smallest value of N * variance, with N weights in a unit.
 
     Raises:
-        ValueError: if the sizes do not fit together, or a stride under the SAME rule is larger than its kernel.
-        TypeError: if there is to be no bias, as adapters ask for.
+        ValueError: if the sizes do not fit together, or a stride under the SAME rule is larger than the kernel.
+        TypeError: if `bias` is false. Adapters ask for that.
 
     Source: nfnets/base.py, WSConv2D.
     """
@@ -258,7 +262,7 @@ class ScaledStdConv2d(_ScaledStdConv, SameConv2d):
 
 
 class ScaledStdConv3d(_ScaledStdConv, SameConv3d):
-    """`ScaledStdConv2d` along three axes, (N, C, D, H, W), gain (O, 1, 1, 1, 1); `padding` is 0 by default."""
+    """`ScaledStdConv2d` along three axes: (N, C, D, H, W), gain (O, 1, 1, 1, 1). `padding` is 0 by default."""
 
     _plain = nn.Conv3d, SameConv3d
 
@@ -267,7 +271,7 @@ class ScaledStdConv3d(_ScaledStdConv, SameConv3d):
 
 
 class _ScaledStdConvTranspose(_Standardized):
-    """What standardised transposed convolutions have in common; beside one of torch's classes."""
+    """The common part of standardised transposed convolutions. Combined with one of torch's classes."""
 
     axes: int
     _plain: Callable[..., Any]
@@ -325,11 +329,12 @@ class _ScaledStdConvTranspose(_Standardized):
         return x.reshape(self.groups, first, second, taps).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As torch's layer: (N, in_channels, *size) -> (N, O, *output size).
+        """(N, in_channels, *size) -> (N, O, *output size), as torch's layer.
 
         Args:
-            input: What is enlarged.
-            output_size: Of the axes of the kernel, or of all; says what a stride leaves open.
+            input: The maps to enlarge.
+            output_size: Size of the output, of the kernel's axes or of all axes. With a stride, several sizes are
+                possible. By default, `output_padding` decides.
         """
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
@@ -340,7 +345,7 @@ class _ScaledStdConvTranspose(_Standardized):
         )
 
     def fuse(self) -> Any:
-        """Torch's transposed convolution of the same output; timm's `reparameterize_model` looks for this name."""
+        """Torch's transposed convolution with the same output. timm's `reparameterize_model` looks for this name."""
         plain = self._plain(
             self.in_channels,
             self.out_channels,
@@ -356,7 +361,7 @@ class _ScaledStdConvTranspose(_Standardized):
 
 
 class ScaledStdConvTranspose1d(_ScaledStdConvTranspose, nn.ConvTranspose1d):
-    """`ScaledStdConvTranspose2d` along one axis, (N, C, L), gain (O, 1, 1); its arguments."""
+    """`ScaledStdConvTranspose2d` along one axis: (N, C, L), gain (O, 1, 1). It has the same arguments."""
 
     axes = 1
     _plain, _transposed = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
@@ -365,33 +370,33 @@ class ScaledStdConvTranspose1d(_ScaledStdConvTranspose, nn.ConvTranspose1d):
 class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
     """Transposed convolution with a standardised weight (I * groups, O / groups, K, K), a gain (O, 1, 1, 1), a bias.
 
-    The arguments are nn.ConvTranspose2d's, in its order. A unit is an output channel, as everywhere, so its fan-in is
-    I * K * K. At a stride, an output sees only its share of the kernel, 1 / stride along each axis: give
-    `scale=stride` (along one axis its square root, along three its power of 1.5) to keep the variance of the input.
+    The arguments are those of nn.ConvTranspose2d in its order. A unit is an output channel, as in all layers here, so
+    its fan-in is I * K * K. With a stride, an output pixel only sees 1 / stride of the kernel along each axis. To keep
+    the variance of the input, give `scale=stride`, along one axis `stride**0.5`, along three axes `stride**1.5`.
 
     Examples:
         >>> ScaledStdConvTranspose2d(8, 3, 4, stride=2, padding=1, scale=2.0)(torch.zeros(1, 8, 6, 6)).shape
         torch.Size([1, 3, 12, 12])
 
     Args:
-        in_channels: I times groups.
-        out_channels: O.
-        kernel_size: K of all axes, or one for each.
-        stride: Of all axes, or one for each.
-        padding: Numbers, as torch's.
-        output_padding: Numbers, as torch's.
-        groups: Divides both channel counts.
-        bias: There is one.
-        dilation: Of all axes, or one for each.
-        padding_mode: `zeros`, torch has no other.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        in_channels: Number of input channels, I times groups.
+        out_channels: Number of output channels, O.
+        kernel_size: K of all axes, or one number for each.
+        stride: Stride of all axes, or one number for each.
+        padding: Numbers, as in torch.
+        output_padding: Numbers, as in torch.
+        groups: Divides both numbers of channels.
+        bias: Must be true.
+        dilation: Dilation of all axes, or one number for each.
+        padding_mode: Only `zeros`, as in torch.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         scale: Constant factor on the standardised weight, as in `ScaledStdConv2d`.
-        eps: Floor on N * variance of a unit.
+        eps: Smallest value of N * variance, with N weights in a unit.
 
     Raises:
         ValueError: if the sizes do not fit together.
-        TypeError: if there is to be no bias, as adapters ask for.
+        TypeError: if `bias` is false. Adapters ask for that.
     """
 
     axes = 2
@@ -399,7 +404,7 @@ class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
 
 
 class ScaledStdConvTranspose3d(_ScaledStdConvTranspose, nn.ConvTranspose3d):
-    """`ScaledStdConvTranspose2d` along three axes, (N, C, D, H, W), gain (O, 1, 1, 1, 1); its arguments."""
+    """`ScaledStdConvTranspose2d` along three axes: (N, C, D, H, W), gain (O, 1, 1, 1, 1). Same arguments."""
 
     axes = 3
     _plain, _transposed = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
@@ -411,19 +416,19 @@ class ScaledStdConvTranspose3d(_ScaledStdConvTranspose, nn.ConvTranspose3d):
 class ScaledStdLinear(_Standardized, nn.Linear):
     """Linear layer with a standardised weight (O, I), a gain (O, 1) and a bias (O,).
 
-    For layers inside a network. Classifiers are plain in all of the authors' networks.
+    For layers inside a network. The classifiers of the authors' networks are plain linear layers.
 
     Args:
-        in_features: I.
-        out_features: O.
-        bias: There is one.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        in_features: Number of input features, I.
+        out_features: Number of output features, O.
+        bias: Must be true.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         scale: Constant factor on the standardised weight, as in `ScaledStdConv2d`.
-        eps: Floor on N * variance of a unit.
+        eps: Smallest value of I * variance of a unit.
 
     Raises:
-        TypeError: if there is to be no bias, as adapters ask for.
+        TypeError: if `bias` is false. Adapters ask for that.
 
     Examples:
         >>> ScaledStdLinear(4, 8)(torch.zeros(2, 4)).shape
@@ -450,7 +455,7 @@ class ScaledStdLinear(_Standardized, nn.Linear):
         return F.linear(input, self.effective_weight(), self.bias)
 
     def fuse(self) -> nn.Linear:
-        """Torch's linear layer of the same output; timm's `reparameterize_model` looks for this name."""
+        """Torch's linear layer with the same output. timm's `reparameterize_model` looks for this name."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         return bake(plain, self, self._standardized_weight())
 
@@ -464,4 +469,4 @@ STANDARDIZED_LAYERS = (
     ScaledStdConvTranspose3d,
     ScaledStdLinear,
 )
-"""Every layer with a standardised weight. Each has `fuse`."""
+"""All layers with a standardised weight. Each has a method `fuse`."""

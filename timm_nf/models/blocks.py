@@ -74,8 +74,8 @@ class NormFreeBlock(nn.Module):
         dilation: Dilations of the first and of the second 3x3 convolution.
         drop_path_rate: Rate of stochastic depth.
         first: Whether it is the first block of the network.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(

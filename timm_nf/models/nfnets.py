@@ -316,7 +316,7 @@ class NormFreeNet(nn.Module):
         """Remove the layers that the features at `indices` do not need.
 
         Args:
-            indices: As in `forward_intermediates`.
+            indices: The indices of the features to keep, counted as in `forward_intermediates`.
             prune_norm: Has no effect, as there is no normalisation layer.
             prune_head: Remove the classifier even if the last stage stays.
 

@@ -64,12 +64,12 @@ def unit_norms(weights: list[Tensor], grads: list[Tensor], counts: list[int]) ->
     """Norms of all units of weights and of their gradients.
 
     Args:
-        weights: On one device and of one dtype; every unit is a row in one piece.
-        grads: Likewise.
-        counts: Units of each.
+        weights: Tensors on one device and of one dtype. Every unit is a row, in one piece of memory.
+        grads: Their gradients, laid out in the same way.
+        counts: Number of units of each tensor.
 
     Returns:
-        (units,) and (units,), in at least float32.
+        The weight norms and the gradient norms, (units,) each, in at least float32.
     """
     return torch.ops.timm_nf.unit_norms.default(weights, grads, counts)
 
@@ -78,9 +78,9 @@ def scale_units_(grads: list[Tensor], counts: list[int], scales: Tensor) -> None
     """Multiply every unit by its scale, in place and rounded once. Units with a scale of 1 are not written.
 
     Args:
-        grads: As for `unit_norms`.
-        counts: Units of each.
-        scales: (units,), in at least float32.
+        grads: Gradients on one device and of one dtype. Every unit is a row, in one piece of memory.
+        counts: Number of units of each gradient.
+        scales: A factor for each unit, (units,), in at least float32.
     """
     torch.ops.timm_nf.scale_units_.default(grads, counts, scales)
 

@@ -34,8 +34,8 @@ def fill(shape: tuple[int, ...], module: str, name: str) -> np.ndarray:
     """The synthetic value of one parameter, in float64. It depends only on the names and the shape.
 
     Args:
-        shape: In the authors' layout, such as (3, 3, 128, 256).
-        module: The authors' name, such as `NFNet/~/nf_block_3/~/conv1`.
+        shape: The parameter's shape in the authors' layout, such as (3, 3, 128, 256).
+        module: The authors' name of its module, such as `NFNet/~/nf_block_3/~/conv1`.
         name: `w`, `gain`, `bias`, `b` or `skip_gain`.
 
     Raises:
