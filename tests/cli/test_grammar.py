@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +108,45 @@ def test_a_folder_without_a_network_has_one_message(name, files, tmp_path, capsy
     assert f"expected a folder in Hub layout, but {files.pictures} has no config.json" in line
 
 
+BROKEN_FOLDERS: dict[str, tuple[str, bytes | None, str]] = {
+    "a config that is no JSON": (
+        "config.json",
+        b"{",
+        "config.json in {} describes no network that timm can build here",
+    ),
+    "a list as config": ("config.json", b"[1]", "config.json in {} describes no network that timm can build here"),
+    "another network": ("config.json", b'{"architecture": "vgg99"}', "config.json in {} describes no network"),
+    "another number of classes": ("config.json", None, "the classifier of {}/model.safetensors has 10 classes"),
+    "no weights": ("model.safetensors", None, "{} has no weights: expected model.safetensors beside config.json"),
+    "a pointer": (
+        "model.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "safetensors is a Git LFS pointer",
+    ),
+    "half a file": ("model.safetensors", b"\x50\0\0\0\0\0\0\0{", "{}/model.safetensors cannot be read, it may be"),
+}
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+@pytest.mark.parametrize("what", BROKEN_FOLDERS)
+def test_a_folder_that_holds_no_whole_network_says_which_file_it_is(what, form, files, tmp_path, capsys):
+    name, content, message = BROKEN_FOLDERS[what]
+    folder = tmp_path / "net"
+    shutil.copytree(files.folder, folder)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    elif name == "config.json":
+        config = json.loads((folder / name).read_text())
+        config["num_classes"] = config["model_args"]["num_classes"] = 7
+        (folder / name).write_text(json.dumps(config))
+    else:
+        (folder / name).unlink()
+    code, line = fails(command("classify", form.format(folder), files, tmp_path), capsys)
+    assert code == 1
+    assert message.format(folder) in line
+    assert "published" not in line
+
+
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
 @pytest.mark.parametrize("name", ["classify", "export", "diagnose", "clip-range"])
 def test_a_folder_is_a_network(name, form, files, tmp_path, capsys):
@@ -124,6 +165,16 @@ def test_bench_and_push_take_registered_names_alone(form, files, tmp_path, capsy
         code, line = fails(command(name, network, files, tmp_path), capsys)
         assert code == 2
         assert f"expected the name of a network in timm's registry, got the place {network!r}" in line
+
+
+def test_logits_that_are_not_finite_are_no_classes(files, tmp_path, capsys):
+    state = copy.deepcopy(torch.load(files.train_py, weights_only=False))
+    state["state_dict"]["head.fc.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    argv = [*command("classify", "nfnet_f0", files, tmp_path), "--checkpoint", str(tmp_path / "nan.pth")]
+    code, line = fails(argv, capsys)
+    assert code == 1
+    assert "0.png has logits that are infinite or NaN" in line
 
 
 @pytest.mark.parametrize("name", ["classify", "export", "diagnose"])

@@ -164,7 +164,7 @@ def test_the_command_takes_pictures_and_warns_on_stderr(local, tmp_path, capsys,
         (["vgg99"], 2, "no network or folder is called 'vgg99'"),
         (["test_resnet", "no/such/folder"], 2, "'no/such/folder'"),
         (["{local}/pictures"], 2, "has no config.json"),
-        (["{local}/bare"], 1, "local-dir:"),
+        (["{local}/bare"], 1, "{local}/bare has no weights"),
         (["test_resnet.no_tag"], 2, "no_tag"),
         (["rexnet_100"], 1, "expected a network with residual blocks"),
         (["test_resnet", "--images", "{local}/empty"], 1, "found none in"),
@@ -186,7 +186,7 @@ def test_wrong_arguments_are_one_line_and_write_nothing(arguments, code, message
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("timm-nf: error: ")
-    assert message in line
+    assert message.format(local=local) in line
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 

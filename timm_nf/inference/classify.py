@@ -37,7 +37,7 @@ __all__ = ["Prediction", "classify", "labels", "load_model", "preprocessing"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one file, as (label, probability), or in one line why it could not be read."""
+    """The most probable classes of one file, as (label, probability), or in one line why there are none."""
 
     path: Path
     classes: list[tuple[str, float]]
@@ -71,7 +71,7 @@ def labels(model: Any) -> list[str]:
 
 @torch.inference_mode()
 def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str = "cpu") -> Iterator[Prediction]:
-    """Classify one picture after the other. A picture that cannot be read yields its error, and the next one follows.
+    """Classify one picture after the other. One that cannot be classified yields its error, and the next one follows.
 
     Args:
         model: A network in evaluation mode, for example from `load_model`.
@@ -90,6 +90,10 @@ def classify(model: nn.Module, paths: Iterable[Path], topk: int = 5, device: str
         except ValueError as error:
             yield Prediction(path, [], str(error))
             continue
-        top = model(image[None].to(device)).softmax(-1)[0].topk(min(topk, len(names)))
+        probabilities = model(image[None].to(device)).softmax(-1)[0]
+        if not probabilities.isfinite().all():
+            yield Prediction(path, [], f"{path} has logits that are infinite or NaN: look at the network's weights")
+            continue
+        top = probabilities.topk(min(topk, len(names)))
         pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
         yield Prediction(path, [(names[index], probability) for probability, index in pairs])

@@ -30,10 +30,12 @@ from torch import nn
 from .._repository import repository
 from .._seed import seeded
 from .._text import reason
-from ..checkpoint import Checkpoint, fill
+from ..checkpoint import Checkpoint, fill, read, skeleton
 
 __all__ = ["canonical_name", "is_known", "load_model", "near_names", "random_model", "require_tag", "timm_name"]
 
+_LOCAL = "local-dir:"  # timm's prefix
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
 _PLACE = re.compile(r"hf[-_]hub:|https?:", re.IGNORECASE)
 _REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(@.+)?")
 
@@ -54,13 +56,13 @@ def canonical_name(name: str) -> str:
         if not _REPOSITORY.fullmatch(place.name):
             raise ValueError(f"expected a repository as hf-hub:user/name, got {name!r}")
         return f"hf-hub:{place}"
-    is_place = name.startswith("local-dir:")
-    folder = Path(os.path.expanduser(name.removeprefix("local-dir:")))
+    is_place = name.startswith(_LOCAL)
+    folder = Path(os.path.expanduser(name.removeprefix(_LOCAL)))
     if is_place or folder.is_dir():
         if not (folder / "config.json").is_file():
             why = f"{folder} has no config.json" if folder.is_dir() else f"there is no folder {folder}"
             raise ValueError(f"expected a folder in Hub layout, but {why}")
-        return f"local-dir:{folder}" if is_place else str(folder)
+        return f"{_LOCAL}{folder}" if is_place else str(folder)
     bare, _, tag = name.lower().partition(".")
     if not is_model(bare):
         hint = near_names(bare, timm.list_models())
@@ -93,7 +95,7 @@ def near_names(name: str, names: list[str]) -> str:
 
 def timm_name(name: str) -> str:
     """The name that timm expects. For a folder it is `local-dir:` and the path."""
-    return f"local-dir:{name}" if Path(name).is_dir() else name
+    return f"{_LOCAL}{name}" if Path(name).is_dir() else name
 
 
 def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
@@ -106,12 +108,15 @@ def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
             too.
 
     Raises:
-        ValueError: if the checkpoint belongs to another network, or no weights of this name are published.
+        ValueError: if the checkpoint belongs to another network, no weights of this name are published, or a folder
+            does not hold a network.
         RuntimeError: if the weights cannot be loaded. The message says what to do.
     """
     if checkpoint is not None:
         return fill(timm_name(name), checkpoint).float()
-    if is_model(name.partition(".")[0]) and ":" not in name and not Path(name).is_dir():
+    if timm_name(name).startswith(_LOCAL):
+        return _load_folder(Path(name.removeprefix(_LOCAL)))
+    if is_model(name.partition(".")[0]) and ":" not in name:
         cfg = get_pretrained_cfg(name)
         if cfg is None or not cfg.has_weights:
             raise ValueError(
@@ -119,13 +124,31 @@ def load_model(name: str, checkpoint: Checkpoint | None = None) -> nn.Module:
                 "--checkpoint FILE or as a folder in Hub layout"
             )
     try:
-        return timm.create_model(timm_name(name), pretrained=True).eval()
+        return timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # the Hub client, its HTTP library and timm have no common type of error
         raise RuntimeError(
             f"could not load {name} with its published weights ({reason(error)}). `timm-nf list` shows which networks "
             "have weights. Downloads need a network. For local weights give --checkpoint FILE, if the command has this "
             "option, or the path of a folder in Hub layout"
         ) from error
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """The network in a folder in Hub layout, as timm loads it. Errors are ours, and name the file."""
+    try:
+        return timm.create_model(f"{_LOCAL}{folder}", pretrained=True).eval()
+    except Exception as error:  # files of other people can make timm raise anything
+        try:
+            skeleton(f"{_LOCAL}{folder}")
+        except Exception as problem:
+            raise ValueError(
+                f"config.json in {folder} describes no network that timm can build here ({reason(problem)})"
+            ) from problem
+        weights = [file for name in _WEIGHTS if (file := folder / name).is_file()]
+        if not weights:
+            raise ValueError(f"{folder} has no weights: expected {_WEIGHTS[0]} beside config.json") from error
+        fill(f"{_LOCAL}{folder}", read(weights[0]))  # says what is wrong with them
+        raise RuntimeError(f"{weights[0]} cannot be loaded ({reason(error)})") from error
 
 
 def random_model(name: str) -> nn.Module:
