@@ -16,7 +16,7 @@ FILE = Path(__file__).parents[1] / "docs" / "build_your_own.png"
 
 
 class Wrong(nn.Module):
-    """torch's convolutions in He's initialisation, and a plain addition."""
+    """A block that is wrong: torch's convolutions with He's initialisation, and a plain addition."""
 
     def __init__(self, chs: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Wrong(nn.Module):
 
 @torch.no_grad()
 def variances(right: bool) -> list[float]:
-    """Mean variance of the channels after each block; skip gains are 1."""
+    """The mean variance of the channels after each block, with skip gains of 1."""
     torch.manual_seed(0)
     x = torch.randn(16, CHANNELS, 256)
     found: list[float] = []
@@ -44,7 +44,7 @@ def variances(right: bool) -> list[float]:
 
 
 def expected() -> list[float]:
-    """1 + k alpha^2 after the k-th block."""
+    """The expected variance after each block: 1 + k alpha^2 after the k-th."""
     return [1 + k * ALPHA**2 for k in range(1, DEPTH + 1)]
 
 

@@ -2,8 +2,8 @@
 
     python -m scripts.check_dist
 
-The environment lies under .cache/ and is removed at the end. pip installs torch and the other requirements into it,
-which are gigabytes on Linux. Before that, pip says whether it would replace an older torch that somebody has.
+The environment is made under .cache/ and removed at the end. pip installs torch and the other requirements into it. On
+Linux these are gigabytes. Before that, the script checks that pip would not replace an older torch.
 """
 
 import json
@@ -21,9 +21,9 @@ from scripts.environments import PIP_INSTALL, python_of, run
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 LARGEST = 1_000_000  # bytes of the wheel
-# An older torch and its torchvision, which timm needs and which requires that very torch.
+# An older torch, and the torchvision that requires exactly this torch. timm needs torchvision.
 OLDER = {"torch": ("2.8.0", ""), "torchvision": ("0.23.0", "Requires-Dist: torch==2.8.0\n")}
-# What somebody has, and what they add to `pip install .`
+# What is installed already, and what is added to `pip install .`
 KEPT = [(("torch", "torchvision"), ()), (("torch",), ("torch==2.8.0",))]
 SMOKE = """
 import timm, torch, timm_nf
@@ -36,7 +36,7 @@ print(timm_nf.__version__, timm_nf.__file__)
 
 
 def surplus(names: list[str]) -> list[str]:
-    """Files in a wheel that only the repository needs."""
+    """The files in a wheel that do not belong to the package."""
     return [
         n
         for n in names
@@ -51,7 +51,7 @@ def environment(folder: Path) -> Path:
 
 
 def pretend_installed(python: Path, packages: tuple[str, ...]) -> None:
-    """Write what pip reads of an installed package, in place of gigabytes."""
+    """Write only the metadata of an installed package, which is all that pip reads. The package has gigabytes."""
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     for name in packages:
         version, requires = OLDER[name]
@@ -64,7 +64,7 @@ def pretend_installed(python: Path, packages: tuple[str, ...]) -> None:
 
 
 def replaced(report: dict[str, Any], packages: tuple[str, ...]) -> list[str]:
-    """Which of the packages pip would install again, by its report of a dry run."""
+    """The packages that pip would install again, by the report of its dry run."""
     installed = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     return [f"{name} by {installed[name]}" for name in packages if name in installed]
 

@@ -1,10 +1,9 @@
-"""Write docs/hub.md: converting, pushing and pulling, with the real output of the commands.
+"""Write docs/hub.md, about converting, pushing and pulling, with the real output of the commands.
 
     python -m scripts.hub_walkthrough
 
 The commands run one after the other in an empty folder. The Hub is the tests' stand-in on 127.0.0.1
-(tests/support/stand_in_hub.py). Its port differs in every run, so the page says PORT. The rest of the output is as
-printed.
+(tests/support/stand_in_hub.py). Its port differs in every run, so the page says PORT. The other output is unchanged.
 """
 
 import os
@@ -169,7 +168,7 @@ An error is one line that says what to do. The exit code is then 1. `--debug` ad
 
 
 class Shell:
-    """Runs commands in one folder, against one Hub, and gives them as blocks of the page."""
+    """Runs commands in one folder with one Hub, and returns blocks of the page."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
@@ -182,7 +181,7 @@ class Shell:
     def show(
         self, code: str, command: str, arguments: Iterable[str] = (), failing: bool = False, **variables: str
     ) -> str:
-        """Run code, and return a block with the command as one would type it and with its output."""
+        """Run code. Return a block with the command that a user would type, and its output."""
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=self.folder, env=self.environment | variables, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -204,7 +203,7 @@ class Shell:
 
 
 def blocks(shell: Shell) -> dict[str, str]:
-    """Run all commands, each after those that it builds on."""
+    """Run all commands in their order."""
     push = "push model_best.pth.tar alice/t0 --model nfnet_f0 --license apache-2.0 --use-ema"
     shown: dict[str, str] = {}
     shown["convert"] = shell.cli("convert T0_haiku_flatmap.npz -o t0/")
@@ -238,7 +237,7 @@ def page() -> str:
         with Console(stderr=True).status("running the commands"):
             text = TEXT.format(**blocks(Shell(folder, hub.url)))
     if TOKEN in text or str(folder) in text or str(ROOT) in text:
-        raise RuntimeError("a token or a path of this machine would get into the page")
+        raise RuntimeError("the page would show a token or a path of this machine")
     return text
 
 

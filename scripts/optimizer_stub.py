@@ -47,7 +47,7 @@ class {name}(AdaptiveClipping, {base}):
 
 
 def stub() -> str:
-    # The registry has timm's optimizers alone. The package also has the classes that others have made by `agc_class`.
+    # Only timm's optimizers, by the registry. `agc_class` adds classes of other optimizers to the package.
     classes = {get_optimizer_class(name, bind_defaults=False) for name in list_optimizers("agc*")}
     made = {c.__name__: c for c in sorted(classes, key=lambda c: c.__name__)}
     modules = {n: re.sub(r"^(torch\.optim)\..*", r"\1", c.base_class.__module__) for n, c in made.items()}

@@ -2,8 +2,8 @@
 
     python -m scripts.test_versions [--only NAME ...] [-- pytest arguments]
 
-Each row gets a new environment under .cache/, which is deleted at the end, and writes its counts into
-docs/compatibility.md as soon as it has them. On Linux torch brings CUDA: gigabytes for every row.
+Each row gets a new environment under .cache/, which is deleted at the end. Its counts are written into
+docs/compatibility.md when its tests end. On Linux every environment takes gigabytes, because torch brings CUDA.
 """
 
 import argparse
@@ -36,14 +36,14 @@ print(json.dumps({"python": platform.python_version()} | {name: version(name) fo
 
 
 def oldest() -> dict[str, str]:
-    """The lower bounds of what the package and its extra `cli` need."""
+    """The lower bounds of the requirements of the package and of its extra `cli`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["cli"]
     return {match[1]: match[2] for line in needed if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line))}
 
 
 def rows() -> dict[str, dict[str, str]]:
-    """What each environment is pinned to, the rest being the newest."""
+    """The pinned versions of each environment, by the row's name. All other packages are the newest."""
     bound = oldest()
     alone = ("torch", "timm", "huggingface_hub", "numpy")
     return {
@@ -82,7 +82,7 @@ def measure(name: str, pins: dict[str, str], arguments: list[str]) -> dict[str, 
 
 
 def summary(report: str) -> dict[str, Any]:
-    """Counts, names of what failed and reasons of what was skipped, of a JUnit report."""
+    """The counts, the failed tests and the reasons of skipped tests in a JUnit report."""
     cases = list(ElementTree.fromstring(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [mark.get("message") or "" for case in cases if (mark := case.find("skipped")) is not None]
@@ -94,7 +94,7 @@ def summary(report: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rows as Markdown, with what failed and what was skipped below."""
+    """The rows as a Markdown table. Below it are the failed tests and the reasons of skipped tests."""
     columns = ["environment", "date", "Python", *SHOWN, "passed", "failed", "skipped"]
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     below: list[str] = []
@@ -113,7 +113,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(name: str, row: dict[str, Any]) -> None:
-    """Keep a row's result, and put the table of all rows that were run into the page."""
+    """Store a row's result, and write the table of all stored rows into the page."""
     results: dict[str, Any] = {}
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"== {index} of {len(chosen)}: {name} {rows()[name]}", file=sys.stderr, flush=True)
         try:
             row = measure(name, rows()[name], args.pytest_args)
-        except subprocess.CalledProcessError as error:  # the other rows are still worth having
+        except subprocess.CalledProcessError as error:  # the other rows are still run
             print(f"{name}: {error}", file=sys.stderr)
             failed += 1
             continue

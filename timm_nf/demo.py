@@ -45,10 +45,10 @@ __all__ = ["DemoResult", "Training", "load_digits", "rule_lr", "run"]
 
 NETWORK = "dm_nf_resnet50"
 CONFIG = {"depths": (1, 1, 1), "channels": (64, 128, 256), "stem_chs": 16, "act_layer": "silu"}
-OPTIMIZERS = ("sgd", "agcsgd")
+_OPTIMIZERS = ("sgd", "agcsgd")
 HELD_OUT = 0.2
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
-SHOWN = 60  # predictions that are drawn
+_SHOWN = 60  # predictions that are drawn
 
 
 @dataclass
@@ -171,7 +171,7 @@ def run(
     digits = _split(images, seed)
     settings = {"epochs": epochs, "batch_size": batch_size, "clip_factor": clip_factor, "seed": seed}
     rates = dict.fromkeys((rule_lr(batch_size), lr))  # one rate if both are the same
-    trained = [_train(name, digits, lr=rate, track=track, **settings) for rate in rates for name in OPTIMIZERS]
+    trained = [_train(name, digits, lr=rate, track=track, **settings) for rate in rates for name in _OPTIMIZERS]
     network, best = max(trained, key=lambda pair: (not pair[1].diverged, pair[1].accuracies[-1]))
     facts = DemoResult(
         runs=[training for _, training in trained],
@@ -388,7 +388,7 @@ def _draw_predictions(digits: _Digits, predicted: Tensor, file: Path) -> None:
     """Draw the first held-out images with their predicted class. Wrong ones have a red frame."""
     from matplotlib.figure import Figure
 
-    labels, predicted = digits.test_labels[:SHOWN], predicted[:SHOWN]
+    labels, predicted = digits.test_labels[:_SHOWN], predicted[:_SHOWN]
     columns = 12
     rows = math.ceil(len(labels) / columns)
     figure = Figure(figsize=(9, 0.95 * rows + 0.6), layout="constrained")

@@ -1,9 +1,9 @@
-"""The paper's claims, re-run on Fashion-MNIST with small networks by docs/claims/plan.md: runs, page, figures.
+"""Tests the paper's claims on Fashion-MNIST with small networks, as docs/claims/plan.md says: runs, page, figures.
 
-python -m scripts.claims            # the runs that are missing in docs/claims/runs.csv; may be stopped and restarted
-python -m scripts.claims --report   # docs/claims.md and its figures from the rows
-python -m scripts.claims --quick    # three parts, decided in minutes: `make claims-quick`
-python -m scripts.claims --plan     # phases, runs and expected time; what the rule can tell apart
+python -m scripts.claims            # makes the runs that docs/claims/runs.csv lacks; can be stopped and restarted
+python -m scripts.claims --report   # writes docs/claims.md and its figures from the rows
+python -m scripts.claims --quick    # decides three parts in minutes: `make claims-quick`
+python -m scripts.claims --plan     # prints phases, runs, expected time, and which differences the rule finds
 """
 
 import argparse
@@ -46,7 +46,7 @@ CSV = FOLDER / "runs.csv"
 
 
 def read(file: Path) -> Rows:
-    """The runs of a CSV with their results; none if there is no such file."""
+    """Read the runs and their results from a CSV file. If there is no such file, there are none."""
     if not file.exists():
         return {}
 
@@ -58,7 +58,7 @@ def read(file: Path) -> Rows:
 
 
 def write(file: Path, rows: Rows) -> None:
-    """All rows, in the order in which they were made; a reader sees the old file or the new one, never half of it."""
+    """Write all rows in the order in which they were made. A reader never sees a part of the file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for kind in (Run, Result) for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
@@ -70,15 +70,15 @@ def write(file: Path, rows: Rows) -> None:
 
 
 def run_missing(phases: Sequence[Phase], file: Path, pool: Any, processes: int) -> Rows:
-    """Run what has no row, phase by phase, and write a row as soon as there is one.
+    """Make the runs without a row, phase by phase, and write the rows after every run.
 
-    Progress is in expected processor seconds; settings that are still to be chosen count as if they were.
+    Progress is in expected processor seconds. Runs whose settings depend on other runs are counted, too.
 
     Args:
-        phases: In their order.
-        file: CSV that holds the rows.
-        pool: Executor of the runs.
-        processes: Runs at a time.
+        phases: The phases, in their order.
+        file: The CSV file of the rows.
+        pool: The executor that makes the runs.
+        processes: Number of runs at a time.
     """
     rows = read(file)
     running: dict[Future[Result], Run] = {}
@@ -116,16 +116,16 @@ def train_with(phases: Sequence[Phase], file: Path, processes: int) -> Rows:
     """`run_missing` in processes of one thread each.
 
     Raises:
-        FileNotFoundError: there is no data.
+        FileNotFoundError: if the data set is missing.
     """
-    torch.set_num_threads(1)  # before the processes are forked, which cannot use a thread pool of their parent
-    load(train=True), load(train=False)  # the processes inherit them
+    torch.set_num_threads(1)  # before forking: the processes could not use this process's threads
+    load(train=True), load(train=False)  # read once, the processes inherit both
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         return run_missing(phases, file, pool, processes)
 
 
 def quick(processes: int) -> int:
-    """Three parts from runs of their own: 0, or 1 where one does not hold."""
+    """Decide three parts by new runs. The exit code is 1 if one of them does not hold, else 0."""
     with tempfile.TemporaryDirectory() as folder:
         rows = train_with(QUICK_PHASES, Path(folder) / "runs.csv", processes)
     shown = Table("part", "difference, points", "verdict", title="test accuracy, three seeds each")
@@ -137,7 +137,7 @@ def quick(processes: int) -> int:
 
 
 def expected(rows: Rows) -> str:
-    """Phases with their runs and expected processor time, as Markdown."""
+    """A Markdown table of the phases, with their runs and their expected processor time."""
     seen: set[Run] = set()
     lines = []
     for phase in PHASES:
@@ -149,7 +149,7 @@ def expected(rows: Rows) -> str:
 
 
 def powers(rows: Rows) -> str:
-    """What the rule finds at known differences, in % of simulated experiments: holds / does not hold."""
+    """A table of what the rule finds for known differences: % of simulated experiments, holds / does not hold."""
     return power_table({f"batch {b}": paired_spread(rows, b) for b in (BATCHES[0], BATCHES[2], BATCHES[-1])}, table)
 
 
@@ -158,7 +158,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="decide three parts; exit 1 if one does not hold")
     what.add_argument("--report", action="store_true", help="write docs/claims.md and the figures from the rows")
-    what.add_argument("--plan", action="store_true", help="print phases, expected time and the rule's power")
+    what.add_argument("--plan", action="store_true", help="print phases, times and the differences that the rule finds")
     parser.add_argument("--csv", type=Path, default=CSV, help="the rows, by default docs/claims/runs.csv")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One figure for each claim of scripts/claims: every seed as a dot, mean and standard deviation, chance as a line."""
+"""Draws a figure for each claim: a dot for every seed, mean and standard deviation, and a line at chance level."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ def accuracies(rows: Rows, setting: Run, seeds: Sequence[int] = SEEDS) -> list[f
 
 
 def line(axes: Any, rows: Rows, at: dict[float, Run], label: str, colour: str, seeds: Sequence[int] = SEEDS) -> None:
-    """Means with their spreads; settings without rows are left out."""
+    """Draw means with their standard deviations. Settings without rows are left out."""
     found = {x: values for x, run in at.items() if (values := accuracies(rows, run, seeds))}
     for x, values in found.items():
         axes.plot([x] * len(values), values, "o", ms=3, alpha=0.4, color=colour, mew=0)
@@ -29,7 +29,7 @@ def line(axes: Any, rows: Rows, at: dict[float, Run], label: str, colour: str, s
 
 
 def dots(axes: Any, rows: Rows, settings: dict[str, Run]) -> None:
-    """A row for each setting, the first on top; those without rows are left out."""
+    """Draw a row of dots for each setting, the first on top. Settings without rows are left out."""
     found = {name: values for name, run in settings.items() if (values := accuracies(rows, run))}
     for y, values in enumerate(found.values()):
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -122,7 +122,7 @@ def draw_regularisation(rows: Rows, figure: Any) -> None:
 
 
 class Figure(NamedTuple):
-    """How a figure is drawn, what the page says below it, and the settings of which one has to have rows."""
+    """How a figure is drawn, its caption, and its settings, of which at least one must have rows."""
 
     draw: Callable[[Rows, Any], None]
     caption: str

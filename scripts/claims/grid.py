@@ -1,4 +1,4 @@
-"""Which runs scripts/claims makes, in phases of falling importance; plan.md says what for."""
+"""Lists the runs in phases, the most important first. docs/claims/plan.md says what each is for."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -12,23 +12,23 @@ from timm_nf._clip_defaults import CLIP_FACTOR
 Rows = dict[Run, Result]
 
 SEEDS = (0, 1, 2, 3, 4)
-FEWER = SEEDS[:3]  # where five do not fit the budget
-TUNING = 100  # the seed whose runs choose rates and factors, and decide nothing
+FEWER = SEEDS[:3]  # for settings that would take too long with five seeds
+TUNING = 100  # the runs of this seed choose rates and factors. They decide no claim.
 RATES = (0.1, 0.4, 1.6)  # peak learning rates, the same three at every batch size
 FACTORS = (0.0025, 0.01, 0.04, 0.16)
 SMALLEST, LARGEST = 256, 4096
 BATCHES = (256, 512, 1024, 2048, LARGEST)
-FROM = 1024  # the batch size from which a network that is not clipped is said to fail
+FROM = 1024  # the paper says: from this batch size on, networks without clipping fail
 SMALL_BATCHES = (2, 4, 8, 16)
 SMALL_NETS = ("nf", "bn-zero")
-SMALL_RATES = (1, 4, 16)  # times the linear rule, which goes very low there
+SMALL_RATES = (1, 4, 16)  # times the rate of the linear rule, which is very low for small batches
 GRIDS = {
     "unit": (0.000625, 0.0025, 0.01, 0.04, 0.16),
     "layer": (0.000625, 0.0025, 0.01, 0.04, 0.16),
     "global": (0.004, 0.016, 0.064, 0.256, 1.024),
 }
-RATIO = 4  # between neighbours of a grid
-MORE = 2  # points by which a grid is extended where its best is at an end
+RATIO = 4  # between two neighbours in a grid
+MORE = 2  # number of points by which a grid is extended, if its best is at an end
 HEAD = "head.fc.weight"
 PARTS = {"the classifier's weight": HEAD, "the first convolution": "stem."} | {
     f"stage {i}": stage for i, stage in enumerate(STAGES, 1)
@@ -37,18 +37,18 @@ DEPTHS = ("5-1-1-1", "1-5-1-1", "1-1-5-1", "1-1-1-5")
 WIDTHS = (2 / 3, 4 / 3)
 DROPOUTS = (0.0, 0.25, 0.5)
 DROP_PATHS = (0.0, 0.25)
-OVERFIT = Run(batch=64, lr=0.025, images=6000, epochs=20)  # few images many times
+OVERFIT = Run(batch=64, lr=0.025, images=6000, epochs=20)  # few images, each seen many times
 TWIN, PLAIN, CLIPPED = "twin", "unclipped", "clipped"
 KINDS = (TWIN, PLAIN, CLIPPED)
 
 
 def linear(batch: int) -> float:
-    """The paper's rule for the peak learning rate."""
+    """The peak learning rate by the paper's linear rule."""
     return 0.1 * batch / 256
 
 
 def highest(rows: Rows, candidates: Iterable[Run]) -> Run:
-    """The candidate with the highest accuracy, the first of equals; the first one while a row is missing."""
+    """The candidate with the highest accuracy, or the first of several. If a row is missing, the first candidate."""
     candidates = list(candidates)
     if any(run not in rows for run in candidates):
         return candidates[0]
@@ -62,7 +62,7 @@ def over(seeds: Sequence[int], runs: Iterable[Run]) -> list[Run]:
 
 
 def mean(rows: Rows, setting: Run, seeds: Sequence[int]) -> float:
-    """Mean accuracy over the seeds, %."""
+    """The mean accuracy over the seeds in %."""
     return statistics.fmean(rows[replace(setting, seed=seed)].accuracy for seed in seeds)
 
 
@@ -70,13 +70,13 @@ def mean(rows: Rows, setting: Run, seeds: Sequence[int]) -> float:
 
 
 def clipped_at_linear(batch: int) -> list[Run]:
-    """Tuning: the clip factors at the linear rule, the paper's first."""
+    """Runs for tuning: all clip factors at the rate of the linear rule, the paper's factor first."""
     factors = sorted(FACTORS, key=lambda factor: factor != CLIP_FACTOR)
     return [Run(clip="unit", factor=f, batch=batch, lr=linear(batch), seed=TUNING) for f in factors]
 
 
 def tuning(rows: Rows, kind: str, batch: int) -> list[Run]:
-    """All runs that choose the setting of a kind of network: those of the linear rule first."""
+    """All runs that choose the setting of a kind of network. Those at the rate of the linear rule come first."""
     if kind == CLIPPED:
         first = clipped_at_linear(batch)
         best = highest(rows, first)
@@ -86,12 +86,12 @@ def tuning(rows: Rows, kind: str, batch: int) -> list[Run]:
 
 
 def at_linear(rows: Rows, kind: str, batch: int) -> Run:
-    """The setting at the linear rule; of a clipped network at its best factor there."""
+    """The setting at the rate of the linear rule. A clipped network has its best factor at this rate."""
     return highest(rows, clipped_at_linear(batch)) if kind == CLIPPED else tuning(rows, kind, batch)[0]
 
 
 def at_best(rows: Rows, kind: str, batch: int) -> Run:
-    """The setting at the best of the three rates. The linear rule's is one of them or else not a candidate."""
+    """The setting at the best of the three rates. The linear rule's rate is only a candidate if it is one of them."""
     return highest(rows, [run for run in tuning(rows, kind, batch) if run.lr in RATES])
 
 
@@ -107,17 +107,17 @@ def tune(batch: int) -> Callable[[Rows], list[Run]]:
 
 
 def compare(batch: int, setting: str) -> Callable[[Rows], list[Run]]:
-    """Decision: the three kinds at one of the settings."""
+    """Runs that decide: the three kinds of networks, at one of the settings."""
     return lambda rows: over(seeds_of(batch), (SETTINGS[setting](rows, kind, batch) for kind in KINDS))
 
 
 def full_strength(rows: Rows) -> list[Run]:
-    """The twin of plan 1, whose branches start at full strength, beside this one."""
+    """The batch-normalised twin whose branches start at full strength, as in plan 1, at the largest batch size."""
     return over(FEWER, [replace(at_linear(rows, TWIN, LARGEST), net="bn")])
 
 
 def crossed(rows: Rows, batch: int) -> tuple[Run, Run]:
-    """At a batch size and the linear rule: the smaller and the larger one of the factors chosen at both ends."""
+    """At one batch size and the linear rule: the smaller and the larger of the factors chosen at both ends."""
     factors = sorted(at_linear(rows, CLIPPED, end).factor for end in (SMALLEST, LARGEST))
     smaller, larger = (replace(at_linear(rows, CLIPPED, batch), factor=factor) for factor in factors)
     return smaller, larger
@@ -127,7 +127,7 @@ def crossed(rows: Rows, batch: int) -> tuple[Run, Run]:
 
 
 def layers_base(rows: Rows) -> Run:
-    """Batch 4096, the factor chosen there, the smallest rate at which clipping trains and not clipping does not."""
+    """Batch 4096, its chosen factor, and the smallest rate at which only the clipped network trains."""
     factor = at_linear(rows, CLIPPED, LARGEST).factor
     for lr in RATES:
         clipped = Run(clip="unit", factor=factor, batch=LARGEST, lr=lr, seed=TUNING)
@@ -138,7 +138,7 @@ def layers_base(rows: Rows) -> Run:
 
 
 def layers(rows: Rows) -> dict[str, Run]:
-    """What is clipped, and the run that does."""
+    """Each choice of clipped layers, in words, with its run."""
     base = replace(layers_base(rows), spared="")
     return {
         "everything": base,
@@ -149,13 +149,13 @@ def layers(rows: Rows) -> dict[str, Run]:
 
 
 def classifier(rows: Rows) -> list[Run]:
-    """Everything clipped, and all but the classifier's weight, with all seeds."""
+    """Runs with everything clipped, and with all but the classifier's weight clipped, for all seeds."""
     chosen = layers(rows)
     return over(SEEDS, [chosen["everything"], chosen[f"all but {next(iter(PARTS))}"]])
 
 
 def thresholds(rows: Rows, clip: str) -> list[Run]:
-    """Tuning of a kind of clipping at batch 4096 and the linear rule: its grid, extended until its best is inside."""
+    """Runs that tune a kind of clipping, at batch 4096 and the linear rule. The grid grows until its best is inside."""
     grid = [Run(clip=clip, factor=f, batch=LARGEST, lr=linear(LARGEST), seed=TUNING) for f in GRIDS[clip]]
     for _ in range(MORE):
         best = highest(rows, grid)
@@ -169,7 +169,7 @@ def thresholds(rows: Rows, clip: str) -> list[Run]:
 
 
 def norms(rows: Rows) -> dict[str, Run]:
-    """Each kind of clipping at its best threshold."""
+    """Each kind of clipping, at its best threshold."""
     return {clip: highest(rows, thresholds(rows, clip)) for clip in GRIDS}
 
 
@@ -218,7 +218,7 @@ def deeper() -> list[Run]:
 
 
 class Phase(NamedTuple):
-    """Runs that may all be made before the next phase begins; more may follow from the first ones' results."""
+    """Runs that are made before the next phase begins. The results of the first may add more."""
 
     name: str
     runs: Callable[[Rows], list[Run]]
@@ -255,12 +255,12 @@ PHASES = (
 
 
 def planned(rows: Rows, phases: Sequence[Phase] = PHASES) -> list[Run]:
-    """All runs in their order, each once, as far as the rows tell; settings that are open stand for one each."""
+    """All runs in their order, each once. A setting that is not chosen yet is counted as its first candidate."""
     return list(dict.fromkeys(run for phase in phases for run in phase.runs(rows)))
 
 
 def next_runs(rows: Rows, phases: Sequence[Phase] = PHASES) -> tuple[str, list[Run]]:
-    """The first phase with missing runs, and these; an empty list at the end."""
+    """The name of the first phase that lacks runs, and these runs. At the end both are empty."""
     for phase in phases:
         if missing := [run for run in dict.fromkeys(phase.runs(rows)) if run not in rows]:
             return phase.name, missing
@@ -278,7 +278,7 @@ QUICK_PHASES = (Phase("three parts, three seeds", lambda rows: over(FEWER, QUICK
 
 
 def cost(run: Run) -> float:
-    """Expected seconds of processor time: images, and steps, which cost something however small their batch is."""
+    """Expected processor time in seconds. It grows with the number of images and with the number of steps."""
     blocks = sum(map(int, run.depths.split("-")))
     each = 0.00022 * (1 + 0.15 * (blocks - 4)) * (1 if run.width < 1 else 2.2)
     passed = run.images * run.epochs
@@ -286,7 +286,7 @@ def cost(run: Run) -> float:
 
 
 def paired_spread(rows: Rows, batch: int) -> float:
-    """Of plan 1: root mean square of the standard deviations of paired differences between settings that trained."""
+    """Plan 1's standard deviation of paired differences: the root mean square over pairs of settings that trained."""
     by_setting: dict[Run, dict[int, float]] = {}
     for run, result in rows.items():
         if (run.plan, run.batch, run.depths, run.images) == (1, batch, "1-1-1-1", 60000):

@@ -1,4 +1,4 @@
-"""docs/claims.md and its figures: what the paper says, what was measured, and the verdicts, from the rows alone."""
+"""Writes docs/claims.md and its figures from the rows: what the paper says, what was measured, and the verdicts."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from scripts.claims.markdown import table
 from scripts.claims.rule import MARGIN
 from scripts.claims.training import Run
 
-# Which added plan.md. It stands here and is not read from git, as a copy of the repository may have no history.
+# The commit that added plan.md. It is not read from git, since a copy of the repository may have no history.
 PLAN_COMMIT = "33620fcb2bdd6da695608aa4f52ddd1ae5c6f352"
 
 INTRODUCTION = """\
@@ -56,7 +56,7 @@ seen. Its rows decide nothing here. The plan took the spread of paired differenc
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Mean ± standard deviation."""
+    """The mean ± the standard deviation."""
     values = list(values)
     if len(values) < 2:
         return "".join(f"{value:.{digits}f} (one seed)" for value in values)
@@ -64,7 +64,7 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
 
 
 def cell(rows: Rows, setting: Run, value: str = "accuracy", digits: int = 1) -> str:
-    """Over the seeds that decide; empty without rows."""
+    """The cell for the seeds that decide. It is empty if there are no rows."""
     found = [rows[run] for run in grid.over(SEEDS, [setting]) if run in rows]
     return spread((getattr(result, value) for result in found), digits) + (
         f" ({len(found)} seeds)" if 1 < len(found) < 3 else ""
@@ -72,7 +72,7 @@ def cell(rows: Rows, setting: Run, value: str = "accuracy", digits: int = 1) -> 
 
 
 def single(rows: Rows, run: Run) -> str:
-    """Of one run."""
+    """The cell for one run."""
     return f"{rows[run].accuracy:.1f}" if run in rows else ""
 
 
@@ -117,7 +117,7 @@ def layer_table(rows: Rows) -> str:
 
 
 def good_range(rows: Rows, clip: str) -> str:
-    """How far apart the outermost thresholds are that are within two points of the best."""
+    """The range of the thresholds whose accuracy is within two points of the best."""
     runs = [run for run in grid.thresholds(rows, clip) if run in rows]
     best = max(rows[run].accuracy for run in runs)
     good = [run.factor for run in runs if rows[run].accuracy > best - 2]
@@ -243,7 +243,7 @@ CLAIMS = dict(
 
 
 def measured_table(rows: Rows) -> str:
-    """What every run measured, by kind of network."""
+    """A table of what every run measured, by kind of network."""
     names = {"nf": "NF", "nf-plain": "NF, plain weights", "bn-zero": "twin", "bn": "twin of plan 1"}
     lines = []
     for net, name in names.items():
@@ -262,7 +262,7 @@ def measured_table(rows: Rows) -> str:
 
 
 def state(rows: Rows, phases: Iterable[Phase]) -> str:
-    """How far the plan is, and what it cost where."""
+    """How many runs of the plan are done, their time, and on which machine."""
     planned = grid.planned(rows, list(phases))
     made = {run: rows[run] for run in planned if run in rows}
     count = f"- Runs: {len(made)} of about {len(planned)}, in the plan's order."
@@ -274,12 +274,12 @@ def state(rows: Rows, phases: Iterable[Phase]) -> str:
 
 
 def page(rows: Rows, commit: str, about_signals: str = "") -> str:
-    """The Markdown text; rows decide every number and verdict in it.
+    """The page in Markdown. All its numbers and verdicts follow from the rows.
 
     Args:
-        rows: Of both experiments.
-        commit: The plan's.
-        about_signals: The section of scripts/claims/signals.py.
+        rows: The rows of both experiments.
+        commit: The commit that added the plan.
+        about_signals: The section that scripts/claims/signals.py writes.
     """
     lines = [INTRODUCTION.format(commit=commit, margin=MARGIN) + state(rows, grid.PHASES), ""]
     found = {

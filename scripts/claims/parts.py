@@ -1,4 +1,4 @@
-"""What each claim says, part by part, as a difference between settings that the rule decides."""
+"""Splits each claim into parts. A part is a statement about differences between settings, which the rule decides."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,16 +27,16 @@ from scripts.claims.training import Run
 
 @dataclass(frozen=True)
 class Part:
-    """A statement about a sum of settings' accuracies with signs, paired by seed.
+    """A statement about the sum of some settings' accuracies minus the sum of others, paired by seed.
 
     Attributes:
-        statement: What it says.
-        kind: Which of the rule's three statements that is.
-        above: Settings that count +1.
-        below: Settings that count -1.
-        seeds: Of every setting.
-        tuning: Runs that choose the settings; they have to be there first.
-        reference: A setting that has to have trained, or the part says nothing.
+        statement: The statement in words.
+        kind: Which of the rule's three kinds of statements it is.
+        above: Settings whose accuracies are added.
+        below: Settings whose accuracies are subtracted.
+        seeds: The seeds of every setting.
+        tuning: The runs that choose the settings. They are made first.
+        reference: A setting that must have trained. Otherwise the part says nothing.
     """
 
     statement: str
@@ -49,11 +49,11 @@ class Part:
 
     @property
     def runs(self) -> list[Run]:
-        """All that have to be made."""
+        """All runs that the part needs."""
         return list(dict.fromkeys([*self.tuning, *grid.over(self.seeds, [*self.above, *self.below])]))
 
     def differences(self, rows: Rows) -> Differences:
-        """Of the seeds. Every run has to have its row."""
+        """The differences, one for each seed. Every run must have its row."""
 
         def total(settings: Sequence[Run], seed: int) -> float:
             return sum(rows[replace(run, seed=seed)].accuracy for run in settings)
@@ -61,7 +61,7 @@ class Part:
         return Differences.of([total(self.above, seed) - total(self.below, seed) for seed in self.seeds])
 
     def verdict(self, rows: Rows) -> tuple[str, str]:
-        """The numbers, and what became of the part."""
+        """The numbers, and whether the part holds."""
         if list(self.above) == list(self.below):
             return "", "not decided: both are the same setting"
         made = sum(run in rows for run in self.runs)

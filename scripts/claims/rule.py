@@ -1,4 +1,4 @@
-"""The rule that decides: differences paired by seed, a t interval, two one-sided tests, seeds that are lacking."""
+"""The rule that decides: differences paired by seed, t intervals, two one-sided tests, missing seeds."""
 
 import math
 import statistics
@@ -10,23 +10,23 @@ from typing import Literal
 import numpy as np
 from scipy.stats import t as student
 
-MARGIN = 1.0  # points of accuracy that "as good" and "changes little" allow
-TRAINED = 50.0  # %; what has not trained is no reference: being as good as it says nothing
-LIMIT = 1000  # more seeds than this are not counted
-TRUE = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # differences that are simulated, points
+MARGIN = 1.0  # difference in points of accuracy that "as good" and "changes little" allow
+TRAINED = 50.0  # accuracy in %. A network below it has not trained, and a comparison with it says nothing
+LIMIT = 1000  # the largest number of missing seeds that is computed
+TRUE = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # the simulated differences, in points
 Statement = Literal["better", "as good", "little"]
 Outcome = Literal["holds", "does not hold", "not decided"]
 
 
 @cache
 def quantile(probability: float, freedom: int) -> float:
-    """Of Student's t distribution."""
+    """The quantile of Student's t distribution."""
     return float(student.ppf(probability, freedom))
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Differences a - b in points, one for each seed, as their mean, their standard deviation and their number."""
+    """The mean, the standard deviation and the number of differences a - b in points, one for each seed."""
 
     mean: float
     spread: float
@@ -37,33 +37,33 @@ class Differences:
         return cls(statistics.fmean(values), statistics.stdev(values), len(values))
 
     def interval(self, probability: float) -> tuple[float, float]:
-        """The two-sided t interval of the true difference."""
+        """The two-sided t interval for the true difference."""
         half = quantile((1 + probability) / 2, self.seeds - 1) * self.spread / math.sqrt(self.seeds)
         return self.mean - half, self.mean + half
 
     @property
     def better(self) -> bool:
-        """The 95 % interval is above 0."""
+        """Whether the 95 % interval is above 0."""
         return self.interval(0.95)[0] > 0
 
     @property
     def worse(self) -> bool:
-        """The 95 % interval is below 0."""
+        """Whether the 95 % interval is below 0."""
         return self.interval(0.95)[1] < 0
 
     @property
     def as_good(self) -> bool:
-        """One one-sided test at 5 % rejects a loss of `MARGIN`."""
+        """Whether a one-sided test at 5 % rejects a loss of `MARGIN`."""
         return self.interval(0.9)[0] > -MARGIN
 
     @property
     def little(self) -> bool:
-        """Both one-sided tests at 5 % reject a difference of `MARGIN`."""
+        """Whether both one-sided tests at 5 % reject a difference of `MARGIN`."""
         return self.as_good and self.interval(0.9)[1] < MARGIN
 
     @property
     def found(self) -> str:
-        """All that is true of the difference, in words."""
+        """All findings about the difference, in words."""
         facts = {
             "above": self.better,
             "below": self.worse,
@@ -74,7 +74,7 @@ class Differences:
 
 
 def decide(statement: Statement, d: Differences) -> Outcome:
-    """What becomes of a statement about a against b.
+    """Decide a statement about a compared with b.
 
     better: holds above 0 by the 95 % interval. Does not hold below 0, or within the margin and not above 0.
     as good: holds if a loss of the margin is rejected. Does not hold if less than such a loss is rejected.
@@ -98,7 +98,7 @@ def seeds_to_decide(statement: Statement, d: Differences) -> int | None:
 
 
 def simulate(statement: Statement, true: float, spread: float, seeds: int, times: int = 1000) -> dict[Outcome, float]:
-    """How often each outcome comes out where the true difference is known; normal differences, a fixed generator."""
+    """How often each outcome occurs for a known true difference. Differences are normal, the generator is fixed."""
     drawn = np.random.default_rng(0).normal(true, spread, (times, seeds))
     means, spreads = drawn.mean(1), drawn.std(1, ddof=1)
     outcomes = [decide(statement, Differences(float(m), float(s), seeds)) for m, s in zip(means, spreads, strict=True)]
@@ -110,8 +110,8 @@ def power_table(spreads: dict[str, float], table: Callable[..., str]) -> str:
     """Simulated outcomes at true differences of 0, 0.5, 1 and 2 points in both directions, as Markdown.
 
     Args:
-        spreads: {where it was measured: standard deviation of paired differences, points}.
-        table: Writes one.
+        spreads: The standard deviation of paired differences in points, by where it was measured.
+        table: The function that writes a Markdown table.
     """
     lines = []
     statements: tuple[Statement, ...] = ("better", "as good", "little")

@@ -1,4 +1,4 @@
-"""What clipping does when: ratios of gradient norm to weight norm over a training, and signals before and after it.
+"""Measures what clipping does over a training: ratios of gradient norm to weight norm, and signals before and after.
 
 python -m scripts.claims.signals    # three runs, docs/claims/ratios.csv, docs/claims/signals.csv and their figures
 """
@@ -25,28 +25,28 @@ from timm_nf.diagnostics.plots import draw_signals
 from timm_nf.diagnostics.signals import SignalStats
 
 FOLDER = Path(__file__).parents[2] / "docs" / "claims"
-POINTS = 70  # of a curve
+POINTS = 70  # number of points of a curve
 PARTS = {"stem.": "first convolution"} | {stage: f"stage {i}" for i, stage in enumerate(STAGES, 1)}
 CLIPPED = {batch: Run(clip="unit", factor=CLIP_FACTOR, batch=batch, lr=linear(batch)) for batch in (SMALLEST, LARGEST)}
 AT_256 = CLIPPED[SMALLEST]
 UNCLIPPED = replace(AT_256, clip="none", factor=0.0)
 
-Row = dict[str, Any]
+Values = dict[str, Any]
 
 
 class Watch:
-    """Is called in every step of a run; keeps `clip_stats` of each part of the network, and the network.
+    """Called in every step of a run. It keeps the network, and the `clip_stats` of each part of it.
 
-    The classifier is left out: its weight is not clipped, and its bias starts at zero.
+    The classifier is left out, since its weight is not clipped and its bias starts at zero.
 
-    The optimizer here has a group for each part and a rate of 0: it measures, and clips as the run does, and moves
-    nothing.
+    Its optimizer has a group for each part, and a learning rate of 0. It measures and clips like the run's optimizer,
+    but does not change the network.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.steps = run.epochs * (run.images // run.batch)
-        self.rows: list[Row] = []
+        self.rows: list[Values] = []
         self.model: Any = None
 
     def __call__(self, step: int, model: nn.Module) -> None:
@@ -72,8 +72,8 @@ class Watch:
             )  # fmt: skip
 
 
-def measure() -> tuple[list[Row], dict[str, list[SignalStats]]]:
-    """The ratios of both clipped runs, and the signals of one of them and its unclipped twin, on 384 test images."""
+def measure() -> tuple[list[Values], dict[str, list[SignalStats]]]:
+    """Measure the ratios in both clipped runs, and on 384 images the signals of one and of its unclipped twin."""
     images, rows = load(train=False)[0][:384], []
     torch.manual_seed(0)
     signals = {"before training": signal_stats(build(AT_256), images)}
@@ -99,7 +99,7 @@ def write(rows: Iterable[Mapping[str, Any]], file: Path) -> None:
     os.replace(half, file)
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[Values]:
     if not file.exists():
         return []
 
@@ -113,7 +113,7 @@ def read(file: Path) -> list[Row]:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 
-def signals_of(rows: list[Row]) -> dict[str, list[SignalStats]]:
+def signals_of(rows: list[Values]) -> dict[str, list[SignalStats]]:
     """The rows of signals.csv, by network."""
     found: dict[str, list[Any]] = {}
     for row in rows:
@@ -121,8 +121,8 @@ def signals_of(rows: list[Row]) -> dict[str, list[SignalStats]]:
     return found
 
 
-def draw_ratios(rows: list[Row], file: Path) -> None:
-    """Median and 5 to 95 % of the ratios over the steps, a column for each batch size, a row for each part."""
+def draw_ratios(rows: list[Values], file: Path) -> None:
+    """Draw the median and the 5 to 95 % range of the ratios over the steps: a column per batch size, a row per part."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(8, 7.5), layout="constrained")
@@ -132,7 +132,7 @@ def draw_ratios(rows: list[Row], file: Path) -> None:
             axes = panels[line][column]
             found = [row for row in rows if (row["batch"], row["part"]) == (batch, part)]
             steps = [row["step"] for row in found]
-            # zeros, as behind skip gains at the start, are below the axis
+            # zeros are below the axis; skip gains of 0 cause them at the start
             shown = [[max(row[q], 1e-12) for row in found] for q in ("q5", "q50", "q95")]
             axes.fill_between(steps, shown[0], shown[2], alpha=0.25, color=colour, lw=0)
             axes.plot(steps, shown[1], color=colour, lw=1.3)
@@ -148,7 +148,7 @@ def draw_ratios(rows: list[Row], file: Path) -> None:
 
 
 def section(folder: Path) -> str:
-    """The page's section, from the two CSV files; empty without them."""
+    """The page's section from the two CSV files. It is empty if they are missing."""
     ratios, signals = read(folder / "ratios.csv"), signals_of(read(folder / "signals.csv"))
     if not ratios or not signals:
         return ""

@@ -1,4 +1,4 @@
-"""One training run of scripts/claims: Fashion-MNIST, a small network, its batch-normalised twin, three clippings."""
+"""Makes one training run on Fashion-MNIST: a small network or its batch-normalised twin, with any kind of clipping."""
 
 import gzip
 import math
@@ -28,31 +28,31 @@ CACHE = Path(__file__).parents[2] / ".cache" / "fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels
 PIXELS = 32
-CHANNELS = (48, 96, 192, 384)  # each stage at half the resolution of the one before: a block costs the same in all
+CHANNELS = (48, 96, 192, 384)  # widths double as the resolution halves, so that a block costs the same in every stage
 STAGES = ("stages.0.", "stages.1.", "stages.2.", "stages.3.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run trains, and so the first columns of its row.
+    """The settings of one run. They are the first columns of its row.
 
     Attributes:
-        plan: 1 for the first experiment, whose rows are kept as they were; 2 for the one of plan.md.
+        plan: 1 for the first experiment, whose old rows are kept. 2 for the experiment of plan.md.
         net: `nf`; `nf-plain`, without weight standardisation; `bn-zero`, the batch-normalised twin, its branches
             starting at zero; `bn`, the twin with branches that start at full strength.
-        depths: Blocks of the stages, 1-1-1-1.
-        width: Factor on all channels.
+        depths: Numbers of blocks in the stages, such as 1-1-1-1.
+        width: Factor on the number of channels of all stages.
         clip: `none`; `unit`, adaptive; `layer`, adaptive with one norm for a whole parameter; `global`.
-        factor: Clip factor of the adaptive ones, largest norm for `global`, 0 for `none`.
-        spared: Beginnings of the names of the parameters that are not clipped, joined by spaces.
-        alone: Beginnings of the names of the only parameters that are clipped; all but the spared ones if empty.
+        factor: The clip factor of adaptive clipping, the largest norm for `global`, 0 for `none`.
+        spared: Prefixes of the names of parameters that are not clipped, joined by spaces.
+        alone: Prefixes of the names of the only parameters that are clipped. If empty, all but the spared ones are.
         batch: Batch size.
         lr: Peak learning rate.
-        images: How many of the training images, the first ones of a fixed order.
-        epochs: Passes over them.
-        dropout: Before the classifier.
+        images: Number of training images. They are the first ones in a fixed order.
+        epochs: Number of passes over the images.
+        dropout: Rate of dropout before the classifier.
         drop_path: Rate of stochastic depth.
-        seed: Of start, batches and dropout.
+        seed: Seed for the initial weights, the batches and dropout.
     """
 
     plan: int = 2
@@ -74,16 +74,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out, and so the last columns of the row; the three last but one are NaN in plan 1."""
+    """The results of one run. They are the last columns of its row. In plan 1 the gaps and the shift are NaN."""
 
-    accuracy: float  # % of the 10 000 test images; 10, chance, for parameters that are not numbers
+    accuracy: float  # in % of the 10 000 test images; chance level, 10, if a parameter is NaN or infinite
     loss: float  # mean training loss of the last epoch
     params: int
     macs: int  # of one image
-    seconds: float  # of processor time: the runs share their machine and may be stopped for a while
-    mode_gap: float  # relative L2 distance of logits in training mode from those in test mode, without dropping
-    mates_gap: float  # the same of logits in training mode with other images in the batch
-    mean_shift: float  # share of squared channel means in the second moment behind the blocks, their mean
+    seconds: float  # of processor time, since runs share the machine and may be stopped for a while
+    mode_gap: float  # relative L2 distance of the logits in training mode from those in test mode, without dropout
+    mates_gap: float  # the same distance between logits in training mode, with other images in the batch
+    mean_shift: float  # the share of squared channel means in the second moment after a block, averaged over blocks
     machine: str  # and versions
 
 
@@ -92,7 +92,7 @@ def load(train: bool) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 32, 32) in float32, padded with black and normalised, and labels (N,).
 
     Raises:
-        FileNotFoundError: the files are neither in Debian's folder nor to be downloaded.
+        FileNotFoundError: if the files are not in Debian's folder and cannot be downloaded.
     """
     raw = CACHE / "FashionMNIST" / "raw"
     for file in DEBIAN.glob("*.gz"):
@@ -114,10 +114,10 @@ def load(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def build(run: Run) -> Any:
-    """The network of a run: the row of NF-ResNet-50 with other depths and widths, or its twin.
+    """Build the network of a run: the row of NF-ResNet-50 with other depths and widths, or its batch-normalised twin.
 
-    Shortcuts average-pool instead of striding: at 32 pixels three strided 1x1 shortcuts see one of 64 positions, and as
-    skip gains start at 0 and clipping holds them back, there is little but shortcuts at first (tried, in LOG.md).
+    Shortcuts average-pool instead of striding. At 32 pixels, three strided 1x1 shortcuts would see one of 64 positions.
+    At first the network is little more than its shortcuts, as skip gains start at 0 and are clipped (see LOG.md).
     """
     normalised = run.net.startswith("bn")
     options: dict[str, float] = {}
@@ -141,14 +141,14 @@ def build(run: Run) -> Any:
 
 
 class PlainConv2d(ScaledStdConv2d):
-    """The same convolution with its weight as it is: of mean 0 and variance 1 / fan-in at the start only."""
+    """The same convolution without standardisation: its weight has mean 0 and variance 1 / fan-in only at the start."""
 
     def effective_weight(self) -> Tensor:
         return self.weight * (self.gain * self.scale)
 
 
 def without_standardisation(model: nn.Module) -> nn.Module:
-    """The network with weights that are not standardised, from the same start."""
+    """The network without weight standardisation, with the same initial weights."""
     for module in model.modules():
         if isinstance(module, ScaledStdConv2d):
             module.__class__ = PlainConv2d
@@ -156,10 +156,10 @@ def without_standardisation(model: nn.Module) -> nn.Module:
 
 
 def batch_normalised(model: nn.Module, zero: bool) -> nn.Module:
-    """The twin: bias-free convolutions followed by batch normalisation; alpha, beta and skip gains 1.
+    """Make the twin: convolutions without bias, batch normalisation after each, and alpha, beta and skip gains of 1.
 
     Args:
-        model: Is changed.
+        model: The network. It is changed.
         zero: Start the scale of every branch's last normalisation at 0, as large-batch practice does
             (arXiv:1706.02677, section 5.1).
     """
@@ -182,7 +182,7 @@ def batch_normalised(model: nn.Module, zero: bool) -> nn.Module:
 
 
 def clip_layerwise_(parameters: list[nn.Parameter], factor: float, eps: float = CLIP_EPS) -> None:
-    """Adaptive clipping with one norm for a whole parameter instead of one for each of its units."""
+    """Clip adaptively with one norm for each parameter, instead of one for each unit."""
     for p in parameters:
         assert p.grad is not None
         limit = factor * p.detach().norm().clamp(min=eps)
@@ -205,7 +205,7 @@ def clip(run: Run, model: nn.Module) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear over the first quarter of the steps, then a cosine to 0."""
+    """The learning rate of a step: linear over the first quarter of the steps, then a cosine to 0."""
     warmup = max(1, steps // 4)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -214,7 +214,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """In % of the test images."""
+    """The accuracy in % of the test images."""
     images, labels = load(train=False)
     hits = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
     return 100 * sum(hit.item() for hit in hits) / len(labels)
@@ -222,12 +222,12 @@ def accuracy(model: nn.Module) -> float:
 
 @torch.no_grad()
 def measured(run: Run, model: nn.Module) -> tuple[float, float, float]:
-    """`mode_gap`, `mates_gap` and `mean_shift` of a trained network; NaN where something is dropped by chance.
+    """Measure `mode_gap`, `mates_gap` and `mean_shift` of a trained network. With dropout, both gaps are NaN.
 
-    Moves running statistics, so accuracy is taken before.
+    This changes running statistics, so measure the accuracy first.
     """
     images = load(train=False)[0][:384]
-    stats = signal_stats(model.eval(), images)[1:]  # behind the blocks, not the input of the first
+    stats = signal_stats(model.eval(), images)[1:]  # after the blocks; the first entry is the input of the first block
     shift = float(np.mean([s["avg_sq_mean"] / (s["avg_sq_mean"] + s["avg_var"]) for s in stats]))
     if run.dropout or run.drop_path:
         return math.nan, math.nan, shift
@@ -242,11 +242,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def train(run: Run, watch: Callable[[int, nn.Module], None] = lambda step, model: None) -> Result:
-    """Train and test one network. Single-threaded, so that two runs at a time fill two cores.
+    """Train and test one network. It uses one thread, so two runs at a time fill two cores.
 
     Args:
-        run: Of plan 2.
-        watch: Is called in every step with gradients that are not clipped yet.
+        run: A run of plan 2.
+        watch: A function that is called in every step, before the gradients are clipped.
     """
     assert run.plan == 2, "runs of plan 1 had batches that depended on the network"
     torch.set_num_threads(1)
@@ -260,7 +260,7 @@ def train(run: Run, watch: Callable[[int, nn.Module], None] = lambda step, model
         [{k: group[k] for k in ("params", "weight_decay")} for group in groups], "sgd", lr=0.0, momentum=0.9
     )  # timm's sgd has Nesterov momentum
     assert all(group["nesterov"] for group in optimizer.param_groups)
-    shuffle = torch.Generator().manual_seed(run.seed)  # of its own: all networks of a seed see the same batches
+    shuffle = torch.Generator().manual_seed(run.seed)  # so that all networks of this seed see the same batches
     epoch_steps = run.images // run.batch
     losses = []
     for step in range(run.epochs * epoch_steps):
@@ -270,7 +270,7 @@ def train(run: Run, watch: Callable[[int, nn.Module], None] = lambda step, model
         model.train()
         loss = F.cross_entropy(model(images[chosen]), labels[chosen], label_smoothing=0.1)
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):  # parameters that are not numbers stay so
+        if not math.isfinite(losses[-1]):  # NaN and infinite parameters do not recover
             break
         optimizer.zero_grad()
         loss.backward()

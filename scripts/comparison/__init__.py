@@ -1,1 +1,1 @@
-"""This package beside other implementations, measured in one run."""
+"""Compares this package with other implementations, in one run."""

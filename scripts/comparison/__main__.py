@@ -1,12 +1,12 @@
-"""Write docs/comparison.md: timm_nf and other implementations of NFNets and of adaptive gradient clipping.
+"""Write docs/comparison.md, which compares timm_nf with other implementations of NFNets and adaptive clipping.
 
     python -m scripts.comparison
 
-The other packages are installed into environments under a temporary folder, which is removed. Each runs in its own
-process, on the same arrays. If a package does not install or run, the page says so.
+The other packages are installed into environments in a temporary folder, which is removed. Each package runs in its own
+process and gets the same arrays. If a package does not install or does not run, the page says so.
 
-It takes minutes and much memory: six processes hold F0's parameters and gradients at once, as their times are measured
-in turn.
+This takes minutes and much memory. The packages are timed in turn, so six processes hold F0's parameters and gradients
+at once.
 """
 
 import functools
@@ -42,7 +42,7 @@ def table(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """A process for every package. If a package did not install, all its answers are the reason."""
+    """Start a process for every package. If a package does not install, its answers are the reason."""
     peers: dict[str, Any] = {}
     for title, peer in track(PEERS.items(), "installing"):
         try:
@@ -64,7 +64,7 @@ def known() -> dict[str, dict[str, str]]:
 
 
 def page(peers: dict[str, Any], folder: Path) -> str:
-    """The whole of docs/comparison.md."""
+    """The text of docs/comparison.md."""
     installed = [
         [title, getattr(peers[title], "reason", None) or "yes", how_installed(peer)] for title, peer in PEERS.items()
     ]

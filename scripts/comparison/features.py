@@ -1,4 +1,4 @@
-"""The rows of the comparison's first table. Cells are answers of the running package, or were read in its source."""
+"""The rows of the comparison's first table. A cell is an answer of the running package, or was read in its source."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ Cells = dict[str, str]
 
 ONLY_CLIPS = {"pytorch_optimizer": "none", "composer": "none", "optax": "none"}
 
-# title: (cells, where it was read). The authors' code is nfnets/ of deepmind-research at f5de0ede, timm its 1.0.31.
+# title: (cells, where they were read). The authors' code is nfnets/ of deepmind-research at f5de0ede, timm its 1.0.31.
 READ: dict[str, tuple[Cells, str]] = {
     "Reads the authors' files without running code from them": (
         {
@@ -66,7 +66,7 @@ READ: dict[str, tuple[Cells, str]] = {
     ),
 }
 
-# Features for which some packages answer, and others were read: (title, question, cells that were read, where).
+# Features for which some packages answer, and others were read: (title, question, cells that were read, their source).
 ASKED: list[tuple[str, str, tuple[str, ...], Cells, str]] = [
     (
         "Normalizer-free networks",
@@ -137,12 +137,12 @@ def cell(peer: Any, question: str, **arguments: Any) -> str:
 def rows(
     peers: dict[str, Any], known: dict[str, Cells], arguments: dict[str, dict[str, Any]], track: Callable[..., Any]
 ) -> list[list[str]]:
-    """All rows of the table: title, a cell for each of `COLUMNS`, how it was obtained.
+    """All rows of the table: the title, a cell for each of `COLUMNS`, and how the cells were obtained.
 
     Args:
         peers: The packages' processes, by title.
-        known: Cells from elsewhere, by question.
-        arguments: Arguments of questions, by question.
+        known: Cells that were measured elsewhere, by question.
+        arguments: The arguments of questions, by question.
         track: Shows progress.
     """
     facts: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The measurements of scripts/comparison: clipping, three steps, times, networks."""
+"""Makes the comparison's measurements: clipping, three training steps, times, networks."""
 
 import functools
 import statistics
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import differences  # first: it takes functions of stock timm, before timm_nf replaces them
+from benchmarks import differences  # first, because it needs stock timm's functions, which timm_nf replaces
 
 # isort: split
 import timm_nf
@@ -28,7 +28,7 @@ from timm_nf.verify.golden import golden_model, image
 GOLDEN = Path(__file__).parents[2] / "timm_nf" / "verify" / "golden"
 REPEATS = 11
 PAUSE = 0.2  # seconds; without it the waiting threads of one process slow down the next
-HARD = [("float16", 300.0), ("bfloat16", 1.0), ("float32", 1e25)]  # dtype and size of every entry of a gradient
+HARD = [("float16", 300.0), ("bfloat16", 1.0), ("float32", 1e25)]  # dtype of a gradient, and its entries
 TYPES = ["convolutions", "squeeze-excite", "gains", "biases", "skip gains", "classifier"]
 
 Arrays = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ def samples() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, shape in shapes.items():
         weight = rng.standard_normal(shape)
         spread = np.exp(rng.uniform(-2, 2, (*shape[:1], *[1] * (len(shape) - 1))))
-        # a scalar has one unit, which is clipped
+        # a scalar is a single unit, which is clipped
         grad = rng.standard_normal(shape) * spread if shape else 3 * weight
         found[name] = (np.asarray(weight), np.asarray(FACTOR * grad))
     weight, grad = found["convolution (64, 32, 3, 3)"]
@@ -76,7 +76,7 @@ def samples() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def clip(peer: Any, arrays: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path, dtype: str | None = None) -> Arrays:
-    """The gradients that the package has clipped."""
+    """The gradients after the package has clipped them."""
     source, target = folder / "source.npz", folder / "target.npz"
     parameters = {f"p|{name}": weight for name, (weight, _) in arrays.items()}
     np.savez(source, **parameters, **{f"g|{name}": grad for name, (_, grad) in arrays.items()})
@@ -113,7 +113,7 @@ def clip_errors(peer: Any, folder: Path) -> list[str]:
 
 
 def clip_cases() -> list[str]:
-    """Titles of the errors of `clip_errors`. In low precision they state the error of rounding the right answer."""
+    """The titles of the errors of `clip_errors`. For low precision they name the error of the rounded right answer."""
     arrays = samples()
     titles = [f"float64, {name}" for name in arrays]
     weight, grad = (a.astype(np.float32) for a in arrays["convolution (64, 32, 3, 3)"])
@@ -141,7 +141,7 @@ def difference(value: np.ndarray, reference: np.ndarray) -> float:
 
 
 def what_became(before: np.ndarray, after: np.ndarray) -> str:
-    """What becomes of a unit with an infinite entry, in words. A loss scaler must see that it is not finite."""
+    """What happens to a unit with an infinite entry, in words. A loss scaler must see that it is not finite."""
     if np.array_equal(before, after):
         return "stays as it is"
     if np.isfinite(after).all():
@@ -156,7 +156,7 @@ def what_became(before: np.ndarray, after: np.ndarray) -> str:
 def three_steps(peer: Any, folder: Path) -> list[str]:
     """Repeat the golden training of F0 with the package's clipping. The errors are those of the parameters' changes.
 
-    The package gets all gradients except the classifier's weight's.
+    The package clips all gradients except that of the classifier's weight.
     """
     golden = np.load(GOLDEN / "sgd_agc_nfnet_F0_2x32x32.npz")
     model = golden_model("nfnet_f0", num_classes=10).train()
@@ -258,7 +258,7 @@ def forward_rows(peers: dict[str, Any], folder: Path) -> list[list[str]]:
 
 
 def nfnets_pytorch_rows(peer: Any, folder: Path) -> list[list[str]]:
-    """Two ways to load its NF-ResNet50, the only network of it that has a golden file."""
+    """Rows for two ways to load its NF-ResNet50, its only network with a golden file."""
     golden = np.load(GOLDEN / "nf_resnet_ResNet50_1x64x64.npz")
     model = golden_model("dm_nf_resnet50")
     x = image(1, 64, 64)
@@ -296,7 +296,7 @@ def torchvision_names(state_dict: dict[str, torch.Tensor]) -> Arrays:
 
 
 def standardisation_rows(peers: dict[str, Any], folder: Path) -> list[list[str]]:
-    """Weights of one 3x3 convolution as applied, against (w - mean) gain / sqrt(max(N var, 1e-4)) in float64."""
+    """Rows for the applied weight of a 3x3 convolution, against (w - mean) gain / sqrt(max(N var, 1e-4)) in float64."""
     rng = np.random.default_rng(0)
     weight, gain = 0.1 + 0.05 * rng.standard_normal((64, 32, 3, 3)), 1 + 0.1 * rng.standard_normal(64)
     centred = weight - weight.mean((1, 2, 3), keepdims=True)

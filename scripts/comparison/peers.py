@@ -1,4 +1,4 @@
-"""The packages that scripts/comparison compares: how each is installed, and the process that answers for it."""
+"""The packages of the comparison: how each is installed, and the process that answers for it."""
 
 import ast
 import json
@@ -24,10 +24,10 @@ class Peer:
     Attributes:
         key: The package's name in worker.py.
         requirements: Requirements for pip, none if this interpreter has the package.
-        without: Declared requirements that are not installed. The page says so.
-        alone: Whether its environment does not see this interpreter's packages, and has all of its own.
+        without: Requirements that the package declares, but that are not installed. The page names them.
+        alone: Whether its environment has all packages itself, and does not see those of this interpreter.
         clipping: The clipping function, for the page.
-        remark: What it took to run the package, for the page.
+        remark: What had to be changed to run the package, for the page.
     """
 
     key: str
@@ -69,17 +69,17 @@ PEERS = {
 
 
 class PeerError(Exception):
-    """A package could not be installed, or has no answer. The message is one line."""
+    """A package does not install or gives no answer. The message is one line."""
 
 
 def install(peer: Peer, folder: Path) -> str:
-    """Make a virtual environment for the package, and return its interpreter. Without requirements, return this one.
+    """Make an environment for the package, and return its interpreter. Without requirements, return this interpreter.
 
-    Unless the package stands alone, its environment sees the packages of this interpreter, so that all packages on
-    torch run on the same one.
+    Unless the package is `alone`, its environment sees the packages of this interpreter, so that all packages run with
+    the same torch.
 
     Raises:
-        PeerError: With the last line of what failed.
+        PeerError: with the last line of the command that failed.
     """
     if not peer.requirements:
         return sys.executable
@@ -102,7 +102,7 @@ def install(peer: Peer, folder: Path) -> str:
 
 
 def remaining(declared: Sequence[str], without: Sequence[str]) -> list[str]:
-    """The declared requirements, without those of extras and those in `without`."""
+    """The package's declared requirements, except those of extras and those in `without`."""
 
     def name(requirement: str) -> str:
         for index, character in enumerate(requirement):
@@ -148,7 +148,7 @@ class Worker:
         """The answer to one question.
 
         Raises:
-            PeerError: With the last line of the exception there, or of what a process that ended has printed.
+            PeerError: with the last line of the exception, or of the output of a process that ended.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -173,7 +173,7 @@ class Worker:
 
 
 class Absent:
-    """Stands for a package that did not install. Every answer is the reason."""
+    """Takes the place of a package that does not install. Every answer is the reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -1,4 +1,4 @@
-"""Questions to one package that need no arrays. scripts/comparison/worker.py asks them in the package's environment."""
+"""Answers the questions to a package that need no arrays. worker.py runs this file in the package's environment."""
 
 import collections
 import collections.abc
@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks import answers
 
-# Importing timm_nf needs torch and timm, which optax's environment does not have. This file needs nothing.
+# optax's environment has no torch and no timm, so this file does not import timm_nf.
 _DEFAULTS = runpy.run_path(str(Path(__file__).parents[2] / "timm_nf" / "_clip_defaults.py"))
 FACTOR, EPS = _DEFAULTS["CLIP_FACTOR"], _DEFAULTS["CLIP_EPS"]
-PACKAGES = {"composer": "mosaicml", "nfnets": "nfnets-pytorch"}  # distributions with another name
+PACKAGES = {"composer": "mosaicml", "nfnets": "nfnets-pytorch"}  # packages whose distribution has another name
 
 
 def versions(peer: str) -> dict[str, str]:
@@ -33,7 +33,7 @@ def versions(peer: str) -> dict[str, str]:
 
 
 def networks(peer: str) -> str:
-    """How many normalizer-free networks, and how many of them with weights."""
+    """The number of normalizer-free networks, and the number of those with weights."""
     if peer == "nfnets":
         from nfnets.models import resnet
 
@@ -49,7 +49,7 @@ def networks(peer: str) -> str:
 
 
 def standardized(peer: str, source: str, target: str) -> list[str]:
-    """The weights that the package's convolutions really apply: their answer to every unit impulse."""
+    """The weights that the package's convolution applies. They are its outputs for unit impulses."""
     import torch
 
     with np.load(source) as arrays:
@@ -74,7 +74,7 @@ def standardized(peer: str, source: str, target: str) -> list[str]:
         state = {"weight": weight, "gain": gain.view(layer.gain.shape), "bias": torch.zeros(out_chs)}
         layer.double().load_state_dict(state)
         with torch.no_grad():
-            answers = layer(impulses)  # with padding the middle one sees the whole impulse
+            answers = layer(impulses)  # with padding, the middle pixel gets every weight
             middle = answers[:, :, answers.shape[2] // 2, answers.shape[3] // 2]
             applied[name] = middle.T.reshape(weight.shape).numpy()
     np.savez(target, **applied)
@@ -82,7 +82,7 @@ def standardized(peer: str, source: str, target: str) -> list[str]:
 
 
 def forward(peer: str, source: str, target: str) -> list[str]:
-    """Logits of nfnets-pytorch's nf_resnet50 with every given parameter it has a place for; the names of the others."""
+    """The logits of nfnets-pytorch's nf_resnet50 with these parameters, and the names of those that it lacks."""
     import torch
     from nfnets.models.resnet import nf_resnet50
 
@@ -98,7 +98,7 @@ def forward(peer: str, source: str, target: str) -> list[str]:
 
 
 def classifier(peer: str) -> str:
-    """What happens to the classifier's weight and bias under the package's own way of leaving it out."""
+    """What happens to the classifier's weight and bias if the package is asked, in its own way, not to clip it."""
     if peer == "optax":
         import jax
         import optax
@@ -127,7 +127,7 @@ def classifier(peer: str) -> str:
 
 
 def decayed_gains(peer: str) -> str:
-    """Gains of timm's F0 that decay in the groups which pytorch_optimizer makes of a model."""
+    """The gains of timm's F0 that have weight decay in the groups which pytorch_optimizer makes."""
     import timm
     from pytorch_optimizer import get_optimizer_parameters
 
@@ -137,7 +137,7 @@ def decayed_gains(peer: str) -> str:
 
 
 def fused(peer: str) -> str:
-    """Standardising convolutions of F0 before and after the package's conversion for inference."""
+    """The number of standardising convolutions in F0, before and after the package's conversion for inference."""
     import timm
 
     if peer == "timm_nf":
@@ -154,7 +154,7 @@ def fused(peer: str) -> str:
 
 
 def authors_checkpoint(peer: str, file: str, overrides: dict[str, Any]) -> str:
-    """Whether timm's own way of loading a file takes one of the authors' (a tiny network's)."""
+    """Whether timm itself loads a file of the authors, here of a tiny network."""
     import timm
 
     if peer == "timm_nf":
@@ -165,7 +165,7 @@ def authors_checkpoint(peer: str, file: str, overrides: dict[str, Any]) -> str:
 
 
 def prepare(peer: str) -> None:
-    """What the package needs to be importable at all."""
+    """Make the package importable."""
     if peer == "nfnets":  # `from collections import Iterable`, gone since Python 3.10
         collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]
 

@@ -23,8 +23,8 @@ import numpy as np
 from scripts.comparison import probes
 from scripts.comparison.probes import EPS, FACTOR, last_line, prepare
 
-QUESTIONS = ("load", "clip", "time", "sharded")  # the others are functions of the module probes
-SHARDED = {"convolution": (8, 4, 3, 3), "linear layer": (7, 5), "bias": (7,)}  # 7 does not divide by 2
+QUESTIONS = ("load", "clip", "time", "sharded")  # all other questions are functions in probes.py
+SHARDED = {"convolution": (8, 4, 3, 3), "linear layer": (7, 5), "bias": (7,)}  # 7 is not divisible by 2
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,14 +61,14 @@ class TorchPeer:
         self.parameters, self.grads = [], []
 
     def time(self, scale: float) -> float:
-        for p, grad in zip(self.parameters, self.grads, strict=True):  # clipped gradients would not change again
+        for p, grad in zip(self.parameters, self.grads, strict=True):  # clipping clipped gradients does nothing
             p.grad = grad * scale
         start = time.perf_counter()
         self.clip_(self.parameters)
         return time.perf_counter() - start
 
     def sharded(self) -> str:
-        """Whether clipping parameters sharded over two processes equals the same package's clipping of whole ones."""
+        """Whether the package clips parameters that are sharded over two processes like whole parameters."""
         import torch.multiprocessing as mp
 
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ class OptaxPeer:
         return time.perf_counter() - start
 
     def sharded(self) -> str:
-        """The same question as for torch, with two devices that XLA makes of one processor."""
+        """Like `TorchPeer.sharded`, with two devices that XLA makes of one processor."""
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
         with tempfile.TemporaryDirectory() as folder:
             process = multiprocessing.get_context("spawn").Process(target=_jax_shards, args=(folder,))
@@ -229,7 +229,7 @@ def _jax_shards(folder: str) -> None:
     trees: list[dict[str, Any]] = []
     for arrays in (grads, weights):
         haiku = {key: to_haiku(key, array) for key, array in arrays.items()}
-        # uneven shards are an error in JAX: only the convolution's 8 outputs are split
+        # JAX refuses uneven shards, so only the convolution's 8 outputs are split
         spec = {key: PartitionSpec(*[None] * 3, "data") if a.ndim == 4 else PartitionSpec() for key, a in haiku.items()}
         trees += [haiku, {key: jax.device_put(a, NamedSharding(mesh, spec[key])) for key, a in haiku.items()}]
     whole, sharded = peer.clip_(trees[0], trees[2]), peer.clip_(trees[1], trees[3])
@@ -244,7 +244,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # XLA has no setting for its number of threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # packages that print would mix their lines with the answers
+    os.dup2(2, 1)  # what packages print must not get between the answers
     prepare(peer)
     clipper: Any = None
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""The documentation site: what mkdocs cannot take from docs/ alone. `make docs` builds it."""
+"""Builds the parts of the documentation site that are not files in docs/. `make docs` builds the site."""

@@ -2,7 +2,7 @@
 
 python -m scripts.site.block_figure
 
-The lower half is not drawn by hand: it is the expectation that the network of the zoo states for its blocks.
+The lower half shows the expected variance that a network of the zoo has for its blocks. It is not drawn by hand.
 """
 
 from itertools import pairwise
@@ -70,7 +70,7 @@ def draw_variance(axes: Axes) -> None:
 
 
 def main() -> None:
-    figure = Figure(figsize=(8, 5.4), layout="constrained")  # a page shows it at some 80 pixels an inch
+    figure = Figure(figsize=(8, 5.4), layout="constrained")  # a page shows about 80 pixels per inch
     above, below = figure.subplots(2, 1, height_ratios=(1.2, 1))
     draw_block(above)
     draw_variance(below)

@@ -1,7 +1,7 @@
-"""What mkdocs calls: the pages of the reference, and those files outside docs/ that a page links to.
+"""The hooks for mkdocs. They add the pages of the reference, and the files outside docs/ that a page links to.
 
-The start page is README.md. Another file that a link leads to, say LOG.md or an example, becomes a page as well, so
-that the same link works in the repository and on the site.
+The start page is README.md. If a link leads to another file, such as LOG.md or an example, that file becomes a page. So
+a link works both in the repository and on the site.
 """
 
 import os
@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from scripts.site import reference  # found from the root of the repository, by `python -m mkdocs`
+from scripts.site import reference  # `python -m mkdocs` runs at the repository's root and finds it there
 
 ROOT = reference.ROOT
 START = "README.md"
@@ -30,7 +30,7 @@ LANGUAGES = {
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Fill the navigation's Reference."""
+    """Fill in the navigation's entry Reference."""
     for part in config.nav or ():
         if "Reference" in part:
             part["Reference"] = [{_title(path): path} for path in reference.pages()]
@@ -57,7 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links that leave docs/, or come from outside of it, lead to the pages of the site."""
+    """Change links from docs/ to other folders, and back, so that they lead to pages of the site."""
     origin = _origin(page.file.src_uri)
 
     def on_site(match: re.Match[str]) -> str:
@@ -76,7 +76,7 @@ def _title(path: str) -> str:
 
 
 def _content(path: str) -> str:
-    """The text of a file as a page: Markdown as it is, anything else as code under its name."""
+    """A page with the text of a file. Markdown stays. Anything else becomes a block of code under the file's name."""
     text = (ROOT / path).read_text()
     suffix = PurePosixPath(path).suffix
     return text if suffix == ".md" else f"# {path}\n\n````{LANGUAGES[suffix]}\n{text}````\n"
@@ -104,7 +104,7 @@ def _targets(path: str, text: str) -> list[str]:
 
 
 def _resolved(origin: str, link: str) -> str | None:
-    """A relative link as a path in the repository, None for an address."""
+    """The path in the repository that a relative link leads to. None if the link is an address on the web."""
     if re.match(r"[a-z]+:", link):
         return None
     return os.path.normpath(posixpath.join(posixpath.dirname(origin), link)).replace(os.sep, "/")

@@ -1,6 +1,6 @@
-"""The pages of the reference, from tests/public_names.txt and the source: nothing of the package is imported.
+"""Makes the pages of the reference from tests/public_names.txt and the source, without importing the package.
 
-A public name is documented where it is defined. Packages that hand it on, and old paths, link to that place.
+A public name is documented where it is defined. Packages that re-export it, and old paths, link to that place.
 """
 
 import ast
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ROOT / "tests" / "public_names.txt"
 PACKAGE = "timm_nf"
 
-# Said at the top of every page.
+# The text at the top of every page.
 IN_SCOPE = """*The examples assume that `torch`, `timm`, `timm_nf` and the names of the module are imported. A test runs
 all of them.*"""
 
@@ -30,14 +30,14 @@ def public_names() -> dict[str, list[str]]:
 
 @cache
 def source(module: str) -> Path:
-    """The file of a module, of a package its __init__.py."""
+    """The file of a module. For a package it is the __init__.py."""
     path = ROOT.joinpath(*module.split("."))
     file = path.with_suffix(".py")
     return path / "__init__.py" if path.is_dir() and not file.is_file() else file
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module, also those in its `try` and `if`."""
+    """The statements of a module, including those inside `try` and `if`."""
     for node in body:
         yield node
         if isinstance(node, ast.Try | ast.If):
@@ -51,7 +51,7 @@ def _assigned(node: ast.Assign | ast.AnnAssign) -> set[str]:
 
 
 def _origin(node: ast.ImportFrom, package: list[str]) -> str:
-    """The full name of the module that names are imported from. `package` is that of the importing module."""
+    """The full name of the module that names are imported from. `package` is the importing module's package."""
     parts: list[str] = []
     if node.level:
         parts += package[: len(package) - node.level + 1]
@@ -62,7 +62,7 @@ def _origin(node: ast.ImportFrom, package: list[str]) -> str:
 
 @cache
 def definitions(module: str) -> tuple[frozenset[str], dict[str, str]]:
-    """The names that a module defines, also in its stub; and the full names of what it imports."""
+    """The names that a module or its stub defines, and the full names of what it imports."""
     defined: set[str] = set()
     imported: dict[str, str] = {}
     file = source(module)
@@ -104,7 +104,7 @@ def home(module: str, name: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """Markdown by file name, in the order of the navigation."""
+    """The pages in Markdown, by file name, in the order of the navigation."""
     wings: dict[str, list[str]] = {}
     for module in public_names():
         wings.setdefault(module.removeprefix(f"{PACKAGE}.").partition(".")[0], []).append(module)
@@ -119,7 +119,7 @@ def _page(wing: str, modules: list[str]) -> str:
 
 @cache
 def places() -> dict[str, str]:
-    """The module in whose section each public name is explained, by its full name: its own, or the first to list it."""
+    """The module whose section explains a public name, by its full name: its own, or the first that lists it."""
     found: dict[str, str] = {}
     for module, names in public_names().items():
         for name in names:
@@ -157,7 +157,7 @@ def _as_markdown(docstring: str) -> str:
 
 
 def _made_classes(module: str) -> str:
-    """A table of the classes that a module makes of other classes: only its stub has their names."""
+    """A table of the classes that a module makes at import. Only its stub has their names."""
     stub = source(module).with_suffix(".pyi")
     if not stub.is_file():
         return ""
@@ -168,12 +168,12 @@ def _made_classes(module: str) -> str:
 
 
 def _is_ours(where: str) -> bool:
-    """Whether a full name is of the package and no module."""
+    """Whether a full name belongs to the package and is not a module."""
     return where.startswith(PACKAGE) and not source(where).is_file()
 
 
 def _link(name: str, where: str) -> str:
-    """A link to the place of a name; of a module, to its page."""
+    """A link to the section of a name, or to the page of a module."""
     if not where.startswith(PACKAGE):
         return f"`{name}`, from the package {where.split('.')[0]}"
     if source(where).is_file():

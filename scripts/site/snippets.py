@@ -2,14 +2,17 @@
 
     python -m scripts.site.snippets docs/guides/finetune.md [--write]
 
-In a page, `<!-- run -->` stands above a block that is run, `<!-- run slow -->` above one that takes minutes, and
-`<!-- run with peft -->` above one that needs that package, which is installed into an environment of its own.
-`<!-- output -->` stands above a block with what the block before it printed; --write puts there what it prints now.
+Comments above the blocks of a page say what to do with them:
 
-Blocks of Python share their names, but for those with a package, which are processes of their own. A block whose lines
-all begin with `timm-nf` runs in this process as well. Any other block of commands runs in bash, with `python` and
-`timm-nf` of this environment. Where a page pushes, the Hub is the stand-in of the tests. train.py and validate.py come
-from the folder in the environment variable TIMM_DIR.
+- `<!-- run -->`: run the block.
+- `<!-- run slow -->`: run the block, which takes minutes.
+- `<!-- run with peft -->`: run the block in an environment of its own with this package.
+- `<!-- output -->`: the block holds what the block before it printed. --write replaces it by what is printed now.
+
+All Python blocks of a page run in one namespace, except those with a package, which run in processes of their own. A
+block that only has `timm-nf` commands runs in this process, too. Other commands run in bash, with this environment's
+`python` and `timm-nf`. The Hub is the tests' stand-in. train.py and validate.py come from the folder in the environment
+variable TIMM_DIR.
 """
 
 import argparse
@@ -44,10 +47,10 @@ class Snippet:
 
     Attributes:
         language: python or bash.
-        text: Its code or commands.
-        expected: What the page says that it prints, None if it says nothing.
-        slow: Whether it takes more than seconds.
-        packages: What it needs beside what the tests do, as pip takes it.
+        text: The code or the commands.
+        expected: The output in the page, None if there is none.
+        slow: Whether it takes minutes.
+        packages: Requirements for pip, beside those of the tests.
         where: The slice of the page that holds the expected output.
     """
 
@@ -60,15 +63,15 @@ class Snippet:
 
     @property
     def needs_timm(self) -> bool:
-        """Whether it runs a script of timm's repository."""
+        """Whether it runs a script from timm's repository."""
         return any(script in self.text for script in SCRIPTS)
 
 
 def snippets(page: str) -> list[Snippet]:
-    """The blocks of a page that are to be run.
+    """The blocks of a page that have a comment `run`.
 
     Raises:
-        ValueError: if an output stands before any block, or a block is neither Python nor bash.
+        ValueError: if an output comes before the first block, or a block is neither Python nor bash.
     """
     found: list[Snippet] = []
     for match in _BLOCK.finditer(page):
@@ -85,7 +88,7 @@ def snippets(page: str) -> list[Snippet]:
 
 
 def run(found: list[Snippet], folder: Path) -> list[str]:
-    """What each block prints, run in order in an empty folder, which becomes the working directory meanwhile."""
+    """Run the blocks in order, and return what each prints. The working directory is an empty folder meanwhile."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         runner = _Runner(Path(temporary))
         if any(snippet.needs_timm for snippet in found):
@@ -125,7 +128,7 @@ class _Runner:
         return _printed_by(lambda: exec(compile(snippet.text, "<snippet>", "exec"), self.names))
 
     def _is_ours(self, commands: list[list[str]]) -> bool:
-        """Whether commands are all of timm-nf, and of those that read no settings of the Hub."""
+        """Whether all commands are of timm-nf, and none of them reads settings of the Hub."""
         return not self.hub and all(command[0] == "timm-nf" and not {">", "|"} & {*command} for command in commands)
 
     def _process(self, command: list[str], python: Path | None) -> str:
@@ -153,7 +156,7 @@ def _printed_by(call: Callable[[], object]) -> str:
 
 
 def written(page: str, found: list[Snippet], printed: list[str]) -> str:
-    """The page with what was printed in the place of what it said."""
+    """The page with its outputs replaced by what was printed."""
     for snippet, text in reversed(list(zip(found, printed, strict=True))):
         if snippet.where:
             lines = "".join(f"{line.rstrip()}\n" for line in text.rstrip().splitlines())  # tables pad their lines

@@ -1,7 +1,7 @@
 """Write the table of docs/concepts/which.md: python -m scripts.site.which
 
-Parameters and multiply-adds are computed. Memory is counted on tensors without elements, as by benchmarks/counts.py.
-Accuracies are quoted in MODEL_CARD.md, and read from there.
+Parameters and multiply-adds are computed. Memory is counted on meta tensors, as in benchmarks/counts.py. Accuracies
+are read from MODEL_CARD.md.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def quoted(label: str) -> dict[str, str]:
-    """A row of MODEL_CARD.md's table of accuracies, by network."""
+    """The rows of MODEL_CARD.md's table of accuracies, by network."""
     text = (ROOT / "MODEL_CARD.md").read_text()
     lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line]
     header = next(line for line in lines if line[:2] == ["F0", "F1"])

@@ -26,7 +26,7 @@ __all__ = [
     "print_table", "print_text", "track", "typer", "visible", "warn",
 ]  # fmt: skip
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def examples(first: str, second: str) -> str:
@@ -48,7 +48,7 @@ def console(stderr: bool = False) -> Console:
     return made
 
 
-def track(items: Iterable[T], description: str, /) -> Iterable[T]:
+def track(items: Iterable[_T], description: str, /) -> Iterable[_T]:
     """The items, with a progress bar on stderr."""
     return rich_track(items, description, console=console(stderr=True))
 

@@ -123,7 +123,7 @@ def _channel_stats(x: Tensor) -> tuple[float, float]:
 
 
 # Computes a branch's output from the arguments and the output of the branch's last module.
-Branch = Callable[[tuple[Any, ...], Tensor], Tensor]
+_Branch = Callable[[tuple[Any, ...], Tensor], Tensor]
 
 
 def _gated(args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _as_it_is(_: tuple[Any, ...], out: Tensor) -> Tensor:
     return out
 
 
-def _branch_end(block: Any) -> tuple[nn.Module | None, Branch]:
+def _branch_end(block: Any) -> tuple[nn.Module | None, _Branch]:
     """The last module of a residual branch, and how to compute the branch's output from it."""
     if isinstance(block, NormFreeBlock) and block.attn_last is not None:
         return block.attn_last, _gated
@@ -253,7 +253,7 @@ class _Recorder:
         x = _channels_first(self.net, "the first block's input", args[0])
         self.add("stem", x, None, 1.0 if _is_norm_free(block) else None)
 
-    def on_branch(self, block: nn.Module, branch: Branch, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def on_branch(self, block: nn.Module, branch: _Branch, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         # Not later: an operation in place may overwrite the tensor.
         self.branch_vars[block] = _channel_stats(branch(args, out))[1]
 

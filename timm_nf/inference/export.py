@@ -1,7 +1,7 @@
-"""Networks for other run times: ONNX, torch.export programs, TorchScript. What is written is reloaded and compared.
+"""Writes networks for other run times: ONNX, torch.export programs, TorchScript. Reloads and compares every file.
 
-Constant weights are baked in first (`timm_nf.fuse`), so that a file holds convolutions and elementwise operations, not
-the arithmetic of standardised weights, which exporters keep for every inference otherwise.
+Fuse a network first (`timm_nf.fuse`). The file then holds plain convolutions. Otherwise exporters keep the arithmetic
+of standardised weights, and every inference repeats it.
 
 Examples:
     >>> from pathlib import Path
@@ -13,7 +13,7 @@ Examples:
     True
 """
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm, onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
@@ -38,19 +38,19 @@ from .named import is_known
 
 __all__ = ["BOUNDS", "SUFFIXES", "FileCheck", "is_known", "onnx_is_installed", "photographs", "write"]
 
-# Relative L2 error of the logits that is still rounding: another order of summation, a few roundings of half precision.
+# A relative L2 error of the logits below it is rounding: another order of summation, or a few roundings to half.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """The largest relative L2 error of the logits with which an exported file is accepted, by dtype."""
 SUFFIXES = {".onnx": "ONNX", ".pt2": "torch.export program", ".ts": "TorchScript"}
 """The formats that `write` knows, by the suffix of the file."""
-# What standardised weights and batch normalisation leave in a graph; other kinds of normalisation are a network's own.
+# Nodes that standardised weights or batch normalisation leave in a graph. Networks may have other normalisations.
 _FORBIDDEN = ("BatchNormalization", "InstanceNormalization")
 
-_Dims = dict[int, Any] | None  # of torch.export: {axis: Dim} of the images; None if no axis may vary
+_Dims = dict[int, Any] | None  # the images' {axis: Dim} for torch.export; None if no axis may vary
 
 
 class FileCheck(NamedTuple):
-    """One thing that was looked at in the file, after reading it back."""
+    """One check of the file after it was read back."""
 
     name: str
     measured: str
@@ -65,7 +65,7 @@ class _ReadBack(NamedTuple):
 
 
 def onnx_is_installed() -> bool:
-    """Whether everything that writing, checking and running ONNX takes can be imported."""
+    """Whether all packages for writing, checking and running ONNX files can be imported."""
     return all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 
 
@@ -82,21 +82,22 @@ def write(
     """Write a model in the format of the file's suffix, read it back and compare it with the model in this process.
 
     Args:
-        model: A timm model, fused where that is wanted; not changed.
-        file: Ends in `.onnx`, `.pt2` (torch.export program) or `.ts` (TorchScript). An existing one is replaced, but
-            only by one that passed all checks.
-        size: Height and width in pixels, by default those the model is trained at.
-        dynamic_batch: Take any number of images instead of one at a time.
-        dynamic_size: Let height and width differ as well.
-        dtype: Of weights and images.
-        metadata: Written into the file: in ONNX beside preprocessing and labels, in the other two as extra files.
+        model: A timm model, fused or not. It is not changed.
+        file: The file to write. It ends in `.onnx`, `.pt2` (torch.export program) or `.ts` (TorchScript). An existing
+            file is only replaced after all checks have passed.
+        size: Height and width in pixels, by default those of the model's training.
+        dynamic_batch: Whether the file takes any number of images. By default it takes one.
+        dynamic_size: Whether the file takes images of any height and width.
+        dtype: Dtype of weights and images.
+        metadata: Entries for the file's metadata. In ONNX, preprocessing and labels are entries, too. The other two
+            formats store each entry as an extra file.
 
     Returns:
-        What was checked; all of it passed.
+        All checks. All have passed.
 
     Raises:
-        ValueError: Another suffix, or images of this size do not fit the model.
-        RuntimeError: A check failed; nothing is left behind.
+        ValueError: if the suffix is another one, or the model does not take images of this size.
+        RuntimeError: if a check failed. No file is left behind.
     """
     if file.suffix not in SUFFIXES:
         raise ValueError(f"expected a file that ends in {', '.join(SUFFIXES)}, got {file}")
@@ -104,7 +105,7 @@ def write(
     inputs = _inputs(model, size, dynamic_batch, dynamic_size, dtype)
     try:
         expected = [_logits(model, batches) for batches in inputs]
-    except Exception as error:  # every architecture has its own way of not taking a size
+    except Exception as error:  # architectures raise different errors for sizes that they do not take
         shape = tuple(inputs[0][0].shape[1:])
         raise ValueError(f"the model does not take images of {shape}: {reason(error)}") from error
     writer = {".onnx": _write_onnx, ".pt2": _write_program, ".ts": _write_torchscript}[file.suffix]
@@ -123,7 +124,7 @@ def write(
 def _inputs(
     model: nn.Module, size: int | None, dynamic_batch: bool, dynamic_size: bool, dtype: torch.dtype
 ) -> list[tuple[Tensor, ...]]:
-    """What the file is tried with: one or more times, batches that together are the photographs."""
+    """The inputs to try the file with. Each is a tuple of batches, which together hold all photographs."""
     photos = photographs(model, size).to(dtype)
     inputs: list[tuple[Tensor, ...]] = [photos.split(1)]
     if dynamic_batch:
@@ -140,7 +141,7 @@ def _dims(model: Any, dynamic_batch: bool, dynamic_size: bool) -> _Dims:
     dims: dict[int, Any] = {}
     if dynamic_batch:
         dims[0] = torch.export.Dim("batch")
-    if dynamic_size:  # a map of a single value would broadcast; exporters want to know that there will be none
+    if dynamic_size:  # exporters must know that no map has a single pixel, which would broadcast
         smallest = model.feature_info[-1]["reduction"] + 1
         dims[2] = torch.export.Dim("height", min=smallest)
         dims[3] = torch.export.Dim("width", min=smallest)
@@ -153,11 +154,11 @@ def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tenso
 
 
 def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[FileCheck]:
-    """Of logits (photographs, classes) that were computed from batches of this shape."""
+    """Compare logits (photographs, classes) that were computed from batches of this shape."""
     error, bound = relative_error(ours, expected), BOUNDS[dtype]
     what = f"{len(expected)} crops as {' x '.join(map(str, shape))}"
     checks = [FileCheck(f"logits of {what}", f"relative error {error:.1e}, at most {bound:g}", error <= bound)]
-    if dtype == torch.float32:  # in half precision classes a rounding apart change places
+    if dtype == torch.float32:  # in half precision, rounding swaps classes with almost equal logits
         k = min(5, expected.shape[-1])
         same = torch.equal(ours.topk(k).indices, expected.topk(k).indices)
         checks.append(FileCheck(f"top {k} of {what}", "equal" if same else "different", same))
@@ -175,7 +176,7 @@ def _write_program(model: nn.Module, images: Tensor, dims: _Dims, file: Path, me
 def _write_torchscript(
     model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]
 ) -> _ReadBack:
-    with warnings.catch_warnings():  # torch would rather export: said by its documentation, and not by every command
+    with warnings.catch_warnings():  # torch deprecates TorchScript in every call
         warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
         torch.jit.save(torch.jit.script(model), file, _extra_files=metadata)
         return _ReadBack(torch.jit.load(file), [])
@@ -211,7 +212,7 @@ def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metad
 
 
 def _shapes(dims: _Dims) -> tuple[dict[int, Any]] | None:
-    """As torch.export takes it: of every argument."""
+    """The dimensions in torch.export's form: one entry for each argument."""
     return None if dims is None else (dims,)
 
 
@@ -225,7 +226,7 @@ def _metadata(model: Any) -> dict[str, str]:
 
 
 def _graph_checks(graph: Any) -> list[FileCheck]:
-    """Whether normalisation or arithmetic on nothing but weights is left in an ONNX graph."""
+    """Check an ONNX graph: neither normalisation nor arithmetic on nothing but weights may be left."""
     forbidden = sorted({node.op_type for node in graph.node} & set(_FORBIDDEN))
     constant = {tensor.name for tensor in graph.initializer}
     arithmetic: set[str] = set()

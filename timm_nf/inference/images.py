@@ -1,4 +1,4 @@
-"""Finds pictures, and reads them as a model takes them.
+"""Finds pictures, and reads them with a model's preprocessing.
 
 Examples:
     >>> from pathlib import Path
@@ -18,7 +18,7 @@ Examples:
     (torch.Size([3, 160, 160]), torch.Size([2, 3, 64, 64]))
 """
 
-# timm, onnx and onnxruntime have no types or partial ones.
+# timm has no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
@@ -43,20 +43,20 @@ from .._versions import input_channels
 
 __all__ = ["Found", "find_images", "image_mode", "open_picture", "photographs", "picture_config", "reader"]
 
-# Pillow starts Ghostscript for EPS, and only recognises MPEG.
+# Pillow starts another program, Ghostscript, for EPS. It recognises MPEG but cannot read it.
 _NOT_READ = {"EPS", "MPEG"}
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # numbers of TIFF's tags
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # a value of _PHOTOMETRIC, and a value of _SAMPLE_FORMAT
 
 
 class Found(NamedTuple):
-    """Picture files, and how many files of the folders were left out, by their suffix."""
+    """The picture files, and the numbers of other files in the folders, by suffix."""
 
     pictures: list[Path]
     left_out: Counter[str]
 
     def others(self) -> str:
-        """What was left out, in words."""
+        """The other files, in words."""
         shown = self.left_out.most_common(8)
         counts = [f"{suffix[:20] or 'no suffix'} {count}" for suffix, count in sorted(shown)]
         if len(self.left_out) > len(shown):
@@ -66,8 +66,8 @@ class Found(NamedTuple):
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Formats that Pillow reads by itself: no stubs, which know a format by name, and none that needs a program."""
-    from PIL.ImageFile import StubImageFile  # which importing timm_nf does not need
+    """The formats that Pillow reads by itself. It only recognises some others, or needs another program for them."""
+    from PIL.ImageFile import StubImageFile  # only here, because importing timm_nf does not need it
 
     Image.init()
     stubs = {
@@ -80,16 +80,18 @@ def _formats() -> tuple[str, ...]:
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Of files in these formats, in lower case."""
-    formats = {*_formats(), "MPO"}  # which Pillow opens as JPEG
+    """The suffixes of files in these formats, in lower case."""
+    formats = {*_formats(), "MPO"}  # Pillow opens MPO files as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def find_images(paths: Iterable[Path]) -> Found:
-    """The files as given, and for every folder all pictures below it, sorted; links are followed.
+    """Find pictures: the given files, and all pictures below the given folders.
+
+    The pictures of a folder are sorted. Links are followed.
 
     Raises:
-        ValueError: if there is no picture at all, or nothing of what was given exists.
+        ValueError: if there is no picture, or none of the given paths exists.
     """
     given = list(paths)
     found = Found([], Counter())
@@ -108,13 +110,13 @@ def find_images(paths: Iterable[Path]) -> Found:
         raise ValueError(
             f"expected pictures that Pillow can open (.jpg, .png, .tif, ...), found none in {names}{others}"
         )
-    if not any(os.path.lexists(path) for path in found.pictures):  # said before the weights are downloaded
+    if not any(os.path.lexists(path) for path in found.pictures):  # before weights are downloaded
         raise ValueError(f"expected pictures, found no file {', no file '.join(map(str, found.pictures))}")
     return found
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Links are followed, each folder is entered once."""
+    """All files below a folder. Links are followed. No folder is entered twice."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -130,23 +132,23 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def open_picture(file: str | Path, channels: int = 3) -> Image.Image:
-    """The picture in a file, upright and on white: the one place where a file becomes pixels.
+    """Read the picture in a file. Every part of the package reads pictures by this function.
 
-    The orientation in EXIF is applied. What is transparent shows white. Grey of more than 8 bits is scaled by its
-    depth. Of several frames, the first is read.
+    The orientation in EXIF is applied. Transparent pixels become white. Grey with more than 8 bits is scaled to 8 bits.
+    If there are several frames, the first is read.
 
     Args:
-        file: In any format that Pillow reads without another program.
-        channels: 1 for grey, otherwise the picture has three.
+        file: A file in any format that Pillow reads without another program.
+        channels: 1 for a grey picture. Any other number gives RGB.
 
     Raises:
         ValueError: with the file's name, if it cannot be read.
     """
-    if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for who writes to it
+    if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait until something is written to it
         raise ValueError(f"{file} cannot be read as a picture: expected a file, found a folder, a pipe or a device")
     try:
-        # Pillow warns of what it repairs. What it cannot repair is raised. A file given as a path would be mapped into
-        # memory, and the pixels of an uncompressed TIFF that lies on its side would come out of order (Pillow 13.0).
+        # Pillow repairs some broken files with a warning, and raises an error for others. It gets a stream and not a
+        # path: it maps a path into memory, and then mixes up the pixels of uncompressed TIFFs on their side (13.0).
         with warnings.catch_warnings(action="ignore"), open(file, "rb") as stream:
             picture = Image.open(stream, formats=_formats())
             stored = picture.tile[0].args if picture.tile else None
@@ -157,17 +159,17 @@ def open_picture(file: str | Path, channels: int = 3) -> Image.Image:
         raise ValueError(
             f"{file} cannot be read as a picture: its content has no format that Pillow reads by itself"
         ) from error
-    except Exception as error:  # the decoders raise all kinds for broken files
+    except Exception as error:  # the decoders raise many types of errors for broken files
         raise ValueError(f"{file} cannot be read as a picture: {reason(error)}") from error
     return upright.convert("L") if channels == 1 else upright
 
 
 def _scale_colour_key(picture: Image.Image, stored: object) -> None:
-    """Give the transparent colour of a PNG the depth that Pillow gives its pixels: it does that with palettes alone.
+    """Scale the transparent colour of a PNG like its pixels. Pillow scales the pixels to 8 bits, but not this colour.
 
     Args:
-        picture: As loaded.
-        stored: How the pixels lie in the file, in Pillow's words.
+        picture: The loaded picture.
+        stored: Pillow's name for the pixels' format in the file.
     """
     colour: Any = picture.info.get("transparency")
     if isinstance(colour, tuple) and stored == "RGB;16B":
@@ -177,7 +179,7 @@ def _scale_colour_key(picture: Image.Image, stored: object) -> None:
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
-    """The picture in RGB, on white where it is transparent."""
+    """The picture in RGB. Transparent pixels become white."""
     if picture.mode == "F" or picture.mode.partition(";")[0] == "I":
         return _eight_bits(picture).convert("RGB")
     if not picture.has_transparency_data:
@@ -187,7 +189,7 @@ def _opaque(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits, or of floats in 0..1, with 8 bits."""
+    """Scale a grey picture to 8 bits. It has more than 8 bits, or floats from 0 to 1."""
     values = np.asarray(picture).astype(np.float64)
     bits, signed = _depth(picture)
     if picture.mode == "F":
@@ -195,12 +197,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     else:
         largest, expected = 2.0 ** (bits - signed) - 1, f"integers from 0 to {2 ** (bits - signed) - 1}"
         if not signed:
-            values[values < 0] += 2.0**bits  # Pillow keeps 32 bits without a sign in 32 bits with one
+            values[values < 0] += 2.0**bits  # Pillow stores unsigned 32 bit integers as signed ones
     if not (values.min() >= 0 and values.max() <= largest):  # false for NaN
         raise ValueError(f"expected {expected}, got {values.min():g} to {values.max():g}: scale the picture")
     levels = values / largest
     tags: Any = getattr(picture, "tag_v2", {})
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow applies to 8 bits alone
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow only inverts 8 bit pictures
         levels = 1 - levels
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
@@ -209,7 +211,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _depth(picture: Image.Image) -> tuple[int, bool]:
-    """Bits of a value, and whether one of them is a sign."""
+    """The number of bits of a value, and whether one of them is the sign."""
     tags: Any = getattr(picture, "tag_v2", None)
     if tags is not None and _BITS_PER_SAMPLE in tags:
         return tags[_BITS_PER_SAMPLE][0], tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
@@ -219,32 +221,32 @@ def _depth(picture: Image.Image) -> tuple[int, bool]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The orientation in EXIF, 1 to 8; 1 where there is none that can be read."""
+    """The orientation in EXIF, 1 to 8. It is 1 if there is none, or if it cannot be read."""
     try:
         return picture.getexif().get(ExifTag.Orientation, 1)
-    except Exception:  # broken EXIF raises all kinds, and the pixels are good
+    except Exception:  # broken EXIF raises many types of errors, but the pixels are good
         return 1
 
 
 def _upright(picture: Image.Image, orientation: int) -> Image.Image:
-    # The rest of a file's EXIF is left out: Pillow would write it again, and may fail at it.
+    # Only the orientation is kept: exif_transpose writes the whole EXIF again, and fails if it is broken.
     picture.info.clear()
     picture.getexif()[ExifTag.Orientation] = orientation
     return ImageOps.exif_transpose(picture)
 
 
 def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
-    """Timm's preprocessing of pictures for a model, in as many channels as the model has.
+    """Timm's preprocessing of pictures for a model, with the model's number of channels.
 
     Args:
         model: Any timm model.
-        use_test_size: Of evaluation, where it differs from that of training.
+        use_test_size: Whether to take the size of evaluation, if it differs from that of training.
 
     Returns:
         `input_size`, `mean`, `std` and the other arguments of `timm.data.create_transform`.
 
     Raises:
-        ValueError: if the model takes neither grey nor colour.
+        ValueError: if the model has neither 1 nor 3 input channels.
     """
     data: dict[str, Any] = resolve_model_data_config(model, use_test_size=use_test_size)
     channels = input_channels(model)
@@ -252,25 +254,29 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
         raise ValueError(f"expected a network of 1 or 3 input channels, as pictures have them, got one of {channels}")
     data["input_size"] = (channels, *data["input_size"][1:])
     for key in ("mean", "std"):
-        if len(data[key]) != channels:  # timm's loader does that with a colour network's on grey
+        if len(data[key]) != channels:  # timm's loader also takes the mean for grey pictures
             data[key] = (statistics.fmean(data[key]),) * channels
     return data
 
 
 def image_mode(channels: int) -> str:
-    """The mode in which timm's data sets open pictures for this many input channels, as train.py sets it."""
+    """The mode in which train.py lets timm's data sets open pictures for this number of input channels."""
     return "RGB" if channels == 3 else "L"
 
 
 def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | Path], Tensor]:
-    """What reads a picture file as the model takes it in evaluation: (in_chans, H, W), float32.
+    """Make a function that reads a picture file with the model's preprocessing for evaluation.
 
     Args:
         model: Any timm model.
         size: Height and width in pixels, by default those of the model's evaluation.
 
+    Returns:
+        A function from a file to (in_chans, H, W) in float32. It raises a ValueError with the file's name if the file
+        cannot be read.
+
     Raises:
-        ValueError: if the model takes no pictures; what is returned raises it with a file's name.
+        ValueError: if the model has neither 1 nor 3 input channels.
     """
     data = picture_config(model, use_test_size=size is None)
     channels: int = data["input_size"][0]
@@ -287,12 +293,13 @@ def reader(model: Any, size: tuple[int, int] | None = None) -> Callable[[str | P
 def photographs(model: Any, size: int | None = None, count: int = 4) -> Tensor:
     """Crops of a real photograph with the model's preprocessing: (count, in_chans, size, size), float32.
 
-    It is the portrait of Grace Hopper that comes inside matplotlib; other than three channels are its three, repeated.
+    The photograph is the portrait of Grace Hopper that matplotlib contains. For other numbers of channels than three,
+    its three channels are repeated.
 
     Args:
         model: Any timm model.
-        size: Height and width in pixels, by default those the model is trained at.
-        count: How many crops.
+        size: Height and width in pixels, by default those of the model's training.
+        count: Number of crops.
     """
     from matplotlib.cbook import get_sample_data
 

@@ -25,7 +25,7 @@ Examples:
     >>> quantize(Path("float.onnx"), Path("int8.onnx"), torch.rand(2, 1, 3, 32, 32))
 """
 
-# onnx and onnxruntime have no types or partial ones.
+# onnx and onnxruntime have no types, or incomplete ones.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
@@ -96,7 +96,7 @@ def split(pictures: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     shuffled = sorted(set(pictures))
     if len(shuffled) < FEWEST:
         raise ValueError(f"expected at least {FEWEST} pictures to calibrate and compare on, got {len(shuffled)}")
-    random.Random(0).shuffle(shuffled)  # paths in a folder per class are sorted by class
+    random.Random(0).shuffle(shuffled)  # if there is one folder per class, the sorted paths are in the order of classes
     calibration = min(_MOST_CALIBRATION, len(shuffled) * 4 // 5)
     return shuffled[:calibration], shuffled[calibration:]
 
@@ -234,7 +234,7 @@ def _compare(
 
 
 def _describe(file: Path, op_types: Sequence[str], metadata: Mapping[str, str]) -> None:
-    """Add to the file's metadata, and validate the file."""
+    """Add entries to the file's metadata, and validate the file."""
     import onnx
 
     proto = onnx.load(file)

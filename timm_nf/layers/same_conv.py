@@ -36,7 +36,7 @@ def per_axis(name: str, value: Numbers, axes: int) -> tuple[int, ...]:
     return numbers
 
 
-class SamePadding:
+class _SamePadding:
     """The common part of convolutions along any number of axes that pad SAME. Subclasses may also pad by numbers.
 
     Attributes:
@@ -161,7 +161,7 @@ class SamePadding:
         return out
 
 
-class SameConv1d(SamePadding, nn.Conv1d):
+class SameConv1d(_SamePadding, nn.Conv1d):
     """`SameConv2d` along one axis, (N, C, L). It has the same arguments.
 
     Examples:
@@ -180,7 +180,7 @@ class SameConv1d(SamePadding, nn.Conv1d):
         return F.conv1d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-class SameConv2d(SamePadding, nn.Conv2d):
+class SameConv2d(_SamePadding, nn.Conv2d):
     """Convolution with TensorFlow's SAME padding: the output has ceil(size / stride) pixels.
 
     If the number of zeros is odd, one more is at the end.
@@ -221,7 +221,7 @@ class SameConv2d(SamePadding, nn.Conv2d):
         return F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-class SameConv3d(SamePadding, nn.Conv3d):
+class SameConv3d(_SamePadding, nn.Conv3d):
     """`SameConv2d` along three axes, (N, C, D, H, W). It has the same arguments.
 
     Examples:

@@ -454,10 +454,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-Entrypoint = Callable[..., nn.Module]
+_Entrypoint = Callable[..., nn.Module]
 
 
-def _entrypoint(name: str) -> Entrypoint:
+def _entrypoint(name: str) -> _Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         network = build_network(
             NormFreeNet,
@@ -478,42 +478,42 @@ def _entrypoint(name: str) -> Entrypoint:
 
 
 # For type checkers. The loop below makes the functions; a test compares these names with VARIANTS and timm's registry.
-nfnet_f0: Entrypoint
-nfnet_f1: Entrypoint
-nfnet_f2: Entrypoint
-nfnet_f3: Entrypoint
-nfnet_f4: Entrypoint
-nfnet_f5: Entrypoint
-nfnet_f6: Entrypoint
-nfnet_f7: Entrypoint
-nfnet_f0_plus: Entrypoint
-nfnet_f1_plus: Entrypoint
-nfnet_f2_plus: Entrypoint
-nfnet_f3_plus: Entrypoint
-nfnet_f4_plus: Entrypoint
-nfnet_f5_plus: Entrypoint
-nfnet_f6_plus: Entrypoint
-nfnet_f7_plus: Entrypoint
-dm_nf_resnet50: Entrypoint
-dm_nf_resnet101: Entrypoint
-dm_nf_resnet152: Entrypoint
-dm_nf_resnet200: Entrypoint
-dm_nf_resnet288: Entrypoint
-dm_nf_resnet600: Entrypoint
-dm_nf_regnet_b0: Entrypoint
-dm_nf_regnet_b1: Entrypoint
-dm_nf_regnet_b2: Entrypoint
-dm_nf_regnet_b3: Entrypoint
-dm_nf_regnet_b4: Entrypoint
-dm_nf_regnet_b5: Entrypoint
-dm_nf_regnet_b6: Entrypoint
-dm_nf_regnet_b7: Entrypoint
-dm_nf_regnet_b8: Entrypoint
+nfnet_f0: _Entrypoint
+nfnet_f1: _Entrypoint
+nfnet_f2: _Entrypoint
+nfnet_f3: _Entrypoint
+nfnet_f4: _Entrypoint
+nfnet_f5: _Entrypoint
+nfnet_f6: _Entrypoint
+nfnet_f7: _Entrypoint
+nfnet_f0_plus: _Entrypoint
+nfnet_f1_plus: _Entrypoint
+nfnet_f2_plus: _Entrypoint
+nfnet_f3_plus: _Entrypoint
+nfnet_f4_plus: _Entrypoint
+nfnet_f5_plus: _Entrypoint
+nfnet_f6_plus: _Entrypoint
+nfnet_f7_plus: _Entrypoint
+dm_nf_resnet50: _Entrypoint
+dm_nf_resnet101: _Entrypoint
+dm_nf_resnet152: _Entrypoint
+dm_nf_resnet200: _Entrypoint
+dm_nf_resnet288: _Entrypoint
+dm_nf_resnet600: _Entrypoint
+dm_nf_regnet_b0: _Entrypoint
+dm_nf_regnet_b1: _Entrypoint
+dm_nf_regnet_b2: _Entrypoint
+dm_nf_regnet_b3: _Entrypoint
+dm_nf_regnet_b4: _Entrypoint
+dm_nf_regnet_b5: _Entrypoint
+dm_nf_regnet_b6: _Entrypoint
+dm_nf_regnet_b7: _Entrypoint
+dm_nf_regnet_b8: _Entrypoint
 
 for _name in VARIANTS:
     globals()[_name] = _entrypoint(_name)
 
-_replaced: dict[str, Entrypoint | None] = {}  # what each name stood for before it was ours: timm's nfnet_f0 to f7
+_replaced: dict[str, _Entrypoint | None] = {}  # what each name stood for before it was ours: timm's nfnet_f0 to f7
 
 
 def register_networks() -> None:

@@ -41,7 +41,7 @@ from ..layers.std_conv import (
 
 __all__ = ["ResidualBlock", "normalizer_free", "replace_convs"]
 
-ALPHA = 0.2  # arXiv:2102.06171, section 3
+_ALPHA = 0.2  # arXiv:2102.06171, section 3
 
 _TWINS: dict[type, Any] = {
     nn.Conv1d: ScaledStdConv1d,
@@ -366,7 +366,7 @@ class _Noise:
 
     def after_block(self, projects: bool) -> "_Noise":
         """The distribution of a block's sum. A convolution in the shortcut starts from unit variance again."""
-        return _Noise(added=ALPHA**2) if projects else replace(self, added=self.added + ALPHA**2)
+        return _Noise(added=_ALPHA**2) if projects else replace(self, added=self.added + _ALPHA**2)
 
     def var(self, act: nn.Module | None = None) -> float:
         """The variance of the signal, or of its activation."""
@@ -504,7 +504,9 @@ def _convert_block(block: nn.Module, name: str, noise: _Noise) -> _Converted:
     projection = _convert_shortcut(shortcut, scale, name)
     after = noise.after_block(projection is not None)
     parameter = next(block.parameters())
-    skip = SkipInit(ALPHA * converted.pending, converted.drop_path_rate, device=parameter.device, dtype=parameter.dtype)
+    skip = SkipInit(
+        _ALPHA * converted.pending, converted.drop_path_rate, device=parameter.device, dtype=parameter.dtype
+    )
     new = ResidualBlock(act, converted.module, projection, skip, after.var())
     return _Converted(new.train(block.training), after, not pre_activation)
 

@@ -215,11 +215,11 @@ class ClipStats(TypedDict):
     ratio_quantiles: dict[float, float]
 
 
-Work = tuple[Sequence[Tensor], Settings]  # checked parameters, and how they are clipped
+_Work = tuple[Sequence[Tensor], Settings]  # checked parameters, and how they are clipped
 
 
 @torch.no_grad()
-def clip_checked_(work: Iterable[Work], norm_type: float = 2.0) -> list[Units]:
+def clip_checked_(work: Iterable[_Work], norm_type: float = 2.0) -> list[Units]:
     """`adaptive_clip_grad_` without its checks, for any number of settings. All of them share one all-reduce.
 
     Returns:
@@ -278,7 +278,7 @@ def summary(found: Sequence["Pieces"]) -> ClipStats:
     )
 
 
-def _measure(work: Iterable[Work], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
+def _measure(work: Iterable[_Work], norm_type: float) -> Iterator[tuple[list[Shard], Units]]:
     """The unit norms, chunk by chunk."""
     chunks = [(shards, settings) for parameters, settings in work for shards in _chunks(parameters, settings.axis)]
     # Units in several processes come first and together, so that all of them cost one collective.
