@@ -107,4 +107,6 @@ def _one_line(error: Exception) -> str:
     """The error's text. For an operating system's error, the file and the text without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or reason(error)
+    if isinstance(error, (ValueError, RuntimeError, ImportError, OSError)) and str(error):
+        return str(error)
+    return reason(error)  # with its type: the text of others, such as a missing key, says nothing alone
