@@ -239,6 +239,21 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "timm-nf: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(KeyError("url"), "KeyError: 'url'"), (AssertionError(), "AssertionError"), (ValueError("x"), "x")],
+)
+def test_an_error_of_others_has_its_type_as_its_text_alone_says_nothing(error, line, monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("timm_nf.recipes.settings", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["info", "nfnet_f0"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"timm-nf: error: {line}\n"
+
+
 def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
     # This import ends when stdin is closed, which the test does not do before the process has ended.
     (tmp_path / "torch.py").write_text("import sys\nprint('importing', flush=True)\nsys.stdin.read()\n")

@@ -228,6 +228,27 @@ def test_the_hub_has_a_problem(hub, checkpoint, tmp_path, status, fails):
     assert hub.repos["alice/net"].log == ["published by the test"]
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, "may not do that with alice/net (not here)"),
+        (407, "the Hub refuses what was sent about alice/net (status 407: not here)"),
+        (500, "(status 500): try again later"),
+    ],
+)
+def test_an_answer_about_a_file_is_told_as_one_about_the_repository(hub, tmp_path, status, message, file, fails):
+    publish(hub, tmp_path)
+    hub.fault(f"resolve/.*{file}", answer(status, message="not here"), times=99)
+    assert message in fails("pull", "alice/net")
+
+
+def test_a_status_without_a_reason_is_said_once(hub, tmp_path, fails):
+    publish(hub, tmp_path)
+    hub.fault("/api/models/alice/net", answer(451), times=99)
+    assert fails("pull", "alice/net").endswith("the Hub refuses what was sent about alice/net (status 451)")
+
+
 def test_rate_limited(hub, checkpoint, tmp_path, fails):
     publish(hub, tmp_path)
     hub.fault("/api/models/alice/net", answer(429, Retry_After="60"), times=99)

@@ -102,7 +102,7 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
                 f"{constants.ENDPOINT} answers without headers that the Hub sends, such as X-Repo-Commit: a proxy or "
                 "mirror drops them. Have it pass them on, or set HF_ENDPOINT to one that does"
             )
-        case LocalEntryNotFoundError(__cause__=FileMetadataError() as cause):
+        case LocalEntryNotFoundError(__cause__=FileMetadataError() | HfHubHTTPError() as cause):
             return _explain(cause, repo_id, revision, logged_in)
         case LocalEntryNotFoundError() | OfflineModeIsEnabled() if constants.is_offline_mode():
             return f"{repo_id} at {revision} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that"
@@ -116,7 +116,7 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
         case OSError(errno=errno.ENOSPC):
             return f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room and try again"
         case ValueError() if str(error).startswith("Invalid metadata in README.md"):
-            return f"the Hub refuses the card: {str(error).partition(chr(10))[2]}"
+            return f"the Hub refuses the card: {str(error).partition(chr(10))[2] or 'it gives no reason'}"
         case _:
             pass
     if error.__cause__ is None:
@@ -126,6 +126,8 @@ def _explain(error: BaseException, repo_id: str, revision: str, logged_in: bool)
 
 def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str:
     status, said = error.response.status_code, _said(error)
+    numbered = f"status {status}: {said}" if said else f"status {status}"
+    said = said or numbered
     match status:
         case 401 if logged_in:
             return f"the Hub does not accept this login ({said}): {LOGIN_HINT} with a token that is valid"
@@ -143,15 +145,15 @@ def _explain_status(error: HfHubHTTPError, repo_id: str, logged_in: bool) -> str
             return f"the Hub has a problem of its own (status {status}): try again later"
         case _:
             answer = "does not understand" if isinstance(error, BadRequestError) else "refuses"
-            return f"the Hub {answer} what was sent about {repo_id} (status {status}: {said})"
+            return f"the Hub {answer} what was sent about {repo_id} ({numbered})"
 
 
 def _said(error: HfHubHTTPError) -> str:
-    """The server's reason, in at most one line."""
+    """The server's reason, in at most one line; '' if it gives none."""
     said = error.response.headers.get("X-Error-Message", "")
     if not said:
         try:
             said = str(error.response.json().get("error", ""))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, HTTPError, RuntimeError):
             said = ""  # the body is no JSON object, or was never read
-    return " ".join(said.split())[:200] or f"status {error.response.status_code}"
+    return " ".join(said.split())[:200]
