@@ -16,5 +16,5 @@ class Accelerators(NamedTuple):
 
 def accelerators() -> Accelerators | None:
     """The accelerators that can be used now; None without any."""
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if found is None else Accelerators(found.type, torch.accelerator.device_count())

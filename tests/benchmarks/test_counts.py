@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import counts
 from tests.support import fake_cuda
 from tests.support.small_nets import create
+from tests.support.triton_targets import NEEDS_TRITON
 from timm_nf.layers import standardize_triton
+
+# Of gradients of channels_last weights, which older torch has contiguous on the meta device, so that they are copied.
+COPIES = 80 if TorchVersion(torch.__version__) < "2.8" else 0
 
 
 class Names(TorchDispatchMode):
@@ -33,20 +38,20 @@ class Names(TorchDispatchMode):
 
 def test_a_training_step_keeps_within_its_kernels_bytes_and_memory() -> None:
     ours, stock = counts.step("nfnet_f0", 128), counts.step("dm_nfnet_f0", 128)
-    assert ours.kernels <= 500
-    assert ours.moved <= 50.0e9
+    assert ours.kernels - COPIES <= 500
+    assert ours.moved <= (50.2e9 if COPIES else 50.0e9)
     assert ours.saved <= 11.9e9
-    assert ours.kernels < 0.65 * stock.kernels
+    assert ours.kernels - COPIES < 0.65 * stock.kernels
     assert ours.moved < 0.5 * stock.moved
     assert ours.saved < 0.9 * stock.saved
 
 
 def test_under_autocast_a_step_moves_half_of_its_bytes() -> None:
     ours, stock = counts.step("nfnet_f0", 128, half=True), counts.step("dm_nfnet_f0", 128, half=True)
-    assert ours.kernels <= 750
-    assert ours.moved <= 25.8e9
+    assert ours.kernels - COPIES <= 750
+    assert ours.moved <= (25.9e9 if COPIES else 25.8e9)
     assert ours.saved <= 6.05e9
-    assert ours.kernels < 0.7 * stock.kernels
+    assert ours.kernels - COPIES < 0.7 * stock.kernels
     assert ours.moved < 0.5 * stock.moved
 
 
@@ -65,6 +70,7 @@ def test_standardisation_without_triton_is_sixteen_kernels_a_convolution(monkeyp
     assert ours.saved <= 1.05 * weights
 
 
+@NEEDS_TRITON
 def test_the_casts_made_for_meta_tensors_are_those_of_autocast() -> None:
     # Forward only, as torch's engine asks for the device behind a fake tensor.
     model, found = create("NFNet", device="meta"), []

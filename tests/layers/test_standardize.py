@@ -335,3 +335,16 @@ def test_destandardized_weight_standardizes_to_itself_less_its_mean(route: Calla
     weight = scale * torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     back = standardize_weight(*map(route, destandardize_weight(weight)))
     assert relative_error(back, weight - weight.mean((1, 2, 3), keepdim=True)) < 1e-12
+
+
+@pytest.mark.parametrize("strides", [(1, 4), (2, 16)], ids=["transposed", "every second"])
+def test_weights_and_gradients_that_do_not_lie_in_one_piece_give_the_same(strides: tuple[int, int]) -> None:
+    gain = gain_like(torch.empty(4, 6, 1, 1, dtype=torch.float64))
+    given = [torch.randn(200, dtype=torch.float64).as_strided((4, 6), strides) for _ in range(2)]
+    found = []
+    for weight, grad in (given, [x.contiguous() for x in given]):
+        weight.requires_grad_()
+        out = standardize_weight(weight, gain.view(4, 1))
+        found.append((out, *torch.autograd.grad(out, weight, grad)))
+    for strided, contiguous in zip(*found, strict=True):
+        torch.testing.assert_close(strided, contiguous, rtol=0, atol=1e-12)

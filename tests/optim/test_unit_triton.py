@@ -135,6 +135,7 @@ def takes(x: Tensor, layout: Layout | None = None, grad: Tensor | None = None) -
     return unit_triton.takes_kernel(x, torch.empty_like(x) if grad is None else grad, layout or layout_of(x.shape, 0))
 
 
+@NEEDS_TRITON
 def test_meta_tensors_and_accelerators_go_the_same_way_and_the_cpu_another() -> None:
     meta = torch.empty(4, 3, 3, 3, device="meta")
     with FakeTensorMode():

@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.torch_version import TorchVersion
 
 from tests.support import ROOT
+from timm_nf._triton import OLDEST
 
-NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux")
+
+def _lacks() -> str:
+    """Why Triton's kernels are not taken here, if so."""
+    if sys.platform != "linux":
+        return "Triton is built for Linux"
+    import triton
+
+    return f"the kernels need Triton {OLDEST}" if TorchVersion(triton.__version__) < OLDEST else ""
+
+
+NEEDS_TRITON = pytest.mark.skipif(bool(_lacks()), reason=_lacks())
 
 
 def python(*arguments: str, **environment: str) -> str:

@@ -18,6 +18,7 @@ Examples:
 # pyright: reportPrivateImportUsage=false, reportMissingTypeStubs=false
 
 import copy
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,11 @@ SUFFIXES = {".onnx": "ONNX", ".pt2": "torch.export program", ".ts": "TorchScript
 """The formats that `write` knows, by the suffix of the file."""
 # Nodes that standardised weights or batch normalisation leave in a graph. Networks may have other normalisations.
 _FORBIDDEN = ("BatchNormalization", "InstanceNormalization")
+
+# Conditions on sizes that cannot be proved become checks at run time, where torch.export has this option.
+_DEFERRED: dict[str, Any] = dict.fromkeys(
+    {"prefer_deferred_runtime_asserts_over_guards"} & inspect.signature(torch.export.export).parameters.keys(), True
+)
 
 _Dims = dict[int, Any] | None  # the images' {axis: Dim} for torch.export; None if no axis may vary
 
@@ -115,7 +121,13 @@ def write(
         )
         checks = list(written.checks)
         for batches, logits in zip(inputs, expected, strict=True):
-            checks += _compare(_logits(written.logits, batches), logits, tuple(batches[0].shape), dtype)
+            try:
+                found = _logits(written.logits, batches)
+            except Exception as error:  # every runtime has its own
+                raise RuntimeError(
+                    f"{SUFFIXES[file.suffix]} was not written, as it does not run: {reason(error)}"
+                ) from error
+            checks += _compare(found, logits, tuple(batches[0].shape), dtype)
         if failed := [f"{check.name}: {check.measured}" for check in checks if not check.ok]:
             raise RuntimeError(f"{SUFFIXES[file.suffix]} was not written, as it failed: {'; '.join(failed)}")
     return checks
@@ -166,9 +178,7 @@ def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torc
 
 
 def _write_program(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metadata: dict[str, str]) -> _ReadBack:
-    program = torch.export.export(
-        model, (images,), dynamic_shapes=_shapes(dims), prefer_deferred_runtime_asserts_over_guards=True
-    )
+    program = torch.export.export(model, (images,), dynamic_shapes=_shapes(dims), strict=False, **_DEFERRED)
     torch.export.save(program, file, extra_files=dict(metadata))
     return _ReadBack(torch.export.load(file).module(), [])
 
@@ -192,6 +202,7 @@ def _write_onnx(model: nn.Module, images: Tensor, dims: _Dims, file: Path, metad
         model,
         (images,),
         dynamo=True,
+        optimize=True,  # torch 2.6 leaves arithmetic on weights otherwise
         dynamic_shapes=_shapes(dims),
         input_names=["images"],
         output_names=["logits"],

@@ -38,7 +38,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
         out_chs, fan_in = weight.shape[0], weight[0].numel()
         # An eps of 1e-38 does not change a variance above 1e-30. It keeps a constant row from dividing by zero.
         out, mean, rstd = torch.native_group_norm(
-            weight.reshape(1, out_chs, fan_in),
+            weight.reshape(1, out_chs, fan_in).contiguous(),  # torch 2.6 refuses other views
             gain.reshape(-1) * fan_in**-0.5,
             None,
             1,
@@ -71,7 +71,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
         out_chs, fan_in = weight.shape[0], weight[0].numel()
         rows = (1, out_chs, fan_in)
         grad_weight, grad_scale, _ = torch.ops.aten.native_group_norm_backward(
-            grad.reshape(rows), weight.reshape(rows), mean.view(1, -1), rstd.view(1, -1),
+            grad.reshape(rows).contiguous(), weight.reshape(rows).contiguous(), mean.view(1, -1), rstd.view(1, -1),
             gain.reshape(-1) * fan_in**-0.5, 1, out_chs, fan_in, out_chs, [True, True, False],
         )  # fmt: skip
         return grad_weight.view_as(weight), (grad_scale * fan_in**-0.5).view_as(gain), None

@@ -275,7 +275,7 @@ class _ScaledStdConvTranspose(_Standardized):
 
     axes: int
     _plain: Callable[..., Any]
-    _transposed: Callable[..., Tensor]
+    _convolve: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -339,10 +339,7 @@ class _ScaledStdConvTranspose(_Standardized):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
-        weight = self.effective_weight()
-        return self._transposed(
-            input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+        return self._convolve(input, output_padding)
 
     def fuse(self) -> Any:
         """Torch's transposed convolution with the same output. timm's `reparameterize_model` looks for this name."""
@@ -364,7 +361,13 @@ class ScaledStdConvTranspose1d(_ScaledStdConvTranspose, nn.ConvTranspose1d):
     """`ScaledStdConvTranspose2d` along one axis: (N, C, L), gain (O, 1, 1). It has the same arguments."""
 
     axes = 1
-    _plain, _transposed = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
+    _plain = nn.ConvTranspose1d
+
+    def _convolve(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv_transpose1d(
+            input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
 
 
 class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
@@ -400,14 +403,26 @@ class ScaledStdConvTranspose2d(_ScaledStdConvTranspose, nn.ConvTranspose2d):
     """
 
     axes = 2
-    _plain, _transposed = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
+    _plain = nn.ConvTranspose2d
+
+    def _convolve(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv_transpose2d(
+            input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
 
 
 class ScaledStdConvTranspose3d(_ScaledStdConvTranspose, nn.ConvTranspose3d):
     """`ScaledStdConvTranspose2d` along three axes: (N, C, D, H, W), gain (O, 1, 1, 1, 1). Same arguments."""
 
     axes = 3
-    _plain, _transposed = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
+    _plain = nn.ConvTranspose3d
+
+    def _convolve(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv_transpose3d(
+            input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
 
 
 # -- linear layers -----------------------------------------------------------------------------------------------------
