@@ -17,7 +17,7 @@ Examples:
 
 # torch.jit exports names without listing them. A mixin uses attributes of the torch class that it is combined with.
 # pyright: standard, reportPrivateImportUsage=false, reportIncompatibleVariableOverride=false, reportCallIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import math
 from collections.abc import Callable
