@@ -71,7 +71,7 @@ def contenders(name: str) -> Contenders:
 
 
 class ClipCosts(NamedTuple):
-    """By the labels of the contenders; operations and memory of clipping alone."""
+    """What each contender costs, by its label. Operations and memory are those of clipping alone."""
 
     medians: dict[str, float]  # milliseconds
     operations: dict[str, int]

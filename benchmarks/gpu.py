@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --predict                 # without an accelerator: what is counted, and no times
     python -m benchmarks.gpu --device cpu --tiny       # every line of it in a minute, into build/gpu
 
-Writes gpu.md and gpu.csv. Contenders take turns, numbers are medians. Each part runs in a process of its own, which is
-ended when the time of that part is over; what was cut is named. It needs torch, timm and numpy, and Triton where ours
-and the compiler do. Memory is the most that was allocated for a network in a step, its weights included.
+Writes gpu.md and gpu.csv. Contenders take turns, and numbers are medians. Each part runs in its own process, which is
+ended when the part's time is over. The page names the rows that were cut. Memory is the most that was allocated for a
+network in a step, with its weights. The script needs torch, timm and numpy, and Triton for kernels and the compiler.
 """
 
 import argparse
@@ -46,19 +46,19 @@ from timm_nf.layers.standardize_triton import standardize
 
 ROOT = Path(__file__).parents[1]
 STEP = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 2e-5}
-WARM_UP = 3  # the first step makes momentum, compiles kernels, and lets cuDNN choose
-SAMPLE = 50  # milliseconds, about what is timed at once
+WARM_UP = 3  # the first step makes momentum buffers, compiles kernels and lets cuDNN choose algorithms
+SAMPLE = 50  # milliseconds, about the length of one timing
 NOT_MEASURED = "Times are not measured yet: no accelerator was at hand.\n"
 NOT_COUNTED = "`python -m benchmarks.gpu --predict` has not run in this folder.\n"
 
 
 class Sizes(NamedTuple):
-    """What is measured, and how large."""
+    """The sizes of what is measured."""
 
-    pixels: dict[str, int]  # of each network's images
+    pixels: dict[str, int]  # size of each network's images
     training: tuple[int, ...]  # batch sizes
     inference: tuple[int, ...]
-    options: dict[str, dict[str, Any]]  # of each network
+    options: dict[str, dict[str, Any]]  # arguments of each network
     compiler: str
     repeats: int
 
@@ -81,7 +81,7 @@ class Case(NamedTuple):
 
 
 class CaseResult(NamedTuple):
-    """What was measured of a case; None where nothing was, and the note says why."""
+    """The measurements of a case. Those that are missing are None, and the note says why."""
 
     part: str
     work: str
@@ -113,7 +113,7 @@ def images(case: Case, device: str, sizes: Sizes) -> Tensor:
 
 
 def standardisation(case: Case, ours: bool, device: str, sizes: Sizes) -> Work:
-    """All weights of a network, forward and backward."""
+    """Standardise all weights of a network, forward and backward."""
     dtype = torch.bfloat16 if case.work == "to bfloat16" else torch.float32
     convs = [m for m in network(case, True, device, sizes).modules() if isinstance(m, ScaledStdConv2d)]
     inputs = [(m.weight, m.gain, torch.randn_like(m.weight, dtype=dtype)) for m in convs]
@@ -127,7 +127,7 @@ def standardisation(case: Case, ours: bool, device: str, sizes: Sizes) -> Work:
 
 
 def clipping(case: Case, ours: bool, device: str, sizes: Sizes) -> Work:
-    """Gradients of which all units are clipped the first time, by themselves or with the step that follows."""
+    """Clip gradients of which every unit is too large, alone or with the optimizer step after it."""
     parameters = list(network(case, True, device, sizes).parameters())
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -173,7 +173,7 @@ def training(case: Case, ours: bool, device: str, sizes: Sizes) -> Work:
     return run
 
 
-# part: what it does, and its share of the time; time that a part leaves goes to the next ones
+# part: its function, and its share of the time. Parts get the time that earlier parts have left
 PARTS: dict[str, tuple[Callable[[Case, bool, str, Sizes], Work], float]] = {
     "standardisation": (standardisation, 1),
     "clipping": (clipping, 1),
@@ -191,7 +191,7 @@ def cases(part: str, sizes: Sizes) -> list[Case]:
     if part == "fused inference":
         return [Case(part, "bfloat16", name, batch) for name in sizes.pixels for batch in sizes.inference]
     work = "compiled" if part.startswith("compiled") else "eager"
-    # small batches first: a compiled one takes a minute, so that the last ones may be cut
+    # small batches first: compiling takes a minute each, so the last ones may be cut
     return [Case(part, work, name, batch) for batch in sizes.training for name in sizes.pixels]
 
 
@@ -218,7 +218,7 @@ def warmed(build: Callable[[], Work], device: str) -> tuple[Work, float]:
 
 
 def measure(case: Case, device: str, sizes: Sizes) -> CaseResult:
-    """Times and memory of ours and timm's; one that stops, for want of memory say, leaves the other."""
+    """Measure times and memory of ours and timm's. If one of them fails, the other is still measured."""
     works: dict[str, Work] = {}
     found: dict[str, float] = {}
     notes: list[str] = []
@@ -228,7 +228,7 @@ def measure(case: Case, device: str, sizes: Sizes) -> CaseResult:
             works[whose], found[f"{whose}_mib"] = warmed(partial(build, case, ours, device, sizes), device)
         except torch.OutOfMemoryError:
             notes.append(f"{whose}: out of memory")
-        except Exception as error:  # whatever it was, the other rows are still worth knowing
+        except Exception as error:  # after any error, the other rows are still measured
             notes.append(f"{whose}: stopped, {reason(error)}")
     try:
         found |= {f"{whose}_ms": ms for whose, ms in medians(works, device, sizes.repeats).items()}
@@ -238,7 +238,7 @@ def measure(case: Case, device: str, sizes: Sizes) -> CaseResult:
 
 
 def medians(works: dict[str, Work], device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of each, which take turns; short ones are run several times in a row, so that the host is ahead."""
+    """Median milliseconds of each, in turn. Short ones run several times in a row, so that the host is ahead."""
     once = time_in_turn(works, 1, device)
     runs = {label: max(1, min(20, int(SAMPLE / ms[0]))) for label, ms in once.items()}
 
@@ -253,14 +253,14 @@ def medians(works: dict[str, Work], device: str, repeats: int) -> dict[str, floa
 def in_this_process(part: str, device: str, sizes: Sizes) -> Iterator[CaseResult]:
     for case in cases(part, sizes):
         yield measure(case, device, sizes)
-        gc.collect()  # networks whose error or graph still refers to them
+        gc.collect()  # frees networks that an error or a graph still refers to
         torch.compiler.reset()
         if torch.device(device).type != "cpu":
             torch.accelerator.empty_cache()
 
 
 def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator[CaseResult]:
-    """The part's rows as they come, and one for each case that was cut."""
+    """The part's rows as they are measured, and then a row for each case that was cut."""
     command = [
         sys.executable,
         "-m",
@@ -278,7 +278,7 @@ def in_a_process(part: str, device: str, tiny: bool, seconds: float) -> Iterator
 
         def end() -> None:
             ended.set()
-            os.killpg(process.pid, signal.SIGKILL)  # and the compiler's processes
+            os.killpg(process.pid, signal.SIGKILL)  # also ends the compiler's processes
 
         timer = threading.Timer(seconds, end)
         timer.start()
@@ -301,7 +301,7 @@ def cell(value: float | None) -> str:
 
 
 def line(row: CaseResult) -> str:
-    """As a row of the page's table."""
+    """The result as a row of the page's table."""
     ratio = f"{row.timm_ms / row.ours_ms:.2f}x" if row.ours_ms and row.timm_ms else ""
     cells = [row.part, row.work, row.network, "" if row.batch is None else str(row.batch)]
     cells += [cell(row.ours_ms), cell(row.timm_ms), ratio, cell(row.ours_mib), cell(row.timm_mib), row.note]
@@ -315,7 +315,7 @@ HEAD = (
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as its own tool says."""
+    """The version of NVIDIA's driver, by its own tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "not known, there is no nvidia-smi"
@@ -324,7 +324,7 @@ def driver() -> str:
 
 
 def measured(rows: list[CaseResult], command: str) -> str:
-    """The page's part about what was measured."""
+    """The page's section about measurements."""
     about = environment() | {"driver": driver(), "command": f"`{command}`"}
     return (
         "".join(f"- {name}: {value}\n" for name, value in about.items())
@@ -334,7 +334,7 @@ def measured(rows: list[CaseResult], command: str) -> str:
 
 
 def predicted(bandwidth: float = counts.BANDWIDTH) -> str:
-    """The page's part about what is counted of a training step."""
+    """The page's section about the counts of a training step."""
     lines = [
         "Training steps under bfloat16 autocast, forward and backward. Counts, not times: the milliseconds are the",
         f"bytes over {bandwidth:g} GB/s, which leaves out convolutions, matrix products and the start of kernels.",
@@ -371,7 +371,7 @@ COUNTED = PAGE.split("{measured}")[1].split("{counted}")[0]
 
 
 def write(folder: Path, measured: str, counted: str | None) -> None:
-    """The page; what it holds as counted stays where there is nothing new."""
+    """Write the page. If there are no new counts, the old page's section about counts stays."""
     file = folder / "gpu.md"
     if counted is None:
         counted = file.read_text().split(COUNTED)[1] if file.exists() else NOT_COUNTED
@@ -390,11 +390,13 @@ def write_csv(folder: Path, rows: list[CaseResult]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="as torch names it")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for everything; what does not fit is cut")
-    parser.add_argument("--folder", type=Path, help="of page and CSV: docs, with --tiny build/gpu")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for everything; rows that do not fit are cut")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the page and the CSV file: docs, or build/gpu with --tiny"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, and no compiler")
-    parser.add_argument("--predict", action="store_true", help="write what is counted, and no times")
-    parser.add_argument("--part", choices=PARTS, help="this one alone, a JSON line for each row")
+    parser.add_argument("--predict", action="store_true", help="write counts and no times")
+    parser.add_argument("--part", choices=PARTS, help="measure only this part, and print a JSON line for each row")
     args = parser.parse_args()
     folder: Path = args.folder or ROOT / ("build/gpu" if args.tiny else "docs")
     if args.predict:

@@ -1,6 +1,6 @@
-"""What timm computes, to compare with: its clipping before timm_nf takes the place of it, and its standardisation.
+"""timm's own clipping and standardisation, to compare with.
 
-To be imported before timm_nf.
+Import this module before timm_nf, which replaces timm's clipping.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
     python -m examples.autoencoder
 
-Transposed layers at a stride of 2 see a quarter of their kernel at each output, so their scale has a factor of 2.
+With a stride of 2, an output pixel of a transposed layer sees a quarter of the kernel, so the scale has a factor of 2.
 """
 
 import torch
@@ -13,12 +13,12 @@ from examples.small_batches import report, train
 from timm_nf.demo import load_digits
 from timm_nf.layers import ScaledStdConv2d, ScaledStdConvTranspose2d, ScaledStdLinear, activation_gain
 
-CODE = 16  # numbers that a digit is squeezed into
+CODE = 16  # numbers in the code of a digit
 GAMMA = activation_gain("relu")
 
 
 def digits(count: int) -> Tensor:
-    """(N, 1, 28, 28) from 0 to 1, in random order."""
+    """The digits (N, 1, 28, 28) from 0 to 1, in random order."""
     pixels, labels = load_digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
     return pixels[order].float() / 255

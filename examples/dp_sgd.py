@@ -2,9 +2,9 @@
 
     python examples/dp_sgd.py [--epochs 10] [--images 5000] [--noise 1.0] [--max-grad-norm 1.0] [--lr 2.0]
 
-DP-SGD clips the gradient of every example, which there must be one of: Opacus refuses batch normalisation, where an
-example's output depends on the others. A normalizer-free network needs no replacement of layers. Before training the
-gradients of every example that Opacus finds (functorch mode) are compared with torch.func's.
+DP-SGD clips the gradient of every single example. Opacus refuses batch normalisation, because there an example's output
+depends on the other examples. In a normalizer-free network no layer has to be replaced. Before training, the script
+compares Opacus' gradients of every example (functorch mode) with those of torch.func.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def network(name: str = demo.NETWORK, **config: object) -> nn.Module:
 
 
 def largest_difference(x: Tensor, y: Tensor) -> float:
-    """Between Opacus' gradients of every example and torch.func's, relative, over all parameters, in float64."""
+    """The largest relative difference between Opacus' and torch.func's gradients of every example, in float64."""
     model, x = network(**demo.CONFIG).double(), x.double()
     for name, p in model.named_parameters():
-        if name.endswith("skipinit_gain"):  # 0 at first, where most gradients are 0
+        if name.endswith("skipinit_gain"):  # with the initial 0, most gradients are 0
             nn.init.constant_(p, 0.5)
     parameters = {k: v.detach() for k, v in model.named_parameters()}
 

@@ -14,7 +14,7 @@ from examples.plain_loop import PARTS, SETTINGS, network, parts
 
 
 def main(steps: int = 20) -> dict[str, Tensor]:
-    """Train; the whole parameters afterwards."""
+    """Train, and return the whole parameters."""
     model = network()
     for stage in model.stages:
         fully_shard(stage)

@@ -2,10 +2,10 @@
 
     python examples/peft_lora.py [--steps 60] [--images 2000] [--rank 8] [--dora] [--out FOLDER]
 
-An adapter is added to the weight that convolves. A standardised convolution computes that weight from its parameters at
-every call, so that there is nothing to merge an adapter into: fuse first. Here a small network learns the digits 0 to
-4, is fused, and gets LoRA adapters that learn 5 to 9. The adapter is saved, loaded onto the fused network again and
-merged. The exit code is 1 if the merged network is not the adapted one to 1e-6.
+An adapter is added to the weight that convolves. A standardised convolution computes this weight from its parameters in
+every call, so there is no weight to add an adapter to: fuse first. Here a small network learns the digits 0 to 4, is
+fused, and gets LoRA adapters that learn 5 to 9. The adapter is saved, loaded onto the fused network again and merged.
+The exit code is 1 if the merged network differs from the adapted one by more than 1e-6.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> str:
 
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module, x: Tensor) -> float:
-    """Of the logits, relative."""
+    """Relative L2 error of the logits."""
     return float((model(x) - other(x)).norm() / other(x).norm())
 
 

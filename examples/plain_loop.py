@@ -14,7 +14,7 @@ import timm_nf  # noqa: F401  registers networks and optimizers
 from timm_nf import demo
 
 SETTINGS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 2e-5, "clip_factor": 0.01}
-PARTS = 2  # of a batch, one after the other
+PARTS = 2  # number of parts of a batch, which follow one another
 
 
 def network():
@@ -23,7 +23,7 @@ def network():
 
 
 def parts(steps: int, size: int = 64):
-    """Images and labels; every step takes `PARTS` of these."""
+    """Parts of batches: images and labels. Every step takes `PARTS` of them."""
     pixels, labels = demo.load_digits()
     order = torch.Generator().manual_seed(0)
     for _ in range(steps):

@@ -2,8 +2,8 @@
 
     python -m examples.signals_1d
 
-The EEG is one that matplotlib ships: 4 electrodes, 800 samples. The network learns from the first 560 and is asked
-about the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
+The EEG comes with matplotlib: 4 electrodes, 800 samples. The network learns from the first 560 samples and is tested on
+the others. It is built by hand, so that every rule of docs/build_your_own.md is one line.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ GAMMA = activation_gain("relu")
 
 
 def pieces() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Pieces (N, 1, 64) and their electrodes (N,), to learn from and held out; no sample is in both."""
+    """Pieces (N, 1, 64) and their electrodes (N,), for training and for the test. No sample is in both."""
     eeg = torch.from_numpy(np.fromfile(get_sample_data("eeg.dat", asfileobj=False)).reshape(800, 4).T.copy()).float()
 
     def cut(signal: Tensor) -> tuple[Tensor, Tensor]:

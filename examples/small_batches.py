@@ -1,7 +1,7 @@
-"""Training two examples at a time: what the examples with networks of one's own share.
+"""Trains networks of your own on two examples at a time. The other examples use it.
 
-A network without normalisation trains with adaptive clipping, its batch-normalised twin with plain SGD, both with
-the same steps and learning rates.
+A network without normalisation trains with adaptive clipping, its batch-normalised twin with plain SGD. Both have the
+same number of steps and the same learning rates.
 """
 
 import math
@@ -17,16 +17,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, steps: int, lr: float, exempt: str | None) -> None:
-    """Batches of 2, Nesterov momentum, a cosine to 0.
+    """Train with batches of 2, Nesterov momentum, and a learning rate that falls to 0 along a cosine.
 
     Args:
-        model: Any.
-        x: (N, ...), inputs.
-        y: (N, ...), targets.
-        loss: Of outputs and targets.
-        steps: How many.
+        model: Any network.
+        x: The inputs, (N, ...).
+        y: The targets, (N, ...).
+        loss: The loss of outputs and targets.
+        steps: Number of steps.
         lr: The first learning rate.
-        exempt: The last layer, whose weight is not clipped; None for SGD without clipping.
+        exempt: The name of the last layer, whose weight is not clipped. None stands for SGD without clipping.
     """
     settings = {"lr": lr, "momentum": 0.9, "weight_decay": 2e-5}
     if exempt is None:

@@ -2,7 +2,7 @@
 
     python -m examples.volumes_3d
 
-The volumes are the demo's digits, drawn into 8 slices, one pixel further in each.
+A volume is one of the demo's digits in 8 slices. Every slice shows it one pixel further.
 """
 
 import torch
@@ -15,7 +15,7 @@ from timm_nf.demo import load_digits
 
 
 def volumes(count: int) -> tuple[Tensor, Tensor]:
-    """(N, 1, 8, 14, 14) and labels (N,), in random order."""
+    """The volumes (N, 1, 8, 14, 14) and their labels (N,), in random order."""
     pixels, labels = load_digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
     slices = F.avg_pool2d(pixels[order].float() / 255, 2)

@@ -13,7 +13,7 @@ from examples.plain_loop import PARTS, SETTINGS, network, parts
 
 
 def main(steps: int = 20, name: str = "agcsgd", precision: str = "no", first: int = 0, folder: str = "state"):
-    """Train; go on after the first steps, of which the state lies in the folder, and leave it there at the end."""
+    """Train, and save the state in the folder. After the `first` steps, continue from the state there."""
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=PARTS)
     model = network()
     optimizer = create_optimizer_v2(model, name, **SETTINGS)  # finds the classifier
@@ -34,5 +34,5 @@ def main(steps: int = 20, name: str = "agcsgd", precision: str = "no", first: in
 
 if __name__ == "__main__":
     _, optimizer = main()
-    for row in optimizer.optimizer.clip_stats():  # of the optimizer inside accelerate's
+    for row in optimizer.optimizer.clip_stats():  # accelerate's optimizer holds ours
         print(f"{row['clipped_fraction']:.0%} of {row['units']} units clipped")

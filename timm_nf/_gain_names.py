@@ -1,8 +1,10 @@
 """The parameter names of gains: those of standardised convolutions, and the skip gains of blocks."""
 
-__all__ = ["is_gain"]
+__all__ = ["SKIP_GAIN", "is_gain"]
 
-_GAINS = ("gain", "skipinit_gain")
+SKIP_GAIN = "skipinit_gain"
+"""The name of a block's skip gain."""
+_GAINS = ("gain", SKIP_GAIN)
 
 
 def is_gain(name: str) -> bool:

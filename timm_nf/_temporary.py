@@ -1,4 +1,4 @@
-"""Folders for what is not whole yet. Each is named after its process; what a killed process has left is removed."""
+"""Temporary folders and files for unfinished work. What killed processes have left behind is removed."""
 
 import ctypes
 import os
@@ -21,16 +21,16 @@ _SYNCHRONIZE, _NO_SUCH_PROCESS, _STILL_RUNS = 0x00100000, 87, 258
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Generator[Path]:
-    """A new folder that is removed at the end; before, those that killed processes have left there.
+    """Make a folder that is removed at the end. First, folders that killed processes have left are removed.
 
     Args:
-        parent: Where; by default in the system's folder for such things.
+        parent: The folder to make it in, by default the system's folder for temporary files.
     """
     parent = parent or Path(gettempdir())
     _remove_leftovers(parent)
     try:
         made = TemporaryDirectory(dir=parent, prefix=f"{_writing()}{os.getpid()}-")
-    except OSError as error:  # of `parent`, not of a name that nobody knows
+    except OSError as error:  # the error names `parent`, since nobody knows the temporary name
         raise OSError(error.errno, error.strerror, str(parent)) from error
     with made as temporary:
         yield Path(temporary)
@@ -38,14 +38,14 @@ def temporary_folder(parent: Path | None = None) -> Generator[Path]:
 
 @contextmanager
 def replacing(file: Path) -> Generator[Path]:
-    """A path to write to, which takes the place of `file` if nothing is raised, and goes if something is."""
+    """A path to write to. It replaces `file` at the end, or is removed if something is raised."""
     with temporary_folder(file.parent) as temporary:
         yield temporary / file.name
         os.replace(temporary / file.name, file)
 
 
 def _writing() -> str:
-    """How temporary folders of this machine begin; the process follows. Others may share the disk."""
+    """The prefix of this machine's temporary folders. The process follows. Other machines may share the disk."""
     return f".writing-{re.sub('[^A-Za-z0-9]', '', socket.gethostname())}-"
 
 
@@ -71,14 +71,14 @@ def _runs(process: int) -> bool:
 
 
 def _runs_on_windows(process: int) -> bool:
-    """The same on Windows, where `os.kill` ends the process that it is asked about."""
+    """The same on Windows, where `os.kill` would end the process."""
     kernel: Any = cast(Any, ctypes).WinDLL("kernel32", use_last_error=True)
     kernel.OpenProcess.argtypes = (wintypes.DWORD, wintypes.BOOL, wintypes.DWORD)
     kernel.OpenProcess.restype = wintypes.HANDLE  # as wide as a pointer
     kernel.WaitForSingleObject.argtypes = (wintypes.HANDLE, wintypes.DWORD)
     kernel.CloseHandle.argtypes = (wintypes.HANDLE,)
     handle = kernel.OpenProcess(_SYNCHRONIZE, False, process)
-    if not handle:  # for other reasons, such as another user's process, it runs
+    if not handle:  # with any other error, such as for another user's process, it runs
         return cast(Any, ctypes).get_last_error() != _NO_SUCH_PROCESS
     try:
         return kernel.WaitForSingleObject(handle, 0) == _STILL_RUNS

@@ -45,7 +45,8 @@ NOTES = """\
   a limit of 10 minutes.
 - **Adapters**: fuse, adapt, train, save the adapter, load it, merge, as in [Adapters with PEFT](guides/adapters.md).
   LoHa, LoKr, OFT and IA3 change the weight before it is standardised, so the scale and the mean of what they learned
-  are lost.
+  are lost. LoRA does the same to a linear layer with a standardised weight.
+- **coremltools** has no `var_mean`, which an exported program of standardised weights holds. Fuse first, or trace.
 - **Pruning**: zeros in a weight that is standardised become the negative mean. Fuse, then prune.
 - **int8**: `timm-nf export NAME -o f0.int8.onnx --int8 PICTURES` quantises for onnxruntime and compares; see
   [export and deployment](guides/export.md#int8)."""

@@ -369,6 +369,11 @@ def peft() -> list[Outcome]:
 
         return measure
 
+    def linear() -> Any:
+        torch.manual_seed(0)
+        layers = nn.Flatten(), timm_nf.layers.ScaledStdLinear(3 * 64 * 64, 16), nn.ReLU(), nn.Linear(16, 10)
+        return nn.Sequential(*layers).eval()
+
     common = {"target_modules": ADAPTED}
     lora: Any = {"r": 4, "init_lora_weights": False, **common}
     strided = tool.LoraConfig(**lora | {"target_modules": r"stem\.conv[14]"})
@@ -376,6 +381,7 @@ def peft() -> list[Outcome]:
         both("LoRA: adapt, save, load, merge", round_trip(tool.LoraConfig(**lora))),
         both("LoRA on strided SAME convolutions", round_trip(strided)),
         both("DoRA: adapt, save, load, merge", round_trip(tool.LoraConfig(use_dora=True, **lora))),
+        both("LoRA on `ScaledStdLinear`", merge(tool.LoraConfig(**lora | {"target_modules": ["1"]})), linear),
         both("LoHa", merge(tool.LoHaConfig(r=4, init_weights=False, **common))),
         both("LoKr", merge(tool.LoKrConfig(r=4, init_weights=False, **common))),
         both("OFT", merge(tool.OFTConfig(r=0, oft_block_size=4, init_weights=False, **common))),
@@ -678,16 +684,20 @@ def onnxsim() -> list[Outcome]:
 def coremltools() -> list[Outcome]:
     import coremltools as tool
 
-    def measure(model: Any) -> Measured:
+    def trace(model: Any) -> Measured:
         inputs = [tool.TensorType(name="images", shape=(2, 3, 64, 64))]
-        converted = tool.convert(
-            torch.jit.trace(model, images()), inputs=inputs, convert_to="mlprogram", skip_model_load=True
-        )
-        operations = converted.get_spec().mlProgram.functions["main"].block_specializations
+        return converted(torch.jit.trace(model, images()), inputs=inputs)
+
+    def export(model: Any) -> Measured:
+        return converted(torch.export.export(model, (images(),)).run_decompositions({}))
+
+    def converted(source: Any, **options: Any) -> Measured:
+        made = tool.convert(source, convert_to="mlprogram", skip_model_load=True, **options)
+        operations = made.get_spec().mlProgram.functions["main"].block_specializations
         count = sum(len(block.operations) for block in operations.values())
         return Measured(True, f"converts to {count} operations; runs on macOS only, not run here")
 
-    return [both("`convert` of a trace", measure)]
+    return [both("`convert` of a trace", trace), both("`convert` of an exported program", export)]
 
 
 # -- pruning, private and other training -------------------------------------------------------------------------------

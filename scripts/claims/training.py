@@ -19,6 +19,7 @@ from torchvision.datasets import FashionMNIST
 
 import timm_nf
 from timm_nf._clip_defaults import CLIP_EPS
+from timm_nf._relative_error import relative_error
 from timm_nf.diagnostics import signal_stats
 from timm_nf.env import machine
 from timm_nf.layers import SameConv2d, ScaledStdConv2d
@@ -234,11 +235,7 @@ def measured(run: Run, model: nn.Module) -> tuple[float, float, float]:
     tested = model(images[:128])
     model.train()
     trained, others = (model(torch.cat((images[:128], mates)))[:128] for mates in (images[128:256], images[256:]))
-    return relative(trained, tested), relative(others, trained), shift
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+    return relative_error(trained, tested), relative_error(others, trained), shift
 
 
 def train(run: Run, watch: Callable[[int, nn.Module], None] = lambda step, model: None) -> Result:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import timm_nf
 from tests.support import GOLDEN
-from tests.support.small_nets import batch
+from tests.support.small_nets import batch, relative_error
 from tests.support.stand_in_hub import answer
 from timm_nf.cli import main
 from timm_nf.convert import haiku_to_timm, load_haiku
@@ -24,11 +24,9 @@ T0 = GOLDEN / "T0_haiku_flatmap.npz"
 
 
 def golden_error(model: Any) -> float:
-    """Of the logits, relative to the authors'."""
+    """The relative error of the logits, against the authors'."""
     with np.load(GOLDEN / "T0_2x64x64.npz") as golden, torch.no_grad():
-        want = torch.from_numpy(golden["logits"])
-    with torch.no_grad():
-        return ((model.eval()(batch(dtype=next(model.parameters()).dtype)) - want).norm() / want.norm()).item()
+        return relative_error(model.eval()(batch(dtype=next(model.parameters()).dtype)), golden["logits"])
 
 
 def left(folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from .._gain_names import is_gain
+from .._gain_names import SKIP_GAIN, is_gain
 from .._versions import build_network, make_head, reset_head
 from ..convert.infer import load_haiku_into
 from ..layers.activations import Activation
@@ -368,8 +368,8 @@ def _refuse_other_networks(network: nn.Module, state_dict: dict[str, Any], prefi
     """
     # By the names of parameters: a traced feature extractor has parameters, but no layers.
     parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
-    skip_gains = [name for name in parameters if name.endswith(".skipinit_gain")]
-    blocks = tuple(name.removesuffix("skipinit_gain") for name in skip_gains)
+    skip_gains = [name for name in parameters if name.endswith(f".{SKIP_GAIN}")]
+    blocks = tuple(name.removesuffix(SKIP_GAIN) for name in skip_gains)
     weights = [name for name, p in parameters.items() if p.ndim == 4 and name.endswith(".weight")]
     weights = [name for name in weights if name.startswith(blocks)]
     if not weights or any(name not in state_dict for name in weights):

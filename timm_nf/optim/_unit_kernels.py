@@ -1,10 +1,10 @@
 """Triton kernels over the units of many tensors, and how they are launched.
 
-Only a device that has Triton imports this module, see `unit_triton`. Tensors come as the addresses of their first
-elements, among a kernel's arguments: nothing is copied to the device for it, nothing is kept between calls, and a CUDA
-graph holds them as it holds those of every other kernel.
+This module is only imported if the device has Triton, see `unit_triton`. A kernel gets its tensors as arguments, by the
+addresses of their first elements. So nothing is copied to the device, nothing is kept between calls, and a CUDA graph
+holds the addresses as it holds those of any other kernel.
 
-A unit is a row that lies in memory in one piece, and has a program of its own.
+A unit is a row in one piece of memory. Each unit has a program of its own.
 """
 
 # Triton's language has no types: its constants stand for types, and its loops are unrolled.
@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TENSORS = 64  # of one launch: 2 kB of arguments of the 4 kB that every CUDA has
-CHUNK = 1024  # elements of a row at a time
-_NEVER = 2**31 - 1  # the first unit of a tensor that is not there
+TENSORS = 64  # number of tensors of one launch: 2 of the 4 kB of arguments that every CUDA version allows
+CHUNK = 1024  # number of elements of a row that a program reads at a time
+_NEVER = 2**31 - 1  # stands for the first unit of a missing tensor
 
 _DTYPES = {
     torch.float16: tl.float16,
@@ -48,7 +48,7 @@ def norms(
     weights, grads, firsts, lengths, weight_norms, grad_norms, done, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, WEIGHT_NORM: tl.constexpr, GRAD_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Norms of the units of up to TENSORS weights and their gradients, to (units,) each, from index `done` on."""
+    """Norms of the units of up to TENSORS weights and of their gradients. They are written from index `done` on."""
     unit = tl.program_id(0)
     weight, grad = weights[0], grads[0]
     first, length = firsts[0], lengths[0]
@@ -68,7 +68,7 @@ def scale(
     grads, firsts, lengths, scales, done, TENSORS: tl.constexpr, CHUNK: tl.constexpr, GRAD: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the units of up to TENSORS gradients by theirs of the (units,) scales, but for those with a 1."""
+    """Multiply each unit of up to TENSORS gradients by its scale. Units with a scale of 1 are not written."""
     unit = tl.program_id(0)
     grad, first, length = grads[0], firsts[0], lengths[0]
     for i in tl.static_range(1, TENSORS):
@@ -86,13 +86,13 @@ def scale(
 
 
 def launch(kernel: Any, tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], per_unit: Sequence[Tensor]) -> None:
-    """Start a kernel, as often as there are `TENSORS` tensors.
+    """Start a kernel, once for every `TENSORS` tensors.
 
     Args:
         kernel: `norms` or `scale`.
-        tensors: The lists that its arguments begin with, of one length; each has one dtype.
-        counts: Units of each tensor.
-        per_unit: (units,) each, what it reads or writes for a unit; floating point.
+        tensors: The kernel's first arguments: lists of tensors, of equal length. A list has one dtype.
+        counts: Number of units of each tensor.
+        per_unit: What the kernel reads or writes for each unit, (units,) each, in floating point.
     """
     dtypes = [_DTYPES[t.dtype] for t in (*(ts[0] for ts in tensors), *per_unit)]
     done = 0
@@ -104,7 +104,7 @@ def launch(kernel: Any, tensors: Sequence[Sequence[Tensor]], counts: Sequence[in
             missing = TENSORS - len(firsts)
             lengths = [t.numel() // n for t, n in zip(tensors[0][begin:end], counts[begin:end], strict=True)]
             addresses = [[t.data_ptr() for t in ts[begin:end]] for ts in tensors]
-            # An address again, as a zero would be a number of 32 bits and another kernel.
+            # Some address: Triton would take a zero as a 32 bit number, and compile another kernel.
             table = [tuple(a + a[-1:] * missing) for a in addresses]
             table += [(*firsts, *[_NEVER] * missing), (*lengths, *[0] * missing)]
             kernel[(units,)](*table, *per_unit, done, TENSORS, CHUNK, *dtypes, num_warps=4)
