@@ -282,7 +282,7 @@ def test_what_lies_beside_the_weights_is_passed_over(zipped, elsewhere, tmp_path
     beside = {
         "hyper_parameters": settings, "config": config, "scaler": elsewhere("deepspeed.runtime.LossScaler")(),
         "path": pathlib.PurePosixPath("/runs"), "metric": np.float64(81.5), "groups": collections.defaultdict(list),
-        "args": argparse.Namespace(num_classes=3),
+        "args": argparse.Namespace(num_classes=3), "kinds": (frozenset([1]), range(3), slice(1)),
     }  # fmt: skip
     torch.save({"state_dict": under("model."), **beside}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
     read = checkpoint.read(tmp_path / "a.ckpt")

@@ -51,7 +51,7 @@ _PASSED_OVER = {
 }  # fmt: skip
 _PASSED_OVER_NAMES = {
     "collections.defaultdict",
-    *(f"builtins.{kind}" for kind in ("dict", "list", "int", "float", "str")),
+    *(f"builtins.{kind}" for kind in ("dict", "list", "int", "float", "str", "frozenset", "range", "slice")),
 }
 
 

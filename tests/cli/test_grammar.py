@@ -167,6 +167,17 @@ def test_bench_and_push_take_registered_names_alone(form, files, tmp_path, capsy
         assert f"expected the name of a network in timm's registry, got the place {network!r}" in line
 
 
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}", "nfnet_f0 --checkpoint {}/model.safetensors"])
+def test_a_network_is_not_replaced_by_its_fused_form(form, files, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(files.folder)
+    before = (files.folder / "model.safetensors").read_bytes()
+    for out in (files.folder, tmp_path / "link"):
+        code, line = fails(["export", *form.format(files.folder).split(), "-o", str(out), "--license", "mit"], capsys)
+        assert code == 2
+        assert f"{out} holds the network, whose weights would be lost: name another folder" in line
+    assert (files.folder / "model.safetensors").read_bytes() == before
+
+
 def test_logits_that_are_not_finite_are_no_classes(files, tmp_path, capsys):
     state = copy.deepcopy(torch.load(files.train_py, weights_only=False))
     state["state_dict"]["head.fc.weight"][0, 0] = float("nan")

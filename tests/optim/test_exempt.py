@@ -226,6 +226,18 @@ def test_what_is_behind_a_normed_classifiers_weight_is_exempt_and_its_bias_is_no
     assert exempt_by_both(model) == expected
 
 
+@pytest.mark.parametrize("apply", [weight_norm, parametrizations.weight_norm])
+def test_a_norm_of_the_whole_weight_goes_with_it_by_model_by_module_and_by_name(apply):
+    model = network()
+    apply(model.fc, dim=None)  # weight_g is a single number
+    expected = {name for name, _ in model.named_parameters() if name.startswith("fc.") and name != "fc.bias"}
+    assert len(expected) == 2
+    assert exempt_by_both(model) == expected
+    for clip_exempt in ("fc", model.fc):
+        optimizer = optim.AgcSGD(model.named_parameters(), lr=0.1, clip_exempt=clip_exempt)
+        assert exempt_names(model, optimizer.param_groups) == expected
+
+
 class Prototypes(nn.Module):
     """A classifier whose weight has another name than torch's."""
 

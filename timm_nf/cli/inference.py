@@ -107,6 +107,7 @@ def export(
     to_folder = _is_folder(out)
     if to_folder:
         _require_whole_network(size, dynamic_batch or dynamic_size, random_weights)
+        _require_another_folder(network, checkpoint, out)
     _require_fusable(network)
     loaded = _with_random_weights(network) if random_weights else load_network(network, checkpoint, use_ema)
     metadata: dict[str, str] = {}
@@ -160,6 +161,15 @@ def _require_whole_network(size: int | None, dynamic: bool, random_weights: bool
         raise typer.BadParameter("a folder is for any number and size of images: no --size, no --dynamic-*")
     if random_weights:
         raise typer.BadParameter("a folder is for weights: with --random-weights, give a file to --out")
+
+
+def _require_another_folder(network: str, checkpoint: Path | None, out: Path) -> None:
+    from ..hub.folder import WEIGHTS
+
+    source = checkpoint or Path(network.removeprefix("local-dir:")) / WEIGHTS
+    written = out / WEIGHTS
+    if source.is_file() and written.is_file() and source.samefile(written):
+        raise typer.BadParameter(f"{out} holds the network, whose weights would be lost: name another folder for --out")
 
 
 def _is_folder(out: Path) -> bool:

@@ -223,7 +223,11 @@ def _weights_of(entry: str | nn.Module | nn.Parameter, named: Mapping[str, nn.Pa
         return [entry]
     if entry in named:
         return [named[entry]]
-    return [p for name, p in named.items() if name.startswith(f"{entry}.") and _is_weight(name, p)]
+    inside = {name: p for name, p in named.items() if name.startswith(f"{entry}.")}
+    weights = [name for name, p in inside.items() if _is_weight(name, p)]
+    layers = {name.rpartition(".")[0] for name in weights}
+    weights += [name for name in inside.keys() - set(weights) if _is_behind(name) and name.rpartition(".")[0] in layers]
+    return [inside[name] for name in weights]
 
 
 def weights_in(module: nn.Module) -> list[nn.Parameter]:
@@ -340,6 +344,11 @@ def _described(entry: str | nn.Module | Tensor) -> str:
 def _names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
     ids = set(map(id, parameters))
     return [name for name, p in model.named_parameters() if id(p) in ids]
+
+
+def _is_behind(name: str) -> bool:
+    """Whether a parameter goes with a weight, by its name: `weight_g` of a weight norm may be a single number."""
+    return name.rpartition(".")[2].startswith(("weight_", "original"))
 
 
 def _is_weight(name: str, p: Tensor) -> bool:
