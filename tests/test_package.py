@@ -45,6 +45,9 @@ for wing, files in WINGS.items():
     ORDER += files.split() if wing == "ground" else [*(f"{wing}.{file}" for file in files.split()), wing]
     ORDER += AFTER.get(wing, [])
 
+# torch 2.6 leaves a temporary folder to be removed at the end, where timm is imported too.
+STRICT = ("-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning")
+
 
 def run_python(code: str, *options: str, path: Path = ROOT, cwd: Path = ROOT) -> str:
     """What the code prints on both streams, in an interpreter that finds the package under `path`."""
@@ -62,7 +65,7 @@ def run_python(code: str, *options: str, path: Path = ROOT, cwd: Path = ROOT) ->
 
 
 def test_import_prints_and_warns_nothing():
-    assert run_python("import timm_nf", "-W", "error") == ""
+    assert run_python("import timm_nf", *STRICT) == ""
 
 
 def test_import_adds_little_to_importing_timm():
@@ -77,7 +80,8 @@ ours = time.process_time() - middle
 print(ours / (middle - start), *sorted(set(sys.modules) - before))
 """
     ratio, *loaded = run_python(code).split()
-    assert {name.partition(".")[0] for name in loaded} == {"timm_nf", "timm", "huggingface_hub"}
+    packages = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names  # torch 2.6 loads fewer of these
+    assert packages == {"timm_nf", "timm", "huggingface_hub"}
     assert float(ratio) < 0.2
 
 
@@ -243,7 +247,5 @@ def test_wheel_is_complete_and_imports_from_elsewhere(tmp_path: Path):
         archive.extractall(tmp_path / "site")
     files = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert packed == files | {"timm_nf_command.py"}
-    location = run_python(
-        "import timm_nf; print(timm_nf.__file__)", "-W", "error", path=tmp_path / "site", cwd=tmp_path
-    )
+    location = run_python("import timm_nf; print(timm_nf.__file__)", *STRICT, path=tmp_path / "site", cwd=tmp_path)
     assert Path(location.strip()) == tmp_path / "site" / "timm_nf" / "__init__.py"

@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import counts
-from tests.support import fake_cuda
+from tests.support import OLD_TORCH, fake_cuda
 from tests.support.small_nets import create
 from tests.support.triton_targets import NEEDS_TRITON
 from timm_nf.layers import standardize_triton
 
 # Of gradients of channels_last weights, which older torch has contiguous on the meta device, so that they are copied.
-COPIES = 80 if TorchVersion(torch.__version__) < "2.8" else 0
+COPIES = 80 if OLD_TORCH else 0
 
 
 class Names(TorchDispatchMode):

@@ -8,15 +8,13 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
+from tests.support import OLD_TORCH
 from tests.support.exports import OVERLAY, fused, refused
 from tests.support.saving import save_for_hf
 from tests.support.small_nets import FAMILIES, NETS, build, create, state_dict
 from timm_nf.cli import main
 from timm_nf.inference import export
-
-OLD_EXPORTER = TorchVersion(torch.__version__) < "2.8"
 
 
 def read(file):
@@ -37,7 +35,7 @@ def test_onnx_runs_as_the_network_on_any_batch(family, tmp_path):
 
 def test_onnx_runs_as_the_network_at_any_size(tmp_path):
     model, file = fused(), tmp_path / "m.onnx"
-    if OLD_EXPORTER:
+    if OLD_TORCH:
         with pytest.raises(RuntimeError, match="ONNX was not written, as it does not run: Fail: "):
             export.write(model, file, dynamic_size=True)
         assert not file.exists()
@@ -65,7 +63,7 @@ def test_onnx_holds_convolutions_and_no_arithmetic_on_weights(tmp_path):
     export.write(model, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     kinds = {node.op_type for node in graph.node}
-    if OLD_EXPORTER:  # it writes gelu by its formula
+    if OLD_TORCH:  # it writes gelu by its formula
         assert {"Pow", "Tanh"} <= kinds
         kinds -= {"Pow", "Tanh"}
     assert kinds <= {

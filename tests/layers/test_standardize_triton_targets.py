@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support import fake_cuda
+from tests.support import OLD_TORCH, fake_cuda
 from tests.support.small_nets import create
 from tests.support.triton_targets import (
     NEEDS_TRITON,
@@ -177,8 +176,6 @@ def step(function: Callable, kernel: int, memory_format: torch.memory_format) ->
     return operations.names, operations.bytes / weight.nbytes, saved / weight.nbytes
 
 
-# On the meta device only, where torch counts without computing: the gradient of a channels_last weight is contiguous.
-OLD_META_CONVOLUTIONS = TorchVersion(torch.__version__) < "2.8"
 LAYOUTS = pytest.mark.parametrize(
     ("kernel", "memory_format"),
     [(3, torch.contiguous_format), (3, torch.channels_last), (1, torch.contiguous_format), (1, torch.channels_last)],
@@ -191,7 +188,8 @@ def test_one_kernel_forward_and_one_backward_move_five_times_the_weight(
     kernel: int, memory_format: torch.memory_format
 ) -> None:
     names, moved, saved = step(lambda w, g: standardize(w, g, scale=1.7), kernel, memory_format)
-    copies = ["clone"] * OLD_META_CONVOLUTIONS * ((kernel, memory_format) == (3, torch.channels_last))
+    # On the meta device, older torch gives a channels_last weight a contiguous gradient.
+    copies = ["clone"] * OLD_TORCH * ((kernel, memory_format) == (3, torch.channels_last))
     assert names == ["standardize", *copies, "standardize_backward"]
     assert moved < 5.05 + 2 * len(copies)
     assert saved < 1.01
@@ -215,7 +213,7 @@ def test_without_triton_sixteen_kernels_move_twelve_times_the_weight(
     monkeypatch.setattr(standardize_triton, "has_triton", lambda device_type: False)
     names, moved, saved = step(lambda w, g: standardize(w, g, scale=1.7), kernel, memory_format)
     copies = names.count("clone")
-    assert copies == OLD_META_CONVOLUTIONS * ((kernel, memory_format) == (3, torch.channels_last))
+    assert copies == OLD_TORCH * ((kernel, memory_format) == (3, torch.channels_last))
     assert len(names) == 16 + copies
     assert moved < 12.5 + 2 * copies  # 11, and once more as addcmul writes over its input
     assert saved < 1.05

@@ -6,10 +6,11 @@ tests read what came.
 
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 from itertools import product
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.support import OLD_TORCH
 from tests.support.sharded_nets import (
     OPTIONS,
     STEPS,
@@ -356,6 +358,28 @@ CHECKS_OF_A_GRID = {
 }
 
 
+# What torch 2.6 itself cannot do on a CPU, and how it says so.
+LACKING = (
+    {
+        **dict.fromkeys(
+            (
+                "fully_shard_equals_one_process_and_needs_one_all_reduce_a_step",
+                "a_fused_step_that_was_asked_for_falls_back_for_shards",
+                "other_optimizers_and_frozen_parameters_equal_one_process",
+                "a_loss_scaler_and_shards_equal_one_process_and_skip_infinities_of_any",
+                "hybrid_sharding_equals_one_process",
+            ),
+            "'Stream' object has no attribute 'record_event'",
+        ),
+        "a_checkpoint_of_two_processes_resumes_in_any_number": "'record_event'|unexpected keyword argument 'no_dist'",
+        "tensor_parallel_layers_under_fully_shard_equal_one_process": "does not support uneven sharding",
+        "every_sharding_over_a_grid_equals_the_whole": "resulted in a negative output size",
+    }
+    if OLD_TORCH
+    else {}
+)
+
+
 def checks_of(world_size):
     if world_size == 3:
         return {name: check for name, check in CHECKS.items() if name not in OF_TWO}
@@ -419,11 +443,17 @@ def outcomes(directory):
 @pytest.mark.parametrize(("world_size", "check"), [(n, check) for n in (2, 3, 4) for check in checks_of(n)])
 def test_in_several_processes(world_size, check, outcomes):
     failed = [f"process {rank}:\n{o[check]}" for rank, o in enumerate(outcomes(world_size)) if check in o]
-    assert not failed, "\n".join(failed)
+    if check in LACKING:
+        assert any(re.search(LACKING[check], text) for text in failed)
+    else:
+        assert not failed, "\n".join(failed)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_two_processes_resumes_in_one(outcomes, directory):
     outcomes(2)
     model = network()
-    resume(model, create_optimizer_v2(model, "agcsgd", **OPTIONS), directory)
+    with pytest.raises(TypeError, match="no_dist") if OLD_TORCH else nullcontext():
+        resume(model, create_optimizer_v2(model, "agcsgd", **OPTIONS), directory)
+    if OLD_TORCH:
+        return

@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import torch
+from torch.torch_version import TorchVersion
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = ROOT / "timm_nf" / "verify" / "golden"
+OLD_TORCH = TorchVersion(torch.__version__) < "2.8"
+"""Whether torch lacks what some tests need. They then hold what it does instead; docs/compatibility.md has a list."""
 
 
 def golden_file(name: str) -> Path:

@@ -276,6 +276,7 @@ class _ScaledStdConvTranspose(_Standardized):
     axes: int
     _plain: Callable[..., Any]
     _convolve: Callable[..., Tensor]
+    padding: Any  # numbers: a word is refused
 
     def __init__(
         self,
