@@ -210,7 +210,7 @@ def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple
         if not found:
             raise ValueError(f"clip_exempt holds {_described(entry)}, which has no weight among the parameters")
         if isinstance(entry, nn.Module):
-            sources.append((entry, weights_in))
+            sources.append((entry, _weights_in))
         ids |= found
     return Exemption(sources), ids
 
@@ -218,7 +218,7 @@ def exempt_among(groups: Sequence[dict[str, Any]], clip_exempt: Exempt) -> tuple
 def _weights_of(entry: str | nn.Module | nn.Parameter, named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     """The weights that an entry of `clip_exempt` stands for. Names are looked up among `named`."""
     if isinstance(entry, nn.Module):
-        return weights_in(entry)
+        return _weights_in(entry)
     if not isinstance(entry, str):
         return [entry]
     if entry in named:
@@ -230,7 +230,7 @@ def _weights_of(entry: str | nn.Module | nn.Parameter, named: Mapping[str, nn.Pa
     return [inside[name] for name in weights]
 
 
-def weights_in(module: nn.Module) -> list[nn.Parameter]:
+def _weights_in(module: nn.Module) -> list[nn.Parameter]:
     """The weights with at least two axes in a module, whatever their names. They are exempt if the module is.
 
     The parameters of a weight norm or a parametrization go with their weight. Biases and gains are not exempt.
@@ -293,9 +293,9 @@ def _source_in(model: nn.Module, entry: str | nn.Module | nn.Parameter) -> tuple
     if isinstance(entry, nn.Module):
         if all(module is not entry for module in model.modules()):
             raise ValueError(f"clip_exempt holds {_described(entry)}, which is not in {type(model).__name__}")
-        if not weights_in(entry):
+        if not _weights_in(entry):
             raise ValueError(f"clip_exempt holds {_described(entry)}, which has no weight with at least two axes")
-        return entry, weights_in
+        return entry, _weights_in
     if isinstance(entry, Tensor):
         names = _names_of(model, [entry])
         if not names:
@@ -320,7 +320,7 @@ def _source_in(model: nn.Module, entry: str | nn.Module | nn.Parameter) -> tuple
 def _named_in(name: str, parent: nn.Module) -> list[nn.Parameter]:
     """The parameters of the submodule or weight with this name; none if there is no such name."""
     inner = getattr(parent, name, None)
-    return weights_in(inner) if isinstance(inner, nn.Module) else weights_behind(parent, name)
+    return _weights_in(inner) if isinstance(inner, nn.Module) else weights_behind(parent, name)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
@@ -369,7 +369,7 @@ def _own_classifier(model: nn.Module) -> list[nn.Parameter]:
     last_layers = {id(p) for module in _named_classifier(model) for p in module.parameters()}
     weights: list[nn.Parameter] = []
     for head in _heads(model) or ():
-        inside = weights_in(head) if isinstance(head, nn.Module) else [head]
+        inside = _weights_in(head) if isinstance(head, nn.Module) else [head]
         weights += [p for p in inside if id(p) in last_layers] or inside
     return weights
 
