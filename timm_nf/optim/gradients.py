@@ -81,7 +81,7 @@ def _span(g: Tensor) -> _Span:
     address = local.data_ptr()
     if not address:  # without storage: empty, on the meta device, lazy
         return _Span(id(g), 0, 1)
-    if local.is_contiguous():
+    if local.is_contiguous():  # nearly all are, and the sum takes longer
         return _Span(local.device, address, address + local.nbytes)
     last = sum(stride * (n - 1) for stride, n in zip(local.stride(), local.shape, strict=True))
     return _Span(local.device, address, address + (last + 1) * local.element_size())
