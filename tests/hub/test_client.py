@@ -44,6 +44,10 @@ def test_timm_loads_what_is_pushed(hub):
 def test_what_timm_pushes_is_pulled(hub):
     model = create()
     timm.models.push_to_hf_hub(model, "alice/net", safe_serialization=True)
+    if not hasattr(timm.models, "get_model_args"):  # timm below 1.0.31 records no depths and widths
+        with pytest.raises(ValueError, match="is of another architecture: of 233 names it lacks 119"):
+            timm_nf.hub.pull("alice/net")
+        return
     assert torch.equal(logits(timm_nf.hub.pull("alice/net")), logits(model))
 
 
@@ -102,6 +106,9 @@ def test_what_transformers_calls_builds_the_network(hub, name):
     model = timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, 64, 64)}, **small)
     timm_nf.hub.push(model, "alice/net", card=CARD)
     config = published_config(hub)
+    if not hasattr(timm.models, "get_model_args") and name == "test_resnet":  # nor anything of timm's own networks
+        assert "model_args" not in config
+        return
     # as TimmWrapperForImageClassification and, with 0 classes, TimmWrapperModel do
     for num_classes in (config["num_classes"], 0):
         built: Any = timm.create_model(

@@ -19,11 +19,12 @@ from tests.support.small_nets import create
 from tests.support.triton_targets import (
     NEEDS_TRITON,
     Compiled,
-    Driver,
     assert_no_spilled_registers_on_amd,
     assert_no_spilled_registers_on_nvidia,
     assert_passes_interpreted,
+    compiled_for,
     python,
+    use_a_driver_without_a_device,
 )
 from timm_nf import _triton
 from timm_nf.layers import ScaledStdConv2d, standardize_triton, standardize_weight
@@ -47,7 +48,6 @@ KERNELS = [
 
 
 def compiled(kernel: Any, fan_in: int, weight: str, out: str, target: Any) -> Any:
-    import triton
     import triton.language as tl
     from triton.compiler import ASTSource
 
@@ -65,7 +65,7 @@ def compiled(kernel: Any, fan_in: int, weight: str, out: str, target: Any) -> An
     aligned = [n for n, t in signature.items() if t[0] == "*" or (n == "fan_in" and fan_in % 16 == 0)]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return compiled_for(source, target, warps)
 
 
 @pytest.fixture
@@ -120,13 +120,12 @@ def test_the_kernels_compile_for_amd_without_spilled_registers() -> None:
 def test_a_launch_gives_triton_the_arguments_that_the_kernel_has(
     shape: tuple[int, ...], names: list[str], programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import triton
 
     from timm_nf.layers._standardize_kernels import BACKWARD, FORWARD, launch
 
     started = []
     weight, gain = torch.empty(shape), torch.empty(shape[0])
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    use_a_driver_without_a_device(monkeypatch)
     for pair, tensors in ((FORWARD, (weight, gain, weight)), (BACKWARD, (weight, weight, gain, weight, gain))):
         launch(tuple(Compiled(k, started) for k in pair), tensors, weight, 1e-4, 1.7, torch.float32)
     assert [x[:2] for x in started] == [(name, (programs,)) for name in names]

@@ -15,10 +15,11 @@ import timm_nf
 from tests.support.triton_targets import (
     NEEDS_TRITON,
     Compiled,
-    Driver,
     assert_no_spilled_registers_on_amd,
     assert_no_spilled_registers_on_nvidia,
     assert_passes_interpreted,
+    compiled_for,
+    use_a_driver_without_a_device,
 )
 from timm_nf.optim import unit_triton
 from timm_nf.optim.units import ROWS, SINGLE, Layout, layout_of
@@ -59,7 +60,7 @@ def test_the_kernels_compile_for_devices_without_spilled_registers(
                 signature[name] = "i32" if name == "done" else "constexpr"
         mine = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
         for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
-            binary = triton.compile(ASTSource(kernel, signature, mine), target=target, options={"num_warps": 4})
+            binary = compiled_for(ASTSource(kernel, signature, mine), target, warps=4)
             if target.backend == "hip":
                 assert_no_spilled_registers_on_amd(binary, scalars_in_lanes=True)  # the arguments
             else:
@@ -70,12 +71,10 @@ def test_the_kernels_compile_for_devices_without_spilled_registers(
 def test_a_launch_gives_triton_64_tensors_at_a_time_by_their_addresses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import triton
-
     from timm_nf.optim import _unit_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    use_a_driver_without_a_device(monkeypatch)
     weights = [torch.empty(2, 3) for _ in range(70)]
     grads, counts, started = [torch.empty_like(w) for w in weights], [2] * 70, []
     norms = torch.empty(140), torch.empty(140)

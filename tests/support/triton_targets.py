@@ -66,6 +66,26 @@ def assert_no_spilled_registers_on_amd(binary: Any, scalars_in_lanes: bool = Fal
     assert set(found.values()) == {"0"}, found
 
 
+def compiled_for(source: Any, target: Any, warps: int) -> Any:
+    """The binary of a kernel. For AMD, Triton 3.4 needs a linker of ROCm's, which later ones bring."""
+    import triton
+
+    try:
+        return triton.compile(source, target=target, options={"num_warps": warps})
+    except Exception as error:  # Triton's own
+        if "ROCm linker" not in str(error):
+            raise
+        pytest.skip(f"Triton {triton.__version__} has no linker for AMD")
+
+
+def use_a_driver_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton compile for `Driver`. Later ones than 3.4 keep their driver in another attribute."""
+    import triton
+
+    driver = triton.runtime.driver
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+
+
 class Driver:
     """As much of Triton's driver as compiling needs."""
 
