@@ -31,7 +31,8 @@ Examples:
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,7 @@ def _loader(dataset: Any, config: dict[str, Any], batch_size: int, device: str) 
         mean=config["mean"],
         std=config["std"],
         num_workers=2,
+        persistent_workers=False,  # or they would wait to be collected as garbage, where torch waits 5 s for each
         device=torch.device(device),
     )
     return loader
@@ -281,10 +283,10 @@ def measure_clip_range(
     Raises:
         ValueError: if `batches` is empty, a loss or a gradient is not finite, or all gradients are zero.
     """
-    endless = _again_and_again(batches)
     model.train()
-    losses = _warm_up(model, endless, warmup_steps, track)
-    ratios = _ratios(model, endless, count, track)
+    with closing(_again_and_again(batches)) as endless:
+        losses = _warm_up(model, endless, warmup_steps, track)
+        ratios = _ratios(model, endless, count, track)
     if not any(ratio.any() for found in ratios.values() for ratio in found):
         raise ValueError(
             "no unit but the classifier's has a gradient, as at the beginning of training: take more --warmup-steps or "
@@ -378,15 +380,15 @@ def _stage_of(parameter: str) -> str:
     return found[0] if found and found[0] else parameter.partition(".")[0]
 
 
-def _again_and_again(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _again_and_again(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
     """The batches, again from the beginning whenever they end."""
     while True:
-        empty = True
+        problem = "expected at least one batch, got none"
         try:
             for batch in batches:
-                empty = False
+                problem = ""
                 yield batch
         except RuntimeError as error:  # a loader's worker raises a whole traceback; its last line has the reason
-            raise ValueError(f"no batch could be read, {str(error).strip().splitlines()[-1]}") from error
-        if empty:
-            raise ValueError("expected at least one batch, got none")
+            problem = f"no batch could be read, {str(error).strip().splitlines()[-1]}"
+        if problem:
+            raise ValueError(problem)  # not from the error, whose traceback would keep the loader's workers

@@ -126,7 +126,14 @@ def compare(
         class_map = {name: i for i, name in enumerate(synsets)}
     dataset: Any = create_dataset("", root=str(folder), class_map=class_map)
     dataset.input_img_mode = image_mode(data["input_size"][0])
-    loader = create_loader(dataset, batch_size=32, use_prefetcher=False, num_workers=2, **data)
+    loader = create_loader(
+        dataset,
+        batch_size=32,
+        use_prefetcher=False,
+        num_workers=2,
+        persistent_workers=False,  # they end with the loop, see diagnostics/clipping.py
+        **data,
+    )
     count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
     for x, labels in track(loader, f"{len(dataset)} images"):
         a, b = (model(x.to(device)).cpu() for model in (ours, stock))
