@@ -36,6 +36,7 @@ def assert_same(got: Any, expected: Any) -> None:
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pickle_knows_numpy_2")
 @pytest.mark.parametrize("path", T0, ids=lambda path: path.stem)
 def test_the_authors_three_forms_hold_the_same_tree(path: Path) -> None:
     tree = load_haiku(path)

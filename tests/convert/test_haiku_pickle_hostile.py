@@ -212,6 +212,7 @@ SIZES: dict[str, bytes] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("pickle_knows_numpy_2")
 @pytest.mark.parametrize("attack", RUNS)
 def test_hostile_files_run_nothing_here_and_would_elsewhere(
     attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -398,7 +398,11 @@ def running():
         servers.append(Server(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     hub.stop = stop
-    hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    # Two names, as the Hub's client tells origins apart by them.
+    hub.url, hub.storage_url = (
+        f"http://{name}:{server.server_address[1]}"
+        for name, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
+    )
     try:
         yield hub
     finally:
