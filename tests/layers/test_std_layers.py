@@ -212,7 +212,7 @@ def test_fusing_gives_torchs_layer_and_the_same_output(case: Case) -> None:
     assert (fused.training, fused.weight.requires_grad, fused.bias.requires_grad) == (False, False, True)
     same = case.kwargs.get("padding") == "same"
     assert type(fused) is (getattr(layers, f"SameConv{case.axes}d") if same else case.plain)
-    reparameterized: Any = timm.models.reparameterize_model(nn.Sequential(layer))[0]
+    reparameterized: Any = timm.utils.reparameterize_model(nn.Sequential(layer))[0]
     assert torch.equal(reparameterized.weight, fused.weight)
 
 

@@ -388,7 +388,7 @@ def _again_and_again(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
             for batch in batches:
                 problem = ""
                 yield batch
-        except RuntimeError as error:  # a loader's worker raises a whole traceback; its last line has the reason
+        except (RuntimeError, OSError) as error:  # of a worker it is a whole traceback; its last line has the reason
             problem = f"no batch could be read, {str(error).strip().splitlines()[-1]}"
         if problem:
             raise ValueError(problem)  # not from the error, whose traceback would keep the loader's workers
