@@ -8,7 +8,6 @@ Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import compress
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, cast
@@ -146,10 +145,12 @@ def _number(name: str, value: Any) -> float:
     """
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a number, got a tensor: every step would wait for its value; use .item()")
-    if not isinstance(value, bool) and isinstance(value, (str, Real)):
-        with suppress(ValueError, OverflowError):
-            return float(value)
-    return math.nan
+    if isinstance(value, bool) or not isinstance(value, (str, Real)):
+        return math.nan
+    try:  # torch 2.8 does not compile contextlib.suppress
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def clips(clip_factor: Any) -> bool:
