@@ -110,9 +110,8 @@ def _refuse_placeholders(file: Path, start: bytes) -> None:
         raise ValueError(f"{file} is empty: download or save it again")
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if (
-        start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
-    ):  # HTML or XML, the answer of a server that refused
+    # HTML or XML is the answer of a server that refused.
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise ValueError(
             f"{file} is a web page, not the weights: download the file itself, on the Hub by its resolve link"
         )

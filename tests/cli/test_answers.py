@@ -241,7 +241,12 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(KeyError("url"), "KeyError: 'url'"), (AssertionError(), "AssertionError"), (ValueError("x"), "x")],
+    [
+        (KeyError("url"), "KeyError: 'url'"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("x"), "x"),
+        (TypeError("expected a network"), "expected a network"),
+    ],
 )
 def test_an_error_of_others_has_its_type_as_its_text_alone_says_nothing(error, line, monkeypatch, capsys):
     def fail(*_: Any, **__: Any) -> None:

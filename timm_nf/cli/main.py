@@ -109,6 +109,6 @@ def _one_line(error: Exception) -> str:
         return not_installed(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (ValueError, RuntimeError, ImportError, OSError)) and str(error):
+    if isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) and str(error):
         return str(error)
     return reason(error)  # with its type: the text of others, such as a missing key, says nothing alone
