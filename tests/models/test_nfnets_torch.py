@@ -77,6 +77,20 @@ def test_compiles_to_one_graph(family: str, training: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
+@EACH_FAMILY
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inductor_trains_it_equally(family: str, memory_format: torch.memory_format) -> None:
+    torch._dynamo.reset()
+    model = build(SHORT[family]).train().to(memory_format=memory_format)
+    x = batch(4, 33, 32).to(memory_format=memory_format)
+    compiled = torch.compile(model, fullgraph=True)
+    want, got = gradients(model, x), gradients(compiled, x)
+    assert got.keys() == {f"_orig_mod.{name}" for name in want}
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[f"_orig_mod.{name}"], gradient, rtol=1e-9, atol=1e-9)
+
+
 @EACH_FAMILY
 def test_exports_with_a_dynamic_batch(family: str) -> None:
     model = build(SHORT[family])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 _TYPES = (Tensor, nn.Parameter, FakeTensor)
+_TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")  # not in torch 2.6
 
 
 @torch.jit.unused  # TorchScript also compiles functions that it never calls
@@ -31,6 +32,17 @@ def has_fixed_sizes(x: Tensor) -> bool:
     all sizes.
     """
     return is_eager(x) and all(type(size) is int for size in x.shape)
+
+
+@torch.jit.unused
+def may_branch_on_sizes(x: Tensor) -> bool:
+    """Whether code may branch on the sizes of `x`: they are plain numbers, or `torch.compile` guards the branch.
+
+    `torch.compile` compiles again for sizes that take the other branch. An exporter cannot.
+    """
+    if torch.compiler.is_compiling():
+        return _TELLS_EXPORT and not torch.compiler.is_exporting()
+    return has_fixed_sizes(x)
 
 
 @torch.jit.unused

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._eager import has_fixed_sizes
+from ._eager import may_branch_on_sizes
 from .padding import same_padding
 
 __all__ = ["SameAvgPool2d", "SameMaxPool2d"]
 
 
 class SameMaxPool2d(nn.Module):
-    """3x3 max pool with stride 2 under TensorFlow's SAME rule. Eager calls make no padded copy of the input.
+    """3x3 max pool with stride 2 under TensorFlow's SAME rule. Only exported graphs make a padded copy of the input.
 
     Examples:
         >>> SameMaxPool2d()(torch.arange(4.0).view(1, 1, 1, 4))
@@ -23,7 +23,7 @@ class SameMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        if not torch.jit.is_scripting() and has_fixed_sizes(x):
+        if not torch.jit.is_scripting() and may_branch_on_sizes(x):
             # Odd sizes need one row of padding at both ends. Even sizes need one at the end, by ceil_mode.
             return F.max_pool2d(x, 3, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
         # Padding repeats the edge: windows that reach outside contain the edge already, so no maximum changes. Padding
