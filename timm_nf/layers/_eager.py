@@ -35,14 +35,9 @@ def has_fixed_sizes(x: Tensor) -> bool:
 
 
 @torch.jit.unused
-def may_branch_on_sizes(x: Tensor) -> bool:
-    """Whether code may branch on the sizes of `x`: they are plain numbers, or `torch.compile` guards the branch.
-
-    `torch.compile` compiles again for sizes that take the other branch. An exporter cannot.
-    """
-    if torch.compiler.is_compiling():
-        return _TELLS_EXPORT and not torch.compiler.is_exporting()
-    return has_fixed_sizes(x)
+def is_compiled_here() -> bool:
+    """Whether `torch.compile` records, for this process alone. Exporters record for other tools."""
+    return _TELLS_EXPORT and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.jit.unused
