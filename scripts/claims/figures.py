@@ -117,8 +117,7 @@ def draw_regularisation(rows: Rows, figure: Any) -> None:
     names = {"nf": "NF", "bn-zero": "twin"}
     settings = {f"{names[n]}, rate {r.drop_path:g}": r for n in names for r in grid.drop_paths(n)}
     dots(axes, rows, settings | {"NF, plain weights": grid.without_standardisation()})
-    axes.set_ylabel("stochastic depth")
-    mark_chance(axes, vertical=True)
+    axes.set(title="chance is 10 %", ylabel="rate of stochastic depth")
 
 
 class Figure(NamedTuple):
@@ -169,7 +168,8 @@ FIGURES = {
     ),
     "regularisation": Figure(
         draw_regularisation,
-        f"Accuracy with and without stochastic depth, and with weights that are not standardised. {MARKS}",
+        "Accuracy with and without stochastic depth, and with weights that are not standardised. Dots are seeds, "
+        "squares their mean with the standard deviation. The axis does not begin at 0.",
         grid.regularisation,
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -19,10 +19,9 @@ from scripts.claims.figures import COLOURS
 from scripts.claims.grid import LARGEST, SMALLEST, linear
 from scripts.claims.markdown import table
 from scripts.claims.training import STAGES, Run, build, learning_rate, load, train
-from timm_nf._clip_defaults import CLIP_FACTOR
+from timm_nf._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from timm_nf.diagnostics import signal_stats
 from timm_nf.diagnostics.plots import draw_signals
-from timm_nf.diagnostics.signals import SignalStats
 
 FOLDER = Path(__file__).parents[2] / "docs" / "claims"
 POINTS = 70  # number of points of a curve
@@ -72,20 +71,26 @@ class Watch:
             )  # fmt: skip
 
 
-def measure() -> tuple[list[Values], dict[str, list[SignalStats]]]:
-    """Measure the ratios in both clipped runs, and on 384 images the signals of one and of its unclipped twin."""
-    images, rows = load(train=False)[0][:384], []
+def signals_and_gains(model: Any) -> list[Values]:
+    """The signals behind the stem and behind every block on 384 test images, with the skip gain of the block."""
+    stats = signal_stats(model, load(train=False)[0][:384])
+    gains = [block.skipinit_gain.item() for stage in model.stages for block in stage]
+    return [each | {"skip_gain": gain} for each, gain in zip(stats, [None, *gains], strict=True)]
+
+
+def measure() -> tuple[list[Values], dict[str, list[Values]]]:
+    """Measure the ratios in both clipped runs, and the signals of their networks and of an unclipped one."""
     torch.manual_seed(0)
-    signals = {"before training": signal_stats(build(AT_256), images)}
+    signals = {"before training": signals_and_gains(build(AT_256))}
+    rows: list[Values] = []
     for batch, run in CLIPPED.items():
         watch = Watch(run)
         train(run, watch)
         rows += watch.rows
-        if batch == SMALLEST:
-            signals["clipped"] = signal_stats(watch.model, images)
+        signals[f"clipped, batch {batch}"] = signals_and_gains(watch.model)
     models: list[nn.Module] = []
     train(UNCLIPPED, lambda step, model: None if step else models.append(model))
-    signals["not clipped"] = signal_stats(models[0], images)
+    signals[f"not clipped, batch {SMALLEST}"] = signals_and_gains(models[0])
     return rows, signals
 
 
@@ -113,9 +118,9 @@ def read(file: Path) -> list[Values]:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 
-def signals_of(rows: list[Values]) -> dict[str, list[SignalStats]]:
+def signals_of(rows: list[Values]) -> dict[str, list[Values]]:
     """The rows of signals.csv, by network."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Values]] = {}
     for row in rows:
         found.setdefault(row["network"], []).append({key: value for key, value in row.items() if key != "network"})
     return found
@@ -164,11 +169,12 @@ def section(folder: Path) -> str:
             lines.append([batch, part, *(f"{100 * sum(share) / len(share):.0f} %" for share in shares)])
     clipped = table(["batch", "part", "first quarter", "middle half", "last quarter"], lines)
     blocks = [
-        [name, row["name"], f"{row['avg_sq_mean']:.3f}", f"{row['avg_var']:.3f}", f"{row['res_avg_var']:.3f}"]
+        [name, row["name"], *(f"{row[key]:.2g}" for key in ("avg_sq_mean", "avg_var", "res_avg_var", "skip_gain"))]
         for name, rows in signals.items()
         for row in rows[1:]
     ]
-    shown = table(["network", "block", "squared channel mean", "channel variance", "residual branch variance"], blocks)
+    header = ["network", "block", "squared channel mean", "channel variance", "residual branch variance", "skip gain"]
+    shown = table(header, blocks)
     return f"""\
 ## What clipping does when
 
@@ -182,8 +188,9 @@ above is clipped. The first quarter of the steps is the warmup. The share of uni
 
 {clipped}
 
-Signals of the network before and after training at batch 256, clipped and not, on 384 test images, from what
-`timm-nf diagnose` draws with. Skip gains are 0 before training, so that branches add nothing there.
+Signals of the network before and after training, clipped and not, on 384 test images, from what `timm-nf diagnose`
+draws with. Skip gains are 0 before training, so that branches add nothing there. They are clipped too: while a gain is
+below {CLIP_EPS:g}, its gradient is held at {CLIP_EPS * CLIP_FACTOR:g}, so few steps open a branch only a little.
 
 ![Signals before and after training](claims/signals.png)
 
@@ -201,7 +208,7 @@ def main() -> int:
     write(rows, FOLDER / "ratios.csv")
     write(({"network": name} | stats for name, found in signals.items() for stats in found), FOLDER / "signals.csv")
     draw_ratios(rows, FOLDER / "ratios.png")
-    draw_signals(signals, "", FOLDER / "signals.png")
+    draw_signals(cast(Any, signals), "", FOLDER / "signals.png")
     return 0
 
 
