@@ -37,7 +37,13 @@ __all__ = ["Prediction", "classify", "labels", "load_model", "preprocessing"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one file, as (label, probability), or in one line why there are none."""
+    """The most probable classes of one file.
+
+    Attributes:
+        path: The file.
+        classes: The classes as (label, probability), the most probable one first; empty after an error.
+        error: Why there are none, in one line.
+    """
 
     path: Path
     classes: list[tuple[str, float]]

@@ -50,7 +50,12 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2  # a value of _PHOTOMETRIC, and a value of _SAMPL
 
 
 class Found(NamedTuple):
-    """The picture files, and the numbers of other files in the folders, by suffix."""
+    """The pictures among some files and folders.
+
+    Attributes:
+        pictures: The picture files.
+        left_out: The number of other files in the folders, by suffix.
+    """
 
     pictures: list[Path]
     left_out: Counter[str]
