@@ -196,6 +196,13 @@ def test_every_optimizer_class_is_in_the_reference():
     assert not [name for name in classes if f"| `{name}` | `" not in page]
 
 
+def test_a_list_in_a_docstring_is_a_list_on_the_site():
+    docs = {full: inspect.getdoc(each) or "" for full, each in EXPLAINED.items()}
+    docs |= {module: importlib.import_module(module).__doc__ or "" for module in reference.public_names()}
+    begins = re.compile(r"^(?! *- |\s*$).*\n *- ", re.MULTILINE)  # Markdown wants an empty line before the first item
+    assert not [full for full, doc in docs.items() if begins.search(re.sub(r"\n +(?=[^ -])", " ", doc))]
+
+
 def test_an_example_at_the_top_of_a_module_is_a_block_of_its_section():
     assert "\n\n```pycon\n>>> model = timm.create_model(" in reference.pages()["reference/models.md"]
 
