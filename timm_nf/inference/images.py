@@ -265,7 +265,7 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
 
 
 def image_mode(channels: int) -> str:
-    """The mode in which train.py lets timm's data sets open pictures for this number of input channels."""
+    """Pillow's mode of the pictures that train.py reads for this number of input channels: RGB for 3, otherwise L."""
     return "RGB" if channels == 3 else "L"
 
 
