@@ -148,7 +148,7 @@ def standardisation(route: str, name: str = "nfnet_f0") -> tuple[Counts, int]:
 
 
 def clipping(route: str, name: str = "nfnet_f0") -> int:
-    """Operations of clipping all gradients of a network, by `timm_nf` or `timm`."""
+    """Kernels of clipping all gradients of a network, by `timm_nf` or `timm`."""
     function = {"timm_nf": timm_nf.adaptive_clip_grad_, "timm": timm_clip}[route]
     parameters = [nn.Parameter(_on_meta(p)) for p in timm.create_model(name).parameters()]
     for p in parameters:
@@ -178,7 +178,7 @@ def tables(bandwidth: float, batch_sizes: tuple[int, ...] = (1, 32, 128)) -> str
     for route in ("timm", "timm_nf"):
         counts, weights = standardisation(route)
         lines.append(f"| {route} | {counts.kernels} | {counts.moved / weights:.1f} | {counts.saved / weights:.2f} |")
-    lines += ["", "| clipping alone | operations |", "| --- | --: |"]
+    lines += ["", "| clipping alone | kernels |", "| --- | --: |"]
     for route in ("timm", "timm_nf"):
         lines.append(f"| {route} | {clipping(route)} |")
     return "\n".join(lines) + "\n"

@@ -124,18 +124,19 @@ def tables(count: int) -> str:
 TEXT = """
 {rows}
 
-*same best class* and *logits* (relative L2 error) are those of the pictures that were compared, against the float32
-ONNX file. The golden parameters are synthetic, with gains and skip gains that are not 0: they show what rounding does
-to a network in which every part matters, and nothing about ImageNet. Times are medians of one picture, in turn, on a
-machine that did other work as well. The demo's small network gets slower.
+The columns *same best class* and *logits* (relative L2 error) compare with the float32 ONNX file, on the pictures that
+were not used for calibration. The golden parameters are synthetic, with gains and skip gains that are not 0: they show
+what rounding does to a network in which every part matters, and nothing about ImageNet. Times are medians for one
+picture. The two times of a row were taken in turn, on a machine that did other work as well, so other rows do not
+compare with them. The demo's small network gets slower.
 
 What else could be in int8, NFNet-F0:
 
 {others}
 
-Quantising more than the convolutions gained little or no time, and the error of the logits grew. So only convolutions
-are quantised, with those of squeeze-excite. The best classes of so few pictures decide nothing. Weights are int8, with
-a scale for each output channel. Activations are uint8, with one scale for a tensor, from the smallest to the largest
+Quantising more than the convolutions gained little or no time, and the error of the logits grew. The best classes of so
+few pictures decide nothing. So only convolutions are quantised, with those of squeeze-excite. Weights are int8, with a
+scale for each output channel. Activations are uint8, with one scale for a tensor, from the smallest to the largest
 value seen.
 
 {kept}

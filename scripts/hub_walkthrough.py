@@ -70,27 +70,26 @@ print(model.pretrained_cfg["architecture"], sum(p.numel() for p in model.paramet
 """
 
 TEXT = """\
-# Weights: converting, pushing, pulling
+# Hub and authors' checkpoints
 
 `python -m scripts.hub_walkthrough` ran these commands and wrote this page, so everything printed below is real output.
-Its Hub is the stand-in of the tests, on 127.0.0.1, with its port written as PORT. So links lead nowhere, and commits
-are not the Hub's. The user `alice` is logged in there. Without HF_ENDPOINT the same commands talk to
-https://huggingface.co.
+It talked to the tests' stand-in for the Hub, on 127.0.0.1, where the user `alice` is logged in. So links lead nowhere,
+and PORT stands for its port. On your machine the same commands talk to https://huggingface.co.
 
 ## The authors' checkpoints
 
-The authors' checkpoints are pickles, although their names end in .npz. To unpickle a file is to run what it asks for.
-timm_nf does not unpickle: its own reader builds numpy arrays, dicts and the wrappers of haiku and jax, and refuses all
-else. jax, haiku and dill need not be installed. `T0_haiku_flatmap.npz` is a tiny network in the authors' format. Names
-and shapes say which network it is, also if its depths and widths are not the paper's:
+The authors' checkpoints are pickles, although their names end in .npz. A pickle can run any code when it is loaded. So
+timm_nf has its own reader: it builds numpy arrays, dicts and the wrappers of haiku and jax, and refuses all else. jax,
+haiku and dill need not be installed. `T0_haiku_flatmap.npz` is a tiny network in the authors' format. `convert` finds
+out from names and shapes which network it is, also if its depths and widths are not the paper's:
 
 {convert}
 
-`--license` adds the card. Without it there is no README.md, as a license is never guessed. `--dtype bf16` rounds the
-weights. `--push user/name` publishes the folder. The folder has to be new or empty. After an error it is as it was
+`--license` adds the card, README.md. A license is never guessed, so without it there is no card. `--dtype bf16` rounds
+the weights. `--push user/name` publishes the folder. The folder has to be new or empty. After an error it is as it was
 before.
 
-timm loads the folder as any other. The network gives the logits that the authors' code gives with these weights:
+timm loads this folder like any other. The network gives the logits that the authors' code gives with these weights:
 
 {reload}
 
@@ -113,15 +112,15 @@ Here timm's CheckpointSaver wrote `model_best.pth.tar`, as at the end of a train
 {dry_run}
 
 `--dry-run` prints the card last. The card has facts only: license and data set as given, the metric that train.py
-measured with these very weights, the recipe from the checkpoint, versions, and the sha256 of the file. Without
-`--dry-run`:
+measured with these very weights, the recipe from the checkpoint, versions, and the sha256 of the file. This command
+uploads it:
 
 {push}
 
-One commit uploads model.safetensors, config.json and README.md, and no pickle. Before it, the weights are read back and
-compared. timm loads the network, which has to give the same features and logits. If anything fails, the repository
-stays as it was. If somebody else commits in the meantime, the push is refused, and nothing is overwritten. An existing
-README stays, unless you give `--overwrite-card`.
+One commit uploads model.safetensors, config.json and README.md, and no pickle. Before that, the command reads the
+weights back and compares them, and loads the network with timm, which has to give the same features and logits. If
+anything fails, the repository stays as it was. If somebody else commits in the meantime, the push is refused, and
+nothing is overwritten. An existing README stays, unless you give `--overwrite-card`.
 
 config.json states the number of classes once, at its top level. timm's own `save_for_hf` and `push_to_hf_hub` repeat it
 in `model_args`, and then transformers' `AutoModelForImageClassification.from_pretrained` stops with "multiple values
@@ -145,9 +144,9 @@ files alone.
 
 The Hub's client compares only the size of what it downloads. `pull` also compares the file's sha256 with the Hub's, and
 with `--sha256` if you give it. Before it assigns any weight, it compares names, shapes and dtypes with the
-architecture's. If a file in the cache is damaged, `pull` names it and fetches it once more. The cache names files by
-their hashes. Without a network (`HF_HUB_OFFLINE=1`) the files are compared with those. On a system without links, an
-earlier pull has recorded them:
+architecture's. If a file in the cache is damaged, `pull` names it and fetches it once more. Without a network
+(`HF_HUB_OFFLINE=1`), `pull` compares files with the hashes that the cache has in their names, or, on a system without
+links, with those that an earlier pull recorded:
 
 {offline}
 

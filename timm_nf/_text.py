@@ -1,4 +1,4 @@
-"""Parts of what we print: shortened errors of other libraries, how to install an extra, and strings in code."""
+"""Parts of what we print: counts, shortened errors of other libraries, how to install an extra, strings in code."""
 
 import json
 
@@ -12,6 +12,11 @@ def reason(error: BaseException, limit: int = 200) -> str:
     text = " ".join(told.split())
     name = type(error).__name__
     return f"{name}: {text}"[:limit] if text else name
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """The number with its noun: "1 step", "2 steps". `many` is the plural if it is not `one` and an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def quoted(text: str) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import convert
-from ._text import reason
+from ._text import counted, reason
 
 __all__ = ["Weights", "load_tensors", "pick_weights", "read_content"]
 
@@ -310,7 +310,7 @@ def pick_weights(file: Path, content: object, use_ema: bool) -> Weights:
             f"{_inventory(entries)}: save the network's state dict"
         )
     if len(wanted) > 1:
-        names = ", ".join(f"{_name(w.entry)} ({len(w.tensors)} tensors)" for w in wanted)
+        names = ", ".join(f"{_name(w.entry)} ({counted(len(w.tensors), 'tensor')})" for w in wanted)
         hint = "; --use-ema takes the averaged ones" if averaged and not use_ema else ""
         raise ValueError(
             f"{file} holds several sets of weights: {names}{hint}. Save the right one as a file of its own"

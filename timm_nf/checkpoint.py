@@ -85,7 +85,7 @@ def read(file: str | Path, use_ema: bool = False) -> Checkpoint:
 
     Raises:
         FileNotFoundError: if there is no such file, or a file of an index is missing.
-        ValueError: if the file is none of these, needs code to be run, or has not exactly one set of such weights.
+        ValueError: if the file is none of these, needs code to be run, or does not have exactly one such set.
     """
     file = Path(file)
     content = read_content(file)

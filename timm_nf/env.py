@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ._dtypes import dtype_name
+from ._text import counted
 from .version import __version__
 
 __all__ = ["environment", "machine"]
@@ -44,7 +45,7 @@ def machine() -> str:
     threads = torch.get_num_threads()
     return (
         f"timm_nf {__version__}, torch {_version('torch')}, timm {_version('timm')}, "
-        f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        f"{_processor()}, {counted(threads, 'thread')}"
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from ._clip_defaults import CLIP_EPS, CLIP_FACTOR
+from ._text import counted
 from .variants import VARIANTS, Variant
 
 __all__ = ["RECIPES", "Recipe", "as_yaml", "purposes", "settings"]
@@ -196,10 +197,10 @@ def as_yaml(name: str, purpose: str = "scratch", world_size: int = 1, batch_size
     """
     values = settings(name, purpose, world_size, batch_size)
     recipe, variant = _recipe(name, purpose), VARIANTS[name]
-    processes = "1 process" if world_size == 1 else f"{world_size} processes"
     start = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
     head = [
-        f"{name}, {recipe.title}: a batch of {values['batch_size'] * world_size} images in {processes}.",
+        f"{name}, {recipe.title}: a batch of {values['batch_size'] * world_size} images in "
+        f"{counted(world_size, 'process', 'processes')}.",
         f"{start} train.py --config THIS_FILE --data-dir IMAGENET",
         *wrap(f"Source: {recipe.source}.", 116),
     ]

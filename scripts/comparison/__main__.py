@@ -100,17 +100,15 @@ def page(peers: dict[str, Any], folder: Path) -> str:
 PAGE_TEXT = """\
 # Beside other packages
 
-Written by `python -m scripts.comparison`; edit the script, not this page. Every table comes from one run. The other
-packages are installed into environments of their own, which are deleted afterwards, and run as processes over the same
-arrays. If a cell begins with *fails* or *did not install*, the rest of it is the last line of the error.
-
-{installed}
+Written by `python -m scripts.comparison`; edit the script, not this page. The page puts this package beside timm, the
+authors' code and four others. Every table comes from one run. *L2 error* is the norm of the difference over the norm of
+what is expected. If a cell begins with *fails* or *did not install*, the rest of it is the last line of the error.
 
 ## Beside timm, in short
 
 {differences}
 
-The forward pass in the last row is that of the network as it is. [Fused](performance.md), it takes less time.
+The last row is the network that is not fused. [Fused](performance.md), it takes less time.
 
 ## Features
 
@@ -142,8 +140,8 @@ The sources of the packages explain the differences:
 
 The reference is the golden run (tests/golden/README.md: float64, Nesterov momentum, clip factor 0.01). Here our network
 takes three steps of torch's SGD. Before each step the package clips every gradient but that of the classifier's weight.
-Cells are relative L2 errors of what the three steps changed. They look at three entries of every tensor, those that the
-golden file holds.
+Cells are relative L2 errors of what the three steps changed, in the three entries of every tensor that the golden file
+holds.
 
 {steps}
 
@@ -170,6 +168,13 @@ The weights are read from the layers' answers to unit impulses.
 {standardised}
 
 nfnets-pytorch's `WSConv2d` takes the number of all entries for the fan-in. The authors take that of one output.
+
+## How the packages were run
+
+The other packages are installed into environments of their own, which are deleted afterwards. They run as processes
+over the same arrays.
+
+{installed}
 """
 
 

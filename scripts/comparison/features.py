@@ -52,14 +52,14 @@ READ: dict[str, tuple[Cells, str]] = {
         {"timm_nf": "`optimizer.clip_stats()`, `diagnostics.agc_stats(model)`"} | dict.fromkeys(COLUMNS[1:], "no"),
         "timm_nf/optim/optimizer.py; the files above",
     ),
-    "Has, and timm_nf has not": (
+    "Has what timm_nf lacks": (
         {
             "timm_nf": "",
             "timm": "nothing lost: timm_nf adds to it, and its other NF networks (ECA, SiLU; some with weights) stay",
-            "authors' code": "a training loop with augmentations (timm's is ours); Fixup ResNets (another method)",
+            "authors' code": "a training loop with augmentations (here: timm's); Fixup ResNets (another method)",
             "nfnets-pytorch": "nothing: its layers and `replace_conv` are `timm_nf.layers` and `replace_convs`",
-            "pytorch_optimizer": "other optimizers, losses and schedules (timm's are ours, with `agc` before each)",
-            "composer": "a trainer (timm's is ours); clipping by global norm and value (torch has both)",
+            "pytorch_optimizer": "other optimizers, losses and schedules (here: timm's, with `agc` before each)",
+            "composer": "a trainer (here: timm's); clipping by global norm and value (torch has both)",
             "optax": "JAX (this package is for PyTorch)",
         },
         "the packages' modules",

@@ -55,7 +55,9 @@ def draw_block(axes: Axes) -> None:
     arrow(axes, (10.6, -0.9), (11.1, -0.9))
     axes.text(5.2, -1.3, "shortcut: variance 1 + k α² after k blocks", ha="center", fontsize=9, color=GREY)
     axes.text(3.7, 1.75, "variance 1 in, variance 1 out", ha="center", fontsize=9, color=GREY)
-    axes.text(8.5, 1.75, "starts at 0: the block\nbegins as the identity", ha="center", fontsize=9, color=RED)
+    axes.text(
+        8.5, 1.55, "the skip gain starts at 0: at\nfirst the block is its shortcut", ha="center", fontsize=9, color=RED
+    )
 
 
 def draw_variance(axes: Axes) -> None:
@@ -64,7 +66,7 @@ def draw_variance(axes: Axes) -> None:
     expected = [row["expected_var"] for row in signal_stats(model, torch.randn(1, 3, 64, 64))]
     axes.plot(range(len(expected)), expected, color=BLUE, marker="o", ms=4, lw=1)
     axes.set(xlabel="block, 0 is the stem", ylabel="expected variance,\nβ² of the next block")
-    axes.set_title("beginnings of stages set it back", fontsize=10)
+    axes.set_title("the first block of a stage sets it back", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -17,6 +17,12 @@ PACKAGE = "timm_nf"
 IN_SCOPE = """*The examples assume that `torch`, `timm`, `timm_nf` and the names of the module are imported. A test runs
 all of them.*"""
 
+# Above the names of the functions that timm_nf.models.nfnets makes from its table of variants.
+BUILDERS = """The functions behind `timm.create_model(name)`, one for every row of
+[`VARIANTS`][timm_nf.variants.VARIANTS]. Each takes `pretrained: bool = False` and, as keywords, the arguments of
+[`NormFreeNet`][timm_nf.models.nfnets.NormFreeNet] and of timm's model builder. It returns the network, and raises what
+`NormFreeNet` raises:"""
+
 # The wings in the order in which a reader needs them. A wing that is not named here comes last.
 ORDER = ("timm_nf", "models", "layers", "optim", "inference", "hub", "convert", "diagnostics", "recipes", "verify")
 
@@ -133,6 +139,7 @@ def _section(module: str, is_title: bool) -> str:
     homes = {name: home(module, name) for name in public_names()[module]}
     here = [name for name, where in homes.items() if places()[where] == module and _is_ours(where)]
     elsewhere = [f"- {_link(name, where)}" for name, where in homes.items() if name not in here]
+    made = _made_functions(module)
     parts: list[str] = []
     if not is_title:
         parts.append(f"## {module}")
@@ -140,7 +147,9 @@ def _section(module: str, is_title: bool) -> str:
     if elsewhere:
         parts += ["Names that are explained elsewhere:", "\n".join(elsewhere)]
     parts.append(_made_classes(module))
-    parts += [f"::: {homes[name]}" for name in here]
+    parts += [f"::: {homes[name]}" for name in here if name not in made]
+    if made:
+        parts += [BUILDERS, "\n".join(f"- [](){{#{homes[name]}}} `{name}`" for name in here if name in made)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -167,6 +176,12 @@ def _made_classes(module: str) -> str:
     return "\n".join([made, "", "| class | extends |", "| --- | --- |", *rows])
 
 
+def _made_functions(module: str) -> set[str]:
+    """The names that a module only annotates: it makes these functions at import."""
+    body = ast.parse(source(module).read_text()).body
+    return {node.target.id for node in body if isinstance(node, ast.AnnAssign) and not node.value}
+
+
 def _is_ours(where: str) -> bool:
     """Whether a full name belongs to the package and is not a module."""
     return where.startswith(PACKAGE) and not source(where).is_file()
@@ -176,6 +191,9 @@ def _link(name: str, where: str) -> str:
     """A link to the section of a name, or to the page of a module."""
     if not where.startswith(PACKAGE):
         return f"`{name}`, from the package {where.split('.')[0]}"
+    page = f"{where.split('.')[1]}.md"
     if source(where).is_file():
-        return f"[`{name}`]({where.split('.')[1]}.md)"
+        return f"[`{name}`]({page})"
+    if name in _made_functions(where.rpartition(".")[0]):
+        return f"[`{name}`]({page}#{where})"
     return f"[`{name}`][{where}]"

@@ -1,6 +1,7 @@
 """The reference has every public name, and says of it what a user has to know."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -20,7 +21,7 @@ from tests.support import ROOT
 
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(reference.pages().values())
-    explained = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    explained = set(explained_names())
     linked = set(re.findall(r"^- \[`\w+`\]\[(\S+)\]$", text, re.MULTILINE))
     for module, names in reference.public_names().items():
         section = text[re.search(rf"^##? {re.escape(module)}$", text, re.MULTILINE).end() :]  # type: ignore[union-attr]
@@ -30,10 +31,15 @@ def test_every_public_name_is_in_the_reference():
     assert linked <= explained
 
 
+def explained_names() -> list[str]:
+    """The full names that have an entry of their own, or a place in a list of functions."""
+    return re.findall(r"^(?:::: |- \[\]\(\)\{#)([\w.]+)", "\n".join(reference.pages().values()), re.MULTILINE)
+
+
 def explained() -> dict[str, object]:
     """What each entry of the reference explains."""
-    names = re.findall(r"^::: (\S+)$", "\n".join(reference.pages().values()), re.MULTILINE)
-    return {full: getattr(importlib.import_module(full.rpartition(".")[0]), full.rpartition(".")[2]) for full in names}
+    full_names = [full.rpartition(".") for full in explained_names()]
+    return {".".join((module, name)): getattr(importlib.import_module(module), name) for module, _, name in full_names}
 
 
 EXPLAINED = explained()
@@ -62,6 +68,44 @@ def test_every_public_function_has_types(full: str):
     signature = inspect.signature(inspect.unwrap(FUNCTIONS[full]))  # type: ignore[arg-type]
     assert signature.return_annotation is not inspect.Signature.empty
     assert not [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
+
+
+def test_a_function_that_is_made_at_import_is_in_a_list_and_links_find_it():
+    page = reference.pages()["reference/models.md"]
+    assert "\n- [](){#timm_nf.models.nfnets.nfnet_f0} `nfnet_f0`\n" in page
+    assert "::: timm_nf.models.nfnets.nfnet_f0\n" not in page
+    assert "- [`nfnet_f0`](models.md#timm_nf.models.nfnets.nfnet_f0)\n" in reference.pages()["reference/nfnets.md"]
+
+
+def fields(of: object) -> list[str]:
+    """The names of the entries that a dataclass, a NamedTuple or a TypedDict itself defines."""
+    if not (dataclasses.is_dataclass(of) or hasattr(of, "_fields") or hasattr(of, "__total__")):
+        return []
+    (definition,) = ast.parse(inspect.getsource(of)).body  # type: ignore[arg-type]
+    assert isinstance(definition, ast.ClassDef)
+    return [ast.unparse(node.target) for node in definition.body if isinstance(node, ast.AnnAssign)]
+
+
+RECORDS = {full: each for full, each in EXPLAINED.items() if inspect.isclass(each) and fields(each)}
+
+
+def test_there_are_records_of_every_kind():
+    kinds = {"hub.folder.Written", "inference.bench.Timing", "optim.agc.ClipStats"}
+    assert {f"timm_nf.{kind}" for kind in kinds} <= RECORDS.keys()
+
+
+@pytest.mark.parametrize("full", RECORDS)
+def test_a_record_says_what_each_of_its_entries_is(full: str):
+    doc = inspect.getdoc(RECORDS[full]) or ""
+    assert not [name for name in fields(RECORDS[full]) if not re.search(rf"^    {name}: \S", doc, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("full", FUNCTIONS)
+def test_no_text_about_a_result_is_read_as_its_type(full: str):
+    _, returns, text = (inspect.getdoc(FUNCTIONS[full]) or "").partition("Returns:\n    ")
+    assert not returns or not re.match(r"(\w+)?\s*(\(.+\))?:\s", text), (
+        "the site shows what stands before `:` as a type"
+    )
 
 
 # They take weights of all shapes alike.
@@ -150,6 +194,13 @@ def test_every_optimizer_class_is_in_the_reference():
     page = reference.pages()["reference/optim.md"]
     assert len(classes) > 30
     assert not [name for name in classes if f"| `{name}` | `" not in page]
+
+
+def test_a_list_in_a_docstring_is_a_list_on_the_site():
+    docs = {full: inspect.getdoc(each) or "" for full, each in EXPLAINED.items()}
+    docs |= {module: importlib.import_module(module).__doc__ or "" for module in reference.public_names()}
+    begins = re.compile(r"^(?! *- |\s*$).*\n *- ", re.MULTILINE)  # Markdown wants an empty line before the first item
+    assert not [full for full, doc in docs.items() if begins.search(re.sub(r"\n +(?=[^ -])", " ", doc))]
 
 
 def test_an_example_at_the_top_of_a_module_is_a_block_of_its_section():

@@ -160,7 +160,7 @@ def test_the_page_has_a_row_of_every_probe_and_our_words_around_it():
 def test_a_run_of_some_probes_keeps_the_rows_of_the_others(tmp_path):
     file = tmp_path / "tools.md"
     old = Answer(
-        "1", [Outcome("a | b", "not", "old"), Outcome("c", "not", "old")], "timm_nf 0.1, an old machine, 1 threads"
+        "1", [Outcome("a | b", "not", "old"), Outcome("c", "not", "old")], "timm_nf 0.1, an old machine, 1 thread"
     )
     page.write(dict.fromkeys(PROBES, old), file)
     page.write(
@@ -170,7 +170,7 @@ def test_a_run_of_some_probes_keeps_the_rows_of_the_others(tmp_path):
     assert text.count(" | old | 1 |") == 2 * (len(PROBES) - 1)
     assert [line for line in text.splitlines() if line.startswith("| thop ")] == ["| thop | d | as it is | new | 2 |"]
     assert "- timm_nf 0.2, another machine, 2 threads: thop\n" in text
-    (others,) = re.findall("^- timm_nf 0.1, an old machine, 1 threads: (.+)$", text, re.MULTILINE)
+    (others,) = re.findall("^- timm_nf 0.1, an old machine, 1 thread: (.+)$", text, re.MULTILINE)
     assert set(others.split(", ")) == {probe.title for probe in PROBES.values()} - {"thop"}
 
 

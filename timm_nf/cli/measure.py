@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from .._clip_defaults import CLIP_FACTOR
 from .._seed import seeded
+from .._text import counted
 from ..checkpoint import Checkpoint
 from ..inference.named import timm_name
 from .options import (
@@ -89,7 +90,7 @@ def clip_range(
                 timm_name(model), data, batch_size, img_size, pretrained, content, device
             )
         measured = measure_clip_range(network, loader, batches, warmup_steps, track)
-    measured_on = f"{batches} batches of {batch_size}"
+    measured_on = f"{counted(batches, 'batch', 'batches')} of {batch_size}"
     _print_clip_range(measured)
     print_facts(
         [
@@ -100,7 +101,7 @@ def clip_range(
             ("wrote", str(out)),
         ]
     )
-    draw_clip_range(measured, f"{model}, {measured_on}, after {warmup_steps} steps of warmup", out)
+    draw_clip_range(measured, f"{model}, {measured_on}, after {counted(warmup_steps, 'step')} of warmup", out)
     _warn_of_idle_units(measured)
 
 
@@ -142,7 +143,7 @@ def _factor(factor: float) -> str:
 
 
 def _losses(losses: Sequence[float]) -> str:
-    return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
+    return f"{counted(len(losses), 'step')}, loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none"
 
 
 def _warn_of_idle_units(measured: "ClipRange") -> None:
@@ -197,7 +198,7 @@ def diagnose(
     for name, rows in measured.items():
         print_line(name, bold=True)
         _print_signals(rows)
-    source = f"{len(pictures)} pictures of {images}" if images else f"{INPUTS} images of unit-normal noise"
+    source = f"{counted(len(pictures), 'picture')} of {images}" if images else f"{INPUTS} images of unit-normal noise"
     draw_signals(measured, f"signal propagation, {source}", out)
     print_facts([*facts, ("input", source), ("wrote", str(out))])
     for name, rows in measured.items():

@@ -246,7 +246,12 @@ Plot = Annotated[
 
 
 class Loaded(NamedTuple):
-    """A network, and in words which weights it has."""
+    """A network that a command line names.
+
+    Attributes:
+        network: The network, in evaluation mode.
+        weights: Which weights it has, in words.
+    """
 
     network: nn.Module
     weights: str

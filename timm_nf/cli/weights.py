@@ -5,7 +5,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .._dtypes import dtype_name
-from .._text import quoted
+from .._text import counted, quoted
 from ..checkpoint import Checkpoint, build, read
 from ..variants import VARIANTS
 from .options import Architecture, Dtype, License, RegisteredOption, UseEma, any_path, existing_file
@@ -256,7 +256,7 @@ def pull(
     print_facts(
         [
             ("repository", pinned),
-            ("network", f"{cfg['architecture']}, {network.num_classes} classes"),
+            ("network", f"{cfg['architecture']}, {counted(network.num_classes, 'class', 'classes')}"),
             ("parameters", f"{sum(p.numel() for p in parameters):,} in {dtype_name(parameters[0].dtype)}"),
             ("checked", _what_was_checked(sha256)),
             ("load it with", f'timm_nf.hub.pull("{pinned}")'),

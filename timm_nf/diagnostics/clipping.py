@@ -81,7 +81,11 @@ Batch = tuple[Tensor, Tensor]  # pictures (N, C, H, W), labels (N,)
 
 
 class ParameterClipStats(agc.ClipStats):
-    """What clipping would do to the gradient of the parameter `name`."""
+    """What clipping would do to the gradient of one parameter: the entries of `ClipStats`, and the name.
+
+    Attributes:
+        name: The parameter's name in the model.
+    """
 
     name: str
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .._gain_names import is_gain
 from .._seed import seeded
+from .._text import counted
 from .._versions import input_channels
 from ..checkpoint import Checkpoint
 from ..inference.classify import load_model
@@ -79,7 +80,7 @@ def named_network(name: str, checkpoint: Checkpoint | None = None) -> tuple[nn.M
     with seeded(0):
         model = timm.create_model(name)
     opened = open_branches(model)
-    return model, f"at initialisation, {opened} zero scales of residual branches set to 1"
+    return model, f"at initialisation, {counted(opened, 'zero scale')} of residual branches set to 1"
 
 
 def pick_pictures(found: Sequence[Path]) -> list[Path]:

@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .._temporary import replacing
+from .._text import counted
 from .clipping import AT_REST, SHARES, ClipRange, Stage
 from .signals import PANELS, SignalStats, Statistic
 
@@ -125,5 +126,4 @@ def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
 
 
 def _name_and_units(stage: Stage) -> str:
-    units = "1 unit" if stage.units == 1 else f"{stage.units} units"
-    return f"{stage.name} ({units})"
+    return f"{stage.name} ({counted(stage.units, 'unit')})"

@@ -30,7 +30,16 @@ Statistic = Literal["avg_sq_mean", "avg_var", "res_avg_var"]
 
 
 class SignalStats(TypedDict):
-    """The signal after one block, or at the input of the first block. `signal_stats` describes the values."""
+    """The signal after one block, or at the input of the first block.
+
+    Attributes:
+        name: The block's name in the model, or "stem".
+        avg_sq_mean: The mean over channels of the squared channel mean.
+        avg_var: The mean over channels of the channel variance.
+        res_avg_var: The variance of the residual branch, before stochastic depth and the skip gain. None for the stem
+            and outside NFNets and ResNets.
+        expected_var: The variance that a normalizer-free network is built for; None for other networks.
+    """
 
     name: str
     avg_sq_mean: float
@@ -162,10 +171,6 @@ def signal_stats(model: nn.Module, x: Tensor) -> list[SignalStats]:
 
     Batch normalisation that has never seen data takes the statistics of `x`, as in the first step of a training. With
     its initial mean 0 and variance 1 it would do nothing.
-
-    `avg_sq_mean` is the mean over channels of the squared channel mean, and `avg_var` that of the channel variance.
-    `res_avg_var` is the variance of the residual branch, before stochastic depth and the skip gain. It is None for the
-    stem and outside NFNets and ResNets.
 
     `expected_var` is 1 for the stem, and 1 + k alpha^2 for block k of a stage. Blocks that `normalizer_free` made have
     their own number. It is None for other networks. The variance follows it if skip gains are 1 and no shortcut pools:

@@ -235,7 +235,7 @@ equal to the authors' JAX code: same parameters, same function.
     "Variants and weights": """
 {networks}
 
-Multiply-adds at the training size. `timm-nf list` prints these numbers, computed when it runs.
+GMACs are 10^9 multiply-adds, at the training size. `timm-nf list` computes and prints these numbers.
 
 | family | names | architecture from | weights |
 | --- | --- | --- | --- |
@@ -260,7 +260,8 @@ Both rows are quoted (arXiv:2102.06171, table 3; timm's results for `dm_in1k`), 
     "Preprocessing": """
 RGB, ImageNet's mean and standard deviation, bicubic. For these weights timm resizes height and width to
 size / crop_pct each, whatever the aspect ratio, and crops the centre. `timm.data.resolve_model_data_config(model)`
-returns these settings. With `use_test_size=True` it returns the larger test size, which the accuracies above belong to.
+returns these settings. With `use_test_size=True` it returns the larger test size, at which the accuracies above were
+measured.
 """,
     "Intended use": """
 Classification of photographs into ImageNet's classes, features for other vision tasks, fine-tuning, and research on
@@ -271,29 +272,29 @@ Not intended for decisions about people. The ImageNet weights inherit that data 
 """,
     "Limits": """
 - Training NFNets at large batch sizes needs adaptive gradient clipping; `--opt agcsgd` has the paper's policy.
-- At an output stride of 8 or 16, convolutions are dilated in place of strided. The authors have no such networks: the
+- At an output stride of 8 or 16, convolutions are dilated instead of strided. The authors have no such networks: the
   weights load, but the function is an approximation.
-- Pretrained weights converted to one input channel (grey images) or to a multiple of three keep their function. With
+- With one input channel (grey images) or a multiple of three, converted pretrained weights keep their function. With
   any other number, standardisation removes the mean of the converted weights, and the function changes.
 """,
     "How equality was established": """
 The authors' code was run in float64 on synthetic parameters. Its numbers are stored in `tests/golden`, whose README
-says how: logits, pooled features and signal statistics of all three families, gradients and three optimizer steps of
-NFNets and NF-ResNets. `python -m pytest tests -k golden` compares with them. `timm-nf verify` compares a part of them
-on your device, in the dtypes that it has. Parameter counts and names of all {variants} variants are compared with those
-that the authors' code creates.
+says how they were made: logits, pooled features and signal statistics of all three families, gradients and three
+optimizer steps of NFNets and NF-ResNets. `python -m pytest tests -k golden` compares our networks with them. `timm-nf
+verify` compares with a part of them on your device, in the dtypes that it has. Tests also compare the names and numbers
+of parameters of all {variants} variants with those that the authors' code creates.
 """,
     "What could not be verified where this was developed": """
-No network to the Hub and no accelerator were at hand.
+There was no connection to the Hub and no accelerator.
 
-- The `dm_in1k` files were never downloaded. Their names and shapes fit if timm's `dm_nfnet_f*` load them, since those
-  networks' state dicts load here. `timm-nf verify --pretrained` compares both networks on the real weights, and
-  `--imagenet-val DIR` their accuracies.
-- Nothing was run on a GPU. `timm-nf verify --device cuda` does. No speed on accelerators is claimed anywhere.
+- The `dm_in1k` files were never downloaded. They were made for timm's `dm_nfnet_f*`, and the state dicts of those
+  networks load here. `timm-nf verify --pretrained` compares both networks on the real weights, and `--imagenet-val DIR`
+  their accuracies.
+- Nothing was run on a GPU. `timm-nf verify --device cuda` does that. No speed on accelerators is claimed anywhere.
 - No network was trained on ImageNet here.
 """,
     "Licence": """
-Code: Apache-2.0. The authors' code is Apache-2.0, and so does timm declare the converted weights (`license` in their
-config).
+This code and the authors' code are Apache-2.0. timm declares the converted weights as Apache-2.0 too (`license` in
+their config).
 """,
 }

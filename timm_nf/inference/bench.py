@@ -71,11 +71,17 @@ _PAUSE = 0.2
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one contender."""
+    """The times of one contender, in milliseconds.
+
+    Attributes:
+        median: The median.
+        low: The first quartile.
+        high: The third quartile.
+    """
 
     median: float
-    low: float  # first quartile
-    high: float  # third quartile
+    low: float
+    high: float
 
 
 def stock_name(name: str) -> str:

@@ -37,7 +37,13 @@ __all__ = ["Prediction", "classify", "labels", "load_model", "preprocessing"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one file, as (label, probability), or in one line why there are none."""
+    """The most probable classes of one file.
+
+    Attributes:
+        path: The file.
+        classes: The classes as (label, probability), the most probable one first; empty after an error.
+        error: Why there are none, in one line.
+    """
 
     path: Path
     classes: list[tuple[str, float]]
@@ -45,7 +51,7 @@ class Prediction:
 
 
 def preprocessing(name: str) -> dict[str, Any]:
-    """What timm does to a picture before it is evaluated with a registered name's weights."""
+    """The preprocessing by timm of pictures for a registered name's weights, at the size of evaluation."""
     found = get_pretrained_cfg(name)
     cfg: dict[str, Any] = {}
     if found is not None:
@@ -54,7 +60,7 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 def labels(model: Any) -> list[str]:
-    """What to call the classes: by the weights' own labels, ImageNet's descriptions, or else their numbers.
+    """The names of the classes: the labels of the weights, otherwise ImageNet's descriptions, otherwise numbers.
 
     Raises:
         ValueError: if the model's config has labels that do not fit.

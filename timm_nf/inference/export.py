@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .._relative_error import relative_error
 from .._temporary import replacing
-from .._text import install_hint, reason
+from .._text import counted, install_hint, reason
 from .classify import labels
 from .images import photographs
 from .named import is_known
@@ -56,7 +56,13 @@ _Dims = dict[int, Any] | None  # the images' {axis: Dim} for torch.export; None 
 
 
 class FileCheck(NamedTuple):
-    """One check of the file after it was read back."""
+    """One check of the file after it was read back.
+
+    Attributes:
+        name: What was checked, in words.
+        measured: What was found, in words.
+        ok: Whether the check passed.
+    """
 
     name: str
     measured: str
@@ -168,7 +174,7 @@ def _logits(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tenso
 def _compare(ours: Tensor, expected: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[FileCheck]:
     """Compare logits (photographs, classes) that were computed from batches of this shape."""
     error, bound = relative_error(ours, expected), BOUNDS[dtype]
-    what = f"{len(expected)} crops as {' x '.join(map(str, shape))}"
+    what = f"{counted(len(expected), 'crop')} as {' x '.join(map(str, shape))}"
     checks = [FileCheck(f"logits of {what}", f"relative error {error:.1e}, at most {bound:g}", error <= bound)]
     if dtype == torch.float32:  # in half precision, rounding swaps classes with almost equal logits
         k = min(5, expected.shape[-1])

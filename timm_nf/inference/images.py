@@ -50,7 +50,12 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2  # a value of _PHOTOMETRIC, and a value of _SAMPL
 
 
 class Found(NamedTuple):
-    """The picture files, and the numbers of other files in the folders, by suffix."""
+    """The pictures among some files and folders.
+
+    Attributes:
+        pictures: The picture files.
+        left_out: The number of other files in the folders, by suffix.
+    """
 
     pictures: list[Path]
     left_out: Counter[str]
@@ -260,7 +265,7 @@ def picture_config(model: Any, use_test_size: bool = True) -> dict[str, Any]:
 
 
 def image_mode(channels: int) -> str:
-    """The mode in which train.py lets timm's data sets open pictures for this number of input channels."""
+    """Pillow's mode of the pictures that train.py reads for this number of input channels: RGB for 3, otherwise L."""
     return "RGB" if channels == 3 else "L"
 
 

@@ -88,7 +88,7 @@ def require_tag(name: str, tag: str) -> None:
 
 
 def near_names(name: str, names: list[str]) -> str:
-    """Names that may have been meant, as the next part of a message; empty without any."""
+    """The end of a message with the names that may have been meant; empty if there are none."""
     near = get_close_matches(name.lower(), names, 3)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 

@@ -1,6 +1,7 @@
 """The residual block and the stems of the normalizer-free networks (arXiv:2102.06171, section 3).
 
 No constant scales an activation, which would cost a pass over memory:
+
 - gamma and beta scale the standardised weight of the next convolution, also if an average pool stands between.
 - alpha, the skip gain and the 2 of squeeze-excite scale the gate. A block ends in one addcmul, see `add_scaled`.
 

@@ -4,6 +4,7 @@ timm's port (`timm.models.nfnet`) computes other functions. With the same parame
 differ by 1.8 %. Its nfnet_f0 is a different network. `python -m benchmarks.differences` measures the differences.
 
 Where arXiv:2102.06171 and the authors' code differ, this file follows the code, which made the published weights:
+
 - Squeeze-excite has a relu, the paper writes gelu.
 - F4+ truncates its bottlenecks to a multiple of the group width. It has 524.95 M parameters, 527 M in table 5.
 

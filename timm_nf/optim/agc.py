@@ -41,8 +41,8 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
         axis: The axis of the output units; `(1, groups)` for transposed convolutions, (I, O / groups, K, K).
 
     Returns:
-        (O, 1, 1, 1) or (O, 1), which broadcasts to `x`; 0-d for a single unit. With groups (I, O / groups, 1, 1): for
-        every input channel, the norms of the units that it belongs to. At least float32, on the device of `x`.
+        (O, 1, 1, 1) or (O, 1), which broadcasts to `x`; 0-d for a single unit. With groups it is (I, O / groups, 1, 1),
+        the norms of the units that every input channel belongs to. At least float32, on the device of `x`.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
@@ -97,8 +97,8 @@ def adaptive_clip_grad_(
         With sharded parameters, it counts the units of which this process holds a part.
 
     Raises:
-        ValueError: if a setting is out of range, or if a gradient cannot be clipped, see `check_gradients`. Nothing is
-            written then.
+        ValueError: if a setting is out of range, or if a gradient cannot be clipped: it is sparse, not of real floating
+            point numbers, or of another shape, device or sharding than its parameter. Nothing is written then.
 
     Source: arXiv:2102.06171, section 4; deepmind-research nfnets/optim.py@f5de0ede.
 
@@ -204,9 +204,13 @@ Pieces = tuple[Tensor, Tensor, Tensor]  # ratio, gradient norm and `clipped` of 
 class ClipStats(TypedDict):
     """What was clipped of the units of some parameters.
 
-    `zero_grad_units` counts gradients of exactly zero, and `non_finite_units` infinite and NaN ones. `ratio_quantiles`,
-    {0.05: ..., 0.99: ...}, are those of gradient norm over weight norm (at least eps). They leave out ratios that are
-    infinite or NaN.
+    Attributes:
+        units: Number of units with a gradient.
+        zero_grad_units: Number of units whose gradient is exactly zero.
+        non_finite_units: Number of units whose gradient is infinite or NaN.
+        clipped_fraction: Fraction of the units that was clipped.
+        ratio_quantiles: Quantiles of gradient norm over weight norm (at least eps), as {0.05: ..., 0.99: ...}. They
+            leave out ratios that are infinite or NaN.
     """
 
     units: int

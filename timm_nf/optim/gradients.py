@@ -178,7 +178,15 @@ def check_gradients(
 def parameters_with_gradient(
     parameters: Tensor | Iterable[Tensor], label: Callable[[int, Tensor], str] = lambda index, p: f"parameter {index}"
 ) -> list[Tensor]:
-    """The distinct parameters that have something to clip, for callers that change nothing; see `check_gradients`."""
+    """The distinct parameters that have something to clip, in the given order.
+
+    Args:
+        parameters: One parameter or several.
+        label: Gives the name of a parameter in error messages, from its index and the parameter.
+
+    Raises:
+        ValueError: if a gradient cannot be clipped, see `gradient_problem`.
+    """
     return check_gradients(parameters, label).parameters
 
 

@@ -247,7 +247,7 @@ class AdaptiveClipping(torch.optim.Optimizer):
         self._record_exempt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or one of its bare form.
+        """Load a checkpoint of this optimizer, or one of the bare optimizer, which is the same one without clipping.
 
         A bare checkpoint resumes with this optimizer's clip settings. Otherwise the checkpoint's settings replace those
         of this optimizer, as torch does for all settings. A warning names clip settings that differ. To change them,

@@ -1,7 +1,7 @@
 """Two kernels for accelerators: the norms of the output units of many tensors, and the scaling of these units.
 
-torch's foreach functions only know whole tensors, and work tensor by tensor if shapes differ: clipping NFNet-F0 takes
-400 kernels.
+torch's foreach functions only know whole tensors, and work tensor by tensor if shapes differ.
+
 Our kernels are operations of torch's dispatcher. They have an implementation for meta tensors, and exist without Triton
 too. Devices without Triton use the same functions as the CPU.
 

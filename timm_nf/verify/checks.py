@@ -35,7 +35,7 @@ from .._clip_defaults import CLIP_EPS, CLIP_FACTOR
 from .._dtypes import dtype_name
 from .._progress import Progress, silent
 from .._relative_error import relative_error
-from .._text import reason
+from .._text import counted, reason
 from ..inference.images import reader
 from . import stock
 from .golden import golden_model, image, load_golden
@@ -63,7 +63,14 @@ _TINY = {"depths": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "group_size": 16,
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of one check. `ok` is None if this machine cannot do the check."""
+    """The result of one check.
+
+    Attributes:
+        name: What was checked, in words.
+        measured: What was measured, as text.
+        bound: What it was compared with, as text.
+        ok: Whether the check passed; None if this machine cannot do it.
+    """
 
     name: str
     measured: str
@@ -290,7 +297,7 @@ def _checkpoint_checks(
     track: Progress,
 ) -> Iterator[Verdict]:
     seen = stock.compare(pair.ours.to(device), pair.stock.to(device), folder, device, track)
-    label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {seen.images} images"
+    label = f"{pair.origin} as {pair.name} against timm's dm_{pair.name}, logits of {counted(seen.images, 'image')}"
     yield _at_most(label, seen.error, 3e-2)
     yield _accuracies(seen)
 
@@ -298,5 +305,5 @@ def _checkpoint_checks(
 def _accuracies(seen: stock.Agreement) -> Verdict:
     ours, theirs = seen.top1
     measured = f"{ours:.2f} % and {theirs:.2f} %"
-    label = f"top-1 of {seen.images} images, ours and timm's"
+    label = f"top-1 of {counted(seen.images, 'image')}, ours and timm's"
     return Verdict(label, measured, "within 0.5 %", abs(ours - theirs) <= 0.5)

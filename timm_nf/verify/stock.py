@@ -32,6 +32,7 @@ from torch import nn
 
 from .. import checkpoint, convert
 from .._progress import Progress
+from .._text import counted
 from ..convert.infer import infer_variant
 from ..inference.images import image_mode, picture_config
 
@@ -40,7 +41,14 @@ __all__ = ["Agreement", "NetworkPair", "compare", "load_pair"]
 
 @dataclass(frozen=True)
 class NetworkPair:
-    """The same weights in our network `name` and in timm's `dm_` + `name`, in float32 and evaluation mode."""
+    """The same weights in our network and in timm's, in float32 and evaluation mode.
+
+    Attributes:
+        name: Our network's name. timm's is `dm_` + `name`.
+        origin: The file, and the entry in it that holds the weights.
+        ours: Our network.
+        stock: timm's network.
+    """
 
     name: str
     origin: str
@@ -135,7 +143,7 @@ def compare(
         **data,
     )
     count, hits, sums = 0, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
-    for x, labels in track(loader, f"{len(dataset)} images"):
+    for x, labels in track(loader, counted(len(dataset), "image")):
         a, b = (model(x.to(device)).cpu() for model in (ours, stock))
         hits += torch.stack([(logits.argmax(1) == labels).sum() for logits in (a, b)])
         sums += torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
