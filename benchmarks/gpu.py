@@ -355,7 +355,7 @@ def predicted(bandwidth: float = counts.BANDWIDTH) -> str:
 PAGE = """# On an accelerator
 
 `make gpu` runs the tests that need a device, then times ours beside timm's in one run and writes this page and
-`gpu.csv`. It takes 8 minutes at most and no network. `make gpu PYTHON=python3` uses an environment that is there:
+`gpu.csv`. It takes 8 minutes at most and needs no network. `make gpu PYTHON=python3` uses an environment that is there:
 torch, timm, Triton and pytest are enough. The ratio is timm's time over ours; memory is the most that was allocated for
 a network in a step, its weights included.
 
