@@ -72,12 +72,12 @@ def test_an_environment_gets_its_pins_runs_the_tests_and_is_deleted(page, tmp_pa
 
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(
-        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.26", "huggingface_hub": "2", "numpy": "2"}
+        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.27", "huggingface_hub": "2", "numpy": "2"}
     )
     monkeypatch.setattr(script.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
     monkeypatch.setattr(script.subprocess, "run", fake_run)
     assert script.main(["--only", "timm, oldest", "--", "tests/layers"]) == 1  # two tests failed
-    assert "timm==1.0.26" in commands[0]
+    assert "timm==1.0.27" in commands[0]
     assert "tests/layers" in commands[-1]
     assert not list((tmp_path / ".cache" / "versions").iterdir())
     assert "- timm, oldest: only `tests/layers`." in page.read_text()
