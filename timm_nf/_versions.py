@@ -25,7 +25,7 @@ __all__ = [
     "saved_arguments",
 ]
 
-# Below 1.0.27 timm's factory makes one parameter group where nothing decays, or everything does; since, always several.
+# Below 1.0.27 timm's factory makes other parameter groups than later where nothing decays, or everything does.
 # Below 1.0.26 timm reads a folder's safetensors file by `torch.load`, which torch 2.6 cannot do.
 OLDEST = {"torch": "2.6", "timm": "1.0.27"}
 
