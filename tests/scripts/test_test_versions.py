@@ -34,6 +34,21 @@ def test_every_lower_bound_is_tried_by_a_row():
     assert {"torch", "timm", "huggingface_hub", "numpy", "safetensors", "typer", "matplotlib"} <= script.oldest().keys()
 
 
+def test_only_a_row_that_is_named_is_for_another_python(page, monkeypatch):
+    tried = []
+
+    def measure(name, pins, arguments):
+        tried.append(name)
+        raise subprocess.CalledProcessError(1, ["pip"])
+
+    monkeypatch.setattr(script, "measure", measure)
+    script.main([])
+    assert {*tried, script.NEWEST_PYTHON} == set(script.rows())
+    assert script.NEWEST_PYTHON not in tried
+    script.main(["--only", script.NEWEST_PYTHON])
+    assert tried[-1] == script.NEWEST_PYTHON
+
+
 def test_a_report_becomes_counts_names_and_reasons():
     assert script.summary(REPORT) == {
         "passed": 2,
