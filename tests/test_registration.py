@@ -28,6 +28,7 @@ def snapshot():
     kept["instance"] = repr(sorted(vars(registry)))
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
         kept[module.__name__] = repr(sorted(vars(module).items(), key=lambda pair: pair[0]))
+    kept["names"] = repr(sorted(timm.models.nfnet.__all__))
     kept["lookahead"] = repr(sorted(vars(timm.optim.Lookahead)))
     return kept
 def changed(before, after):
@@ -64,6 +65,7 @@ print(model(torch.zeros(1, 3, 32, 32)).shape[-1])
 print(timm_nf.unregister(), changed(before, snapshot()))
 timm_nf.register()
 print(changed(after, snapshot()), type(timm.create_model("dm_nf_regnet_b0")).__module__)
+print(len(timm_nf.nfnets.__all__) - len(set(timm_nf.nfnets.__all__)))
 """)
     assert lines == [
         "True",
@@ -72,6 +74,7 @@ print(changed(after, snapshot()), type(timm.create_model("dm_nf_regnet_b0")).__m
         "1000",
         "[] []",
         "[] timm_nf.models.nfnets",
+        "0",
     ]
 
 

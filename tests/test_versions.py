@@ -28,7 +28,7 @@ def test_the_bounds_are_those_that_pip_reads():
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("timm", "1.0.25"), ("timm", "0.9.16"), ("timm", "1.0.26.dev0"), ("torch", "2.5.1+cu124")]
+    ("name", "found"), [("timm", "1.0.26"), ("timm", "0.9.16"), ("timm", "1.0.27.dev0"), ("torch", "2.5.1+cu124")]
 )
 def test_below_the_bound_one_sentence_says_what_was_found_where_and_what_is_needed(name, found, monkeypatch):
     old = types.ModuleType(name)
@@ -44,7 +44,7 @@ def test_below_the_bound_one_sentence_says_what_was_found_where_and_what_is_need
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("found", ["1.0.26", "1.0.29.dev0", "1.1", "2.0.0rc1"])
+@pytest.mark.parametrize("found", ["1.0.27", "1.0.29.dev0", "1.1", "2.0.0rc1"])
 def test_from_the_bound_on_a_release_or_a_clone_is_taken(found, monkeypatch):
     new = types.ModuleType("timm")
     new.__version__ = found

@@ -25,8 +25,9 @@ __all__ = [
     "saved_arguments",
 ]
 
-# timm below 1.0.26 reads a folder's safetensors file by `torch.load`, which torch 2.6 cannot do.
-OLDEST = {"torch": "2.6", "timm": "1.0.26"}
+# Below 1.0.27 timm's factory makes other parameter groups than later where nothing decays, or everything does.
+# Below 1.0.26 timm reads a folder's safetensors file by `torch.load`, which torch 2.6 cannot do.
+OLDEST = {"torch": "2.6", "timm": "1.0.27"}
 
 # Since 1.0.31 timm's factory records a network's arguments, and its loader asks the network which stem to convert.
 _TIMM_RECORDS = hasattr(timm.models, "get_model_args")

@@ -70,6 +70,7 @@ def test_standardisation_without_triton_is_sixteen_kernels_a_convolution(monkeyp
 
 
 @NEEDS_TRITON
+@fake_cuda.NEEDS_NO_DRIVER
 def test_the_casts_made_for_meta_tensors_are_those_of_autocast() -> None:
     # Forward only, as torch's engine asks for the device behind a fake tensor.
     model, found = create("NFNet", device="meta"), []

@@ -344,6 +344,9 @@ def test_a_mutated_file_that_is_read_holds_what_pickle_finds_in_it(protocol: int
             expected = pickle.loads(damaged)  # names numpy's arrays and nothing else, or it would not have been read
         except MemoryError:  # it makes room for all places of a memo that come before one
             continue
+        except pickle.UnpicklingError as error:
+            assert "end of frame" in str(error)  # noqa: PT017  since Python 3.14 it compares a frame's length
+            continue
         read += 1
         assert {m: list(e) for m, e in tree.items()} == {m: list(e) for m, e in expected.items()}
         for module, entries in tree.items():

@@ -202,7 +202,6 @@ def test_a_wrapped_model_has_the_rows_of_the_model():
     [
         ("rexnet_100", "residual blocks in stages, blocks, .*got RexNet"),
         ("visformer_tiny", "residual blocks in stages, blocks, .*got Visformer"),
-        ("efficientvim_m1", "at stages.0.blocks.0, got tuple"),
         ("hrnet_w18_small", "HighResolutionNet has blocks in 'stage2' as well"),
         ("cait_xxs24_224", "Cait has blocks in 'blocks_token_only' as well"),
         ("tiny_vit_5m_224", r"128 channels on axis 1 at stages.1.blocks.0, got shape \(1, 28, 28, 128\)"),
@@ -213,6 +212,19 @@ def test_networks_without_blocks_or_with_other_layouts_are_refused(name, message
     with pytest.raises(TypeError, match=message):
         signal_stats(model, torch.zeros(1, 3, 224, 224))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_block_that_gives_more_than_one_tensor_is_refused():
+    """As those of timm's efficientvim_m1 do, which timm has since 1.0.30."""
+    model = timm.create_model("test_resnet")
+    model.layer2.append(Twice())
+    with pytest.raises(TypeError, match=r"at layer2\.1, got tuple"):
+        signal_stats(model, torch.zeros(1, 3, 64, 64))
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x, x
 
 
 def test_the_channel_axis_of_tokens_is_the_last():

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import timm_nf
-from tests.support import small_nets
+from tests.support import OLD_TIMM, small_nets
 from tests.support.published import CARD, LABELS, create, logits
 from tests.support.saving import save_for_hf
 from timm_nf.inference.classify import labels
@@ -44,7 +44,7 @@ def test_timm_loads_what_is_pushed(hub):
 def test_what_timm_pushes_is_pulled(hub):
     model = create()
     timm.models.push_to_hf_hub(model, "alice/net", safe_serialization=True)
-    if not hasattr(timm.models, "get_model_args"):  # timm below 1.0.31 records no depths and widths
+    if OLD_TIMM:  # it records no depths and widths
         with pytest.raises(ValueError, match="is of another architecture: of 233 names it lacks 119"):
             timm_nf.hub.pull("alice/net")
         return
@@ -106,7 +106,7 @@ def test_what_transformers_calls_builds_the_network(hub, name):
     model = timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, 64, 64)}, **small)
     timm_nf.hub.push(model, "alice/net", card=CARD)
     config = published_config(hub)
-    if not hasattr(timm.models, "get_model_args") and name == "test_resnet":  # nor anything of timm's own networks
+    if OLD_TIMM and name == "test_resnet":  # nor anything of timm's own networks
         assert "model_args" not in config
         return
     # as TimmWrapperForImageClassification and, with 0 classes, TimmWrapperModel do

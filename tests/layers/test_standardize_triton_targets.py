@@ -275,6 +275,7 @@ def test_what_is_traced_compiled_or_exported_takes_the_formula() -> None:
 
 
 @NEEDS_TRITON
+@fake_cuda.NEEDS_NO_DRIVER
 def test_a_convolution_on_an_accelerator_takes_one_kernel_and_under_autocast_its_dtype() -> None:
     with FakeTensorMode():
         conv = ScaledStdConv2d(4, 8, 3, scale=1.7, device="cuda")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import timm_nf
+from tests.support.saving import save_for_hf
 from tests.support.small_nets import relative_error
 from timm_nf import layers
 from timm_nf.diagnostics import signal_stats
@@ -209,14 +211,23 @@ def test_a_pre_activation_network_equals_one_built_by_hand() -> None:
     assert not any(isinstance(m, BatchNormAct2d) for m in network.modules())
 
 
-def test_timms_interface_stays_and_stock_timm_does_not_load_the_weights() -> None:
+def test_timms_interface_stays() -> None:
     network: Any = timm_nf.normalizer_free(timm.create_model("resnet18", drop_path_rate=0.2))
     assert network.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 512, 2, 2)
     network.reset_classifier(7)
     assert network(torch.randn(1, 3, 64, 64)).shape == (1, 7)
     rates = [m.skip.drop_path.rate for m in network.modules() if isinstance(m, ResidualBlock) and m.skip.drop_path]
     assert rates == pytest.approx([0.2 * i / 7 for i in range(1, 8)])
-    assert network._model_args["normalizer_free"] is True
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnetv2_18"])
+def test_stock_timm_does_not_load_the_weights(name: str, tmp_path: Path) -> None:
+    network: Any = timm_nf.normalizer_free(timm.create_model(name))
+    save_for_hf(network, tmp_path / "net")
+    with pytest.raises(TypeError, match="normalizer_free"):
+        timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+    with pytest.raises(ValueError, match=r"could not be loaded again \(TypeError.* 'normalizer_free'\)"):
+        timm_nf.hub.write_folder(network, tmp_path / "ours", card=None)
 
 
 @pytest.mark.parametrize("name", ["seresnet18", "resnetv2_18d", "regnety_002"])

@@ -367,9 +367,6 @@ def test_convolutions_of_any_number_of_dimensions_have_their_output_channels_as_
         assert unitwise_norm(layer.weight.detach()).shape == (4, *[1] * (layer.weight.ndim - 1))
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.7", reason="torch 2.6 breaks the graph of the clipping function; why was not found"
-)
 def test_the_function_compiles_without_a_graph_break_to_the_same_gradients():
     eager, compiled = nfnet_like(), nfnet_like()
     clip = torch.compile(lambda: adaptive_clip_grad_(compiled), backend="aot_eager", fullgraph=True)

@@ -10,7 +10,6 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from tests.support.timm_tasks import trainable_module
 from timm_nf.optim.groups import param_groups_agc
 
 pytestmark = pytest.mark.filterwarnings("ignore:these parameters come without", "ignore:no classifier was found")
@@ -82,7 +81,7 @@ def test_distillation_keeps_its_own_parameters_and_exempts_the_students_classifi
         task = timm.task.LogitDistillationTask(model, teacher, **kwargs)
     else:
         task = timm.task.FeatureDistillationTask(model, teacher, student_feature_dim=4, **kwargs)
-    for given in (trainable_module(task), Wrapper(trainable_module(task)), task):
+    for given in (task.get_trainable_module(), Wrapper(task.get_trainable_module()), task):
         optimizer = create_optimizer_v2(given, "agcsgd", lr=0.1, weight_decay=1e-4)
         by_name = policy(given, optimizer)
         head = {name for name, p in given.named_parameters() if p is model.fc.weight}

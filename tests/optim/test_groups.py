@@ -5,7 +5,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tests.support.timm_tasks import trainable_module
 from timm_nf.optim.exempt import classifier_weights
 from timm_nf.optim.groups import param_groups_agc
 
@@ -82,8 +81,8 @@ def tasks(model):
         "task": timm.task.ClassificationTask(model, **kwargs),
         "logit distillation": timm.task.LogitDistillationTask(model, teacher, **kwargs),
         "feature distillation": feature,
-        "what train.py optimizes": trainable_module(feature),
-        "the same, distributed": Wrapper(trainable_module(feature)),
+        "what train.py optimizes": feature.get_trainable_module(),
+        "the same, distributed": Wrapper(feature.get_trainable_module()),
     }
 
 

@@ -138,6 +138,8 @@ def test_settings_that_the_base_optimizer_knows_are_not_ours_to_refuse():
     train(create("agcadopt", params, clip_exp=None), loss, 1)
 
 
+# torch 2.8 of itself, in LBFGS
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 @pytest.mark.parametrize("clip_factor", [math.inf, 0.1])
 def test_every_evaluation_of_a_closure_is_clipped_also_by_lbfgs(clip_factor, search):

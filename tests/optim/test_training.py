@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.small_nets import create as create_network
 from tests.support.small_problems import assert_identical, values
-from tests.support.timm_tasks import clip_parameters
 from timm_nf import optim
 from timm_nf.optim import agc
 
@@ -380,7 +379,7 @@ def test_the_calls_of_timms_training_script(where, bfloat16, monkeypatch):
                 loss = task(torch.randn(2, 3, 32, 32), torch.tensor([1, 7]))["loss"] / 2
             parameters = None
             if args.clip_grad is not None:
-                parameters = clip_parameters(task, model, exclude_head="agc" in args.clip_mode)
+                parameters = task.get_clip_parameters(exclude_head="agc" in args.clip_mode)
             options = {"clip_grad": args.clip_grad, "clip_mode": args.clip_mode, "parameters": parameters}
             if scaler is not None:
                 scaler(loss, optimizer, **options, create_graph=False, need_update=need_update)

@@ -34,6 +34,21 @@ def test_every_lower_bound_is_tried_by_a_row():
     assert {"torch", "timm", "huggingface_hub", "numpy", "safetensors", "typer", "matplotlib"} <= script.oldest().keys()
 
 
+def test_only_a_row_that_is_named_is_for_another_python(page, monkeypatch):
+    tried = []
+
+    def measure(name, pins, arguments):
+        tried.append(name)
+        raise subprocess.CalledProcessError(1, ["pip"])
+
+    monkeypatch.setattr(script, "measure", measure)
+    script.main([])
+    assert {*tried, script.NEWEST_PYTHON} == set(script.rows())
+    assert script.NEWEST_PYTHON not in tried
+    script.main(["--only", script.NEWEST_PYTHON])
+    assert tried[-1] == script.NEWEST_PYTHON
+
+
 def test_a_report_becomes_counts_names_and_reasons():
     assert script.summary(REPORT) == {
         "passed": 2,
@@ -72,12 +87,12 @@ def test_an_environment_gets_its_pins_runs_the_tests_and_is_deleted(page, tmp_pa
 
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(
-        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.26", "huggingface_hub": "2", "numpy": "2"}
+        script, "oldest", lambda: {"torch": "2.6", "timm": "1.0.27", "huggingface_hub": "2", "numpy": "2"}
     )
     monkeypatch.setattr(script.venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
     monkeypatch.setattr(script.subprocess, "run", fake_run)
     assert script.main(["--only", "timm, oldest", "--", "tests/layers"]) == 1  # two tests failed
-    assert "timm==1.0.26" in commands[0]
+    assert "timm==1.0.27" in commands[0]
     assert "tests/layers" in commands[-1]
     assert not list((tmp_path / ".cache" / "versions").iterdir())
     assert "- timm, oldest: only `tests/layers`." in page.read_text()

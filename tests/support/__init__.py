@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import timm
 import torch
 from torch.torch_version import TorchVersion
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = ROOT / "timm_nf" / "verify" / "golden"
-OLD_TORCH = TorchVersion(torch.__version__) < "2.8"
+OLD_TORCH = TorchVersion(torch.__version__) < "2.9"
 """Whether torch lacks what some tests need. They then hold what it does instead; docs/compatibility.md has a list."""
+OLD_TIMM = not hasattr(timm.models, "get_model_args")
+"""Whether timm is below 1.0.31. Its factory then records no arguments, among other things on the same list."""
 
 
 def golden_file(name: str) -> Path:

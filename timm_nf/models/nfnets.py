@@ -23,6 +23,7 @@ Examples:
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -526,7 +527,7 @@ def register_networks() -> None:
         if name not in _replaced:
             _replaced[name] = registry._model_entrypoints.get(name)
             _forget(name)
-            register_model(globals()[name])
+            _register(name, globals()[name])
 
 
 def unregister_networks() -> list[str]:
@@ -543,8 +544,16 @@ def unregister_networks() -> list[str]:
             continue
         _forget(name)
         if before is not None:
-            register_model(before)
+            _register(name, before)
     return left
+
+
+def _register(name: str, entrypoint: _Entrypoint) -> None:
+    """Register an entrypoint. Below 1.0.31 timm adds the name to its module's `__all__` each time."""
+    names: list[str] = getattr(sys.modules[entrypoint.__module__], "__all__", [])
+    if name in names:
+        names.remove(name)
+    register_model(entrypoint)
 
 
 def _forget(name: str) -> None:

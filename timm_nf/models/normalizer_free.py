@@ -747,6 +747,6 @@ def normalizer_free(model: nn.Module) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, _ANY_NORM):
             raise ValueError(f"{name} is a {type(module).__name__} that the signal was not followed to")
-    if hasattr(network, "_model_args"):  # timm raises at this argument, and so loads no weights into the old network
-        network._model_args = network._model_args | {"normalizer_free": True}
+    if hasattr(network, "pretrained_cfg"):  # timm raises at this argument, and so loads no weights into the old network
+        network._model_args = getattr(network, "_model_args", {}) | {"normalizer_free": True}
     return network

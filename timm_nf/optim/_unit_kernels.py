@@ -34,7 +34,7 @@ _DTYPES = {
 
 @triton.jit
 def _norm(address, at, length, DTYPE: tl.constexpr, NORM: tl.constexpr, CHUNK: tl.constexpr):
-    row = address.to(tl.pointer_type(DTYPE)) + at
+    row = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + at  # Triton takes a low address as a number of 32 bits
     squares = tl.zeros((CHUNK,), NORM)
     for start in range(0, length, CHUNK):
         column = start + tl.arange(0, CHUNK)
@@ -76,7 +76,7 @@ def scale(
         grad = tl.where(at_least, grads[i], grad)
         first = tl.where(at_least, firsts[i], first)
         length = tl.where(at_least, lengths[i], length)
-    row = grad.to(tl.pointer_type(GRAD)) + (unit - first).to(tl.int64) * length
+    row = grad.to(tl.int64).to(tl.pointer_type(GRAD)) + (unit - first).to(tl.int64) * length
     factor = tl.load(scales + done + unit)
     if factor != 1:
         for start in range(0, length, CHUNK):

@@ -54,10 +54,10 @@ def unitwise_norm(x: Tensor, norm_type: float = 2.0, axis: Axis = 0) -> Tensor:
     layout = layout_of(x.shape, axis)
     view = layout.view(x)
     if not x.numel():  # torch has no infinity norm of nothing
-        norms = x.new_zeros(() if layout.single else layout.sizes(view), dtype=_norm_dtype(x))
+        norms = x.new_zeros(() if layout.is_single() else layout.sizes(view), dtype=_norm_dtype(x))
     else:
-        dim = None if layout.single else layout.reduced(view.ndim)
-        norms = _vector_norm(view, norm_type, dim=dim, keepdim=not layout.single, dtype=_norm_dtype(x))
+        dim = None if layout.is_single() else layout.reduced(view.ndim)
+        norms = _vector_norm(view, norm_type, dim=dim, keepdim=not layout.is_single(), dtype=_norm_dtype(x))
     if layout.blocks:
         norms = norms.expand(-1, x.shape[0] // layout.blocks, *[-1] * (x.ndim - 1)).flatten(0, 1)
     return norms
@@ -305,7 +305,7 @@ def _chunks(parameters: Iterable[Tensor], axis: Axis) -> list[list[Shard]]:
         shard = local_shard(p, _grad(p), axis)
         if shard.grad.numel() or shard.blocks is not None:
             dtypes = (shard.grad.dtype, shard.weight.dtype)
-            key = (shard.grad.device, *dtypes, _by_kernel(shard), shard.layout.single, shard.spread_over)
+            key = (shard.grad.device, *dtypes, _by_kernel(shard), shard.layout.is_single(), shard.spread_over)
             chunks.setdefault(key, []).append(shard)
     return list(chunks.values())
 
@@ -338,7 +338,7 @@ def _unit_norms(tensors: list[Tensor], shards: list[Shard], norm_type: float) ->
 
 
 def _norms_in(dtype: torch.dtype, tensors: list[Tensor], shards: list[Shard], norm_type: float) -> Tensor:
-    if shards[0].layout.single:
+    if shards[0].layout.is_single():
         return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=dtype))  # pyright: ignore
     return torch.cat([_row_norms(dtype, t, shard, norm_type) for t, shard in zip(tensors, shards, strict=True)])
 
@@ -386,11 +386,11 @@ def _scale_gradients_(shards: list[Shard], units: Units) -> None:
     if _by_kernel(shards[0]):
         scale_units_([shard.grad for shard in shards], units.counts, scale)
         return
-    scales = list(scale.unbind() if shards[0].layout.single else scale.split_with_sizes(units.counts))
+    scales = list(scale.unbind() if shards[0].layout.is_single() else scale.split_with_sizes(units.counts))
     if _reading_is_free(scale):  # skip gradients without a clipped unit: rewriting them costs time
         hit = np.logical_or.reduceat(units.clipped.numpy(), np.cumsum([0, *units.counts[:-1]]))
         shards, scales = list(compress(shards, hit)), list(compress(scales, hit))
-    if shards and not shards[0].layout.single:
+    if shards and not shards[0].layout.is_single():
         scales = [_spread(values, shard) for values, shard in zip(scales, shards, strict=True)]
     if shards:
         torch._foreach_mul_([shard.grad for shard in shards], scales)  # pyright: ignore

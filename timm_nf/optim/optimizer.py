@@ -82,14 +82,14 @@ class AdaptiveClipping(torch.optim.Optimizer):
                 return base_step(*args, **kwargs)
 
         def closure_then_clip() -> Any:
-            loss = closure()
+            with torch.enable_grad():  # timm's Adahessian below 1.0.31 does not do it
+                loss = closure()
             self._clip_gradients()
             return loss
 
         if not self._is_sgd:
             return base_step(closure_then_clip, *args, **kwargs)
-        with torch.enable_grad():  # once, as torch's SGD itself would
-            loss = closure_then_clip()
+        loss = closure_then_clip()  # once, as torch's SGD itself would
         with self._fused_where_equal():
             base_step(*args, **kwargs)
         return loss

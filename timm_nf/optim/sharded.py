@@ -67,7 +67,7 @@ def local_shard(p: Tensor, g: Tensor, axis: Axis) -> Shard:
     spread_over = tuple(mesh.get_group(i) for i in dims if placements[i].dim != whole)
     if spread_over and blocks is None and not grad.numel():
         # Every process takes part in the collective; zeros change no norm.
-        weight, grad = (t.new_zeros(1 if layout.single else layout.sizes(t)) for t in (weight, grad))
+        weight, grad = (t.new_zeros(1 if layout.is_single() else layout.sizes(t)) for t in (weight, grad))
     return Shard(p, weight, grad, layout, spread_over, blocks)
 
 

@@ -27,8 +27,7 @@ class Layout(NamedTuple):
     kept: tuple[int, ...] = ()
     blocks: int = 0
 
-    @property
-    def single(self) -> bool:
+    def is_single(self) -> bool:  # no property, which torch.compile does not know on torch 2.8
         """Whether the whole tensor is one unit."""
         return not self.kept
 
