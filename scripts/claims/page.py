@@ -32,7 +32,8 @@ as {commit}. Parts, runs and the order of runs are those of that commit.
 - A claim has several parts. Each compares two networks or settings. The *twin* is the same network with batch
   normalisation.
 - The difference of a part is in points of test accuracy, paired by seed, with its 95 % t interval.
-- The words beside it say all that holds: *above* 0, *below* 0, *within {margin:g} point* of 0. Two of them can hold.
+- The words beside it say all that holds: *above* 0, *below* 0, *within {margin:g} point* of 0. Two of them can hold. If
+  only this is known, it is *loses less than {margin:g} point*. Where nothing holds, it is *open*.
 - A part is decided when all its runs are there. `make claims` goes on where it stopped.
 - Tables have means ± standard deviations over the seeds. Chance is 10 %. A run that diverges ends there.
 - `make claims-quick` decides three parts in minutes, with small runs of its own.

@@ -68,7 +68,7 @@ class Differences:
             "above": self.better,
             "below": self.worse,
             f"within {MARGIN:g} point": self.little,
-            f"less than {MARGIN:g} point below": self.as_good and not self.better and not self.little,
+            f"loses less than {MARGIN:g} point": self.as_good and not self.better and not self.little,
         }
         return " and ".join(fact for fact, true in facts.items() if true) or "open"
 
