@@ -28,7 +28,7 @@ def snapshot():
     kept["instance"] = repr(sorted(vars(registry)))
     for module in (timm.utils, timm.utils.agc, timm.utils.clip_grad):
         kept[module.__name__] = repr(sorted(vars(module).items(), key=lambda pair: pair[0]))
-    kept["names"] = repr(sorted(timm.models.nfnet.__all__))
+    kept["names"] = repr(timm.models.nfnet.__all__)
     kept["lookahead"] = repr(sorted(vars(timm.optim.Lookahead)))
     return kept
 def changed(before, after):

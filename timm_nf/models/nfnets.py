@@ -549,11 +549,12 @@ def unregister_networks() -> list[str]:
 
 
 def _register(name: str, entrypoint: _Entrypoint) -> None:
-    """Register an entrypoint. Below 1.0.31 timm adds the name to its module's `__all__` each time."""
+    """Register an entrypoint. Its module's `__all__` stays as it is: below 1.0.31 timm adds the name each time."""
     names: list[str] = getattr(sys.modules[entrypoint.__module__], "__all__", [])
-    if name in names:
-        names.remove(name)
+    before = names[:]
     register_model(entrypoint)
+    if name in before:
+        names[:] = before
 
 
 def _forget(name: str) -> None:
