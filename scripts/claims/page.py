@@ -290,9 +290,9 @@ def page(rows: Rows, commit: str, about_signals: str = "") -> str:
     lines.append(table(["claim", "part", "difference, points", "verdict"], summary))
     for index, (title, claim) in enumerate(CLAIMS.items(), 1):
         kinds = [verdict.partition(":")[0].strip("*") for *_, verdict in found[title]]
-        counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        counted = ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
         lines += ["", f"## {index}. {title}", "", f"The paper: {claim.paper}", "", f"Here: {claim.here}", ""]
-        lines += [f"Parts: {counted}."]
+        lines += [f"Verdicts: {counted}."]
         name, figure = list(FIGURES.items())[index - 1]
         if figure.ready(rows):
             lines += ["", f"![{title}](claims/{index}_{name}.png)", "", figure.caption]
