@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -131,6 +132,21 @@ def test_the_picture_has_a_line_for_every_network_and_the_expected_variance(tmp_
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (pixels[:, 2] - pixels[:, 0] > 100).any()  # blue
     assert ((pixels[:, 0] - pixels[:, 2] > 200) & (pixels[:, 1] > 100)).any()  # orange
+
+
+def test_the_same_expectation_of_all_networks_has_one_line_in_the_legend(tmp_path):
+    def rows(*expected):
+        return [
+            {"name": "a", "avg_sq_mean": 0.1, "avg_var": 1.0, "res_avg_var": None, "expected_var": e} for e in expected
+        ]
+
+    def labels(**measured):
+        draw_signals(measured, "", tmp_path / "p.svg")  # each text is a comment beside its outlines
+        return [text for text in re.findall("<!-- (.*?) -->", (tmp_path / "p.svg").read_text()) if "expected" in text]
+
+    assert labels(one=rows(1, 1.04), two=rows(1, 1.04), other=rows(None, None)) == ["expected variance"]
+    assert labels(one=rows(1, 1.04), two=rows(1, 1.2)) == ["one, expected variance", "two, expected variance"]
+    assert labels(other=rows(None, None)) == []
 
 
 def test_the_command_prints_a_table_of_every_network_and_writes_the_picture(local, tmp_path, capsys):

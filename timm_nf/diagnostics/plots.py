@@ -38,7 +38,8 @@ _LOG_FROM = 20.0
 def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file: Path) -> None:
     """Draw three panels with a line for every network.
 
-    The expected variance of a normalizer-free network is dashed: 1 + k alpha^2 at block k of a stage.
+    The expected variance of a normalizer-free network is dashed: 1 + k alpha^2 at block k of a stage. If it is the same
+    for all, there is one grey line.
 
     Args:
         measured: The statistics of `diagnostics.signal_stats`, by the name for the legend.
@@ -46,8 +47,9 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
         file: The file to write. Its suffix names the format.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    expected = _expected(measured)
     for axes, (key, words) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-        _draw_panel(axes, measured, key)
+        _draw_panel(axes, measured, key, expected if key == "avg_var" else {})
         axes.set_title(words, fontsize=10)
         axes.set_xlabel("block, 0 is the stem")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -56,19 +58,31 @@ def draw_signals(measured: Mapping[str, Sequence[SignalStats]], title: str, file
     lines = [
         Line2D([], [], color=f"C{index}", marker="o", markersize=3, label=name) for index, name in enumerate(measured)
     ]
-    lines += [
-        Line2D([], [], color=f"C{index}", ls="--", lw=1, label=f"{name}, expected variance")
-        for index, (name, rows) in enumerate(measured.items())
-        if any(row["expected_var"] is not None for row in rows)
-    ]
+    lines += [Line2D([], [], color=color, ls="--", lw=1, label=label) for label, (color, _) in expected.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=130)
 
 
-def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: Statistic) -> None:
-    """Draw one statistic of every network. The panel of the variance also has the expected variance, dashed."""
+def _expected(measured: Mapping[str, Sequence[SignalStats]]) -> dict[str, tuple[str, list[float | None]]]:
+    """The colour and the values of every line of expected variances, by its label."""
+    lines: dict[str, tuple[str, list[float | None]]] = {}
+    for index, (name, rows) in enumerate(measured.items()):
+        values = [row["expected_var"] for row in rows]
+        if any(value is not None for value in values):
+            lines[f"{name}, expected variance"] = (f"C{index}", values)
+    distinct = {tuple(values) for _, values in lines.values()}
+    return {"expected variance": ("0.4", [*distinct.pop()])} if len(distinct) == 1 else lines
+
+
+def _draw_panel(
+    axes: Axes,
+    measured: Mapping[str, Sequence[SignalStats]],
+    key: Statistic,
+    expected: Mapping[str, tuple[str, list[float | None]]],
+) -> None:
+    """Draw one statistic of every network, and dashed what is expected of it."""
     shown: list[float] = []
 
     def line(values: list[float], color: str, **style: Any) -> None:
@@ -77,8 +91,8 @@ def _draw_panel(axes: Axes, measured: Mapping[str, Sequence[SignalStats]], key: 
 
     for index, rows in enumerate(measured.values()):
         line([_number(row[key]) for row in rows], f"C{index}", marker="o", markersize=3, lw=1.3)
-        if key == "avg_var":
-            line([_number(row["expected_var"]) for row in rows], f"C{index}", ls="--", lw=1)
+    for color, values in expected.values():
+        line([_number(value) for value in values], color, ls="--", lw=1)
     if shown and max(shown) > _LOG_FROM * min(shown):
         axes.set_yscale("log")
     else:
@@ -113,7 +127,7 @@ def draw_clip_range(measured: ClipRange, title: str, file: Path) -> None:
     axes.set(xscale="log", ylim=(-0.3, len(stages)))
     axes.set_xlabel(
         "gradient norm / weight norm of a unit\n\nTick: the median of a stage. Height: how many of its units have this "
-        "ratio, each stage\nscaled to its own peak. The classifier's weight is never clipped and left out.",
+        "ratio, each stage\nscaled to its own peak. The classifier's weight is left out, as it is never clipped.",
         fontsize=9,
     )
     axes.set_yticks(range(len(stages)), [_name_and_units(stage) for stage in reversed(stages)])
