@@ -30,6 +30,7 @@ GRIDS = {
 RATIO = 4  # between two neighbours in a grid
 MORE = 2  # number of points by which a grid is extended, if its best is at an end
 HEAD = "head.fc.weight"
+GAINS = " ".join(f"{stage}0.skipinit_gain" for stage in STAGES)
 PARTS = {"the classifier's weight": HEAD, "the first convolution": "stem."} | {
     f"stage {i}": stage for i, stage in enumerate(STAGES, 1)
 }
@@ -252,6 +253,15 @@ PHASES = (
     Phase("batch 512: best rates", compare(512, "best")),
     Phase("batch 512: the linear rule", compare(512, "linear")),
 )  # fmt: skip
+
+
+def without_gains(rows: Rows) -> Run:
+    """The clipped network at the largest batch size and its best rate, but its skip gains are not clipped."""
+    return replace(at_best(rows, CLIPPED, LARGEST), spared=f"{HEAD} {GAINS}")
+
+
+# It was chosen after the results were seen, so it decides nothing.
+EXPLORED = Phase("after the plan: skip gains are not clipped", lambda rows: over(SEEDS, [without_gains(rows)]))
 
 
 def planned(rows: Rows, phases: Sequence[Phase] = PHASES) -> list[Run]:

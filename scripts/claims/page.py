@@ -44,6 +44,17 @@ Relative L2 distances between the logits of 128 test images: in training mode an
 with other images in the batch (median over runs that trained, and the largest). The share of means is that of squared
 channel means in the second moment behind the blocks. There are no verdicts: these are measured in every run."""
 
+EXPLORED = """\
+## After the plan: skip gains that are not clipped
+
+These runs were chosen after the results were seen, so they decide nothing. Skip gains start at 0, and clipping holds
+them near it. What if they alone are spared? Batch {batch}, {setting}.
+
+{table}
+
+Spared minus clipped, paired by seed: {numbers}.
+"""
+
 FIRST = """\
 ## The first experiment
 
@@ -262,6 +273,18 @@ def measured_table(rows: Rows) -> str:
     return table(header, lines) if lines else ""
 
 
+def explored(rows: Rows) -> str:
+    """The section about runs that the plan does not have. It is empty if they are missing."""
+    spared, clipped = grid.without_gains(rows), grid.at_best(rows, grid.CLIPPED, LARGEST)
+    twin = grid.at_best(rows, grid.TWIN, LARGEST)
+    part = parts.Part("", "better", [spared], [clipped])
+    if any(run not in rows for run in [*part.runs, *grid.over(SEEDS, [twin])]):
+        return ""
+    settings = {"clipped": clipped, "clipped, but not the skip gains": spared, "twin": twin}
+    shown = table(["network", "accuracy"], [[name, cell(rows, run)] for name, run in settings.items()])
+    return EXPLORED.format(batch=LARGEST, setting=setting_text(clipped), table=shown, numbers=part.numbers(rows))
+
+
 def state(rows: Rows, phases: Iterable[Phase]) -> str:
     """How many runs of the plan are done, their time, and on which machine."""
     planned = grid.planned(rows, list(phases))
@@ -302,6 +325,8 @@ def page(rows: Rows, commit: str, about_signals: str = "") -> str:
     lines += [MEASURED, "", measured_table(rows) or "Not run yet.", ""]
     if about_signals:
         lines.append(about_signals)
+    if about_exploration := explored(rows):
+        lines.append(about_exploration)
     first = {run: result for run, result in rows.items() if run.plan == 1}
     twin = Run(1, "bn", width=1.0, batch=LARGEST, lr=1.6, epochs=2)
     reached = spread([first[replace(twin, seed=seed)].accuracy for seed in range(3)])

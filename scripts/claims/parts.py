@@ -60,6 +60,12 @@ class Part:
 
         return Differences.of([total(self.above, seed) - total(self.below, seed) for seed in self.seeds])
 
+    def numbers(self, rows: Rows) -> str:
+        """The mean difference, its 95 % interval, and all that the rule finds. Every run must have its row."""
+        d = self.differences(rows)
+        low, high = d.interval(0.95)
+        return f"{d.mean:+.2f} ({low:+.2f} to {high:+.2f}), {d.found}"
+
     def verdict(self, rows: Rows) -> tuple[str, str]:
         """The numbers, and whether the part holds."""
         if list(self.above) == list(self.below):
@@ -67,9 +73,7 @@ class Part:
         made = sum(run in rows for run in self.runs)
         if made < len(self.runs):
             return "", f"not run yet: {made} of {len(self.runs)} runs"
-        d = self.differences(rows)
-        low, high = d.interval(0.95)
-        numbers = f"{d.mean:+.2f} ({low:+.2f} to {high:+.2f}), {d.found}"
+        numbers, d = self.numbers(rows), self.differences(rows)
         if self.reference and grid.mean(rows, self.reference, self.seeds) < TRAINED:
             return numbers, "not decided: the reference has not trained"
         outcome = decide(self.kind, d)

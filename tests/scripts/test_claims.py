@@ -95,6 +95,12 @@ def test_exactly_the_spared_parameters_are_not_clipped(kind: str, spared: str):
     assert bool(kept) == bool(spared)
 
 
+def test_skip_gains_are_spared_beside_the_classifiers_weight():
+    after = gradients(replace(grid.without_gains({}), factor=1e-3))
+    kept = {name for name, grad in after.items() if (grad == 1).all()}
+    assert kept == {"head.fc.weight", *(f"stages.{i}.0.skipinit_gain" for i in range(4))}
+
+
 @pytest.mark.parametrize("alone", PARTS.values())
 def test_exactly_the_named_part_is_clipped_alone(alone: str):
     after = gradients(Run(clip="unit", factor=1e-3, alone=alone))
@@ -378,6 +384,21 @@ def test_a_page_of_a_complete_plan_decides_every_part_and_draws_every_figure(
     assert len(re.findall(r"^\| \d \| .*(holds|does not hold|not decided)", text, re.MULTILINE)) == len(parts) > 50
     assert len(list((tmp_path / "claims").glob("*.png"))) == len(FIGURES) == len(CLAIMS)
     assert "Its comparison with a batch-normalised twin was unfair" in text
+
+
+def test_what_was_explored_after_the_plan_decides_nothing(complete: tuple[Rows, list[Run]], tmp_path: Path):
+    planned_only = {run: each for run, each in ROWS.items() if run.plan == 1} | complete[0]
+    pool = Now()
+    claims.write(tmp_path / "runs.csv", planned_only)
+    rows = claims.run_missing((*PHASES, grid.EXPLORED), tmp_path / "runs.csv", pool, 2)
+    assert pool.ran == [replace(grid.without_gains(rows), seed=seed) for seed in SEEDS]
+    before, after = page(planned_only, "a commit"), page(rows, "a commit")
+    verdicts = re.compile(r"^\| \d \| .*", re.MULTILINE)
+    assert verdicts.findall(after) == verdicts.findall(before)
+    assert "## After the plan" not in before
+    section = after[after.index("## After the plan") : after.index("## The first experiment")]
+    assert "decide nothing" in section
+    assert "Spared minus clipped, paired by seed: +0.00 (+0.00 to +0.00), within 1 point." in section
 
 
 def test_a_page_without_runs_says_so(tmp_path: Path):
