@@ -11,17 +11,23 @@ from scripts.claims.training import Run
 
 COLOURS = ("#1f6fb2", "#c0392b", "#2e8b57", "#8e5ea2", "#7f8c8d")
 CHANCE = 10.0
+ASIDE = (0.95, 1.0, 1.05)  # factors on batch sizes
 
 
 def accuracies(rows: Rows, setting: Run, seeds: Sequence[int] = SEEDS) -> list[float]:
     return [rows[run].accuracy for run in grid.over(seeds, [setting]) if run in rows]
 
 
-def line(axes: Any, rows: Rows, at: dict[float, Run], label: str, colour: str, seeds: Sequence[int] = SEEDS) -> None:
-    """Draw means with their standard deviations. Settings without rows are left out."""
-    found = {x: values for x, run in at.items() if (values := accuracies(rows, run, seeds))}
+def line(
+    axes: Any, rows: Rows, at: dict[float, Run], label: str, colour: str, seeds: Sequence[int] = SEEDS, aside: float = 1
+) -> None:
+    """Draw means with their standard deviations. Settings without rows are left out.
+
+    `aside` is a factor on the positions, so that lines of a logarithmic axis do not cover each other.
+    """
+    found = {x * aside: values for x, run in at.items() if (values := accuracies(rows, run, seeds))}
     for x, values in found.items():
-        axes.plot([x] * len(values), values, "o", ms=3, alpha=0.4, color=colour, mew=0)
+        axes.plot([x] * len(values), values, "o", ms=5, alpha=0.4, color=colour, mew=0)
     means = [statistics.fmean(values) for values in found.values()]
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
     if found:
@@ -33,7 +39,7 @@ def dots(axes: Any, rows: Rows, settings: dict[str, Run]) -> None:
     found = {name: values for name, run in settings.items() if (values := accuracies(rows, run))}
     for y, values in enumerate(found.values()):
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        axes.plot(values, [y] * len(values), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
+        axes.plot(values, [y] * len(values), "o", ms=5, alpha=0.4, color=COLOURS[0], mew=0)
         axes.errorbar(statistics.fmean(values), y, xerr=spread, marker="s", ms=4, capsize=3, color=COLOURS[0])
     axes.set_yticks(range(len(found)), list(found))
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="test accuracy, %")
@@ -55,14 +61,16 @@ def mark_chance(axes: Any, vertical: bool = False) -> None:
 
 
 def draw_batch_sizes(rows: Rows, figure: Any) -> None:
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, (name, choose) in zip(panels, SETTINGS.items(), strict=True):
-        for colour, kind in zip(COLOURS, KINDS, strict=False):
-            line(axes, rows, {batch: choose(rows, kind, batch) for batch in BATCHES}, kind, colour)
+        for colour, kind, aside in zip(COLOURS, KINDS, ASIDE, strict=False):
+            line(axes, rows, {batch: choose(rows, kind, batch) for batch in BATCHES}, kind, colour, aside=aside)
         log_axis(axes, BATCHES, "batch size")
         axes.set_title("best of three rates" if name == "best" else "linear rule")
         mark_chance(axes)
-    panels[0].legend(frameon=False)
+    panels[0].set_ylim(0, 100)  # standard deviations reach further where some seeds diverge
+    panels[1].set_ylabel("")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def draw_clip_factors(rows: Rows, figure: Any) -> None:
@@ -95,8 +103,9 @@ def draw_norms(rows: Rows, figure: Any) -> None:
 
 def draw_small_batches(rows: Rows, figure: Any) -> None:
     axes = figure.subplots()
-    for colour, net, label in zip(COLOURS, grid.SMALL_NETS, ("NF", "twin"), strict=False):
-        line(axes, rows, {batch: grid.small_best(rows, net, batch) for batch in SMALL_BATCHES}, label, colour)
+    for colour, net, label, aside in zip(COLOURS, grid.SMALL_NETS, ("NF", "twin"), ASIDE, strict=False):
+        at = {batch: grid.small_best(rows, net, batch) for batch in SMALL_BATCHES}
+        line(axes, rows, at, label, colour, aside=aside)
     log_axis(axes, SMALL_BATCHES, "batch size")
     mark_chance(axes)
     axes.legend(frameon=False)
