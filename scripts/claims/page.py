@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from scripts.claims.training import Run
 
 # The commit that added plan.md. It is not read from git, since a copy of the repository may have no history.
 PLAN_COMMIT = "33620fcb2bdd6da695608aa4f52ddd1ae5c6f352"
+
+VERDICTS = ("holds", "does not hold", "not decided", "not run yet")
 
 INTRODUCTION = """\
 # The paper's claims, re-run
@@ -309,13 +312,15 @@ def page(rows: Rows, commit: str, about_signals: str = "") -> str:
     found = {
         title: [(part.statement, *part.verdict(rows)) for part in say(rows)] for title, say in parts.CLAIMS.items()
     }
+    counts = []
+    for index, (title, verdicts) in enumerate(found.items(), 1):
+        of_each = Counter(verdict.partition(":")[0].strip("*") for *_, verdict in verdicts)
+        counts.append([index, title, *map(of_each.get, VERDICTS)])
+    lines += [table(["", "claim", *VERDICTS], counts), ""]
     summary = [[index, *verdict] for index, title in enumerate(found, 1) for verdict in found[title]]
     lines.append(table(["claim", "part", "difference, points", "verdict"], summary))
     for index, (title, claim) in enumerate(CLAIMS.items(), 1):
-        kinds = [verdict.partition(":")[0].strip("*") for *_, verdict in found[title]]
-        counted = ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
-        lines += ["", f"## {index}. {title}", "", f"The paper: {claim.paper}", "", f"Here: {claim.here}", ""]
-        lines += [f"Verdicts: {counted}."]
+        lines += ["", f"## {index}. {title}", "", f"The paper: {claim.paper}", "", f"Here: {claim.here}"]
         name, figure = list(FIGURES.items())[index - 1]
         if figure.ready(rows):
             lines += ["", f"![{title}](claims/{index}_{name}.png)", "", figure.caption]

@@ -379,9 +379,12 @@ def test_a_page_of_a_complete_plan_decides_every_part_and_draws_every_figure(
     pages.write_page(rows, tmp_path / "claims")
     text = (tmp_path / "claims.md").read_text()
     assert "as a commit." in text
-    assert "not run yet" not in text
+    assert "not run yet:" not in text
     parts = [part for say in CLAIMS.values() for part in say(rows)]
     assert len(re.findall(r"^\| \d \| .*(holds|does not hold|not decided)", text, re.MULTILINE)) == len(parts) > 50
+    counts = re.findall(r"^\| \d \| [^|]+((?:\| *\d* ){4})\|$", text, re.MULTILINE)
+    assert len(counts) == len(CLAIMS)
+    assert sum(int(number) for line in counts for number in re.findall(r"\d+", line)) == len(parts)
     assert len(list((tmp_path / "claims").glob("*.png"))) == len(FIGURES) == len(CLAIMS)
     assert "Its comparison with a batch-normalised twin was unfair" in text
 
