@@ -114,11 +114,12 @@ def draw_small_batches(rows: Rows, figure: Any) -> None:
 def draw_capacity(rows: Rows, figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     dots(left, rows, {run.depths: run for run in grid.deeper()})
-    left.set(title="four more blocks in one stage (chance is 10 %)", ylabel="depths")
+    left.set(title="four more blocks in one stage", ylabel="depths")
     for colour, width in zip(COLOURS, grid.WIDTHS, strict=False):
         line(right, rows, {run.dropout: run for run in grid.dropouts(width)}, f"width {width:.2f}", colour)
-    right.set(title="dropout (chance is 10 %)", xlabel="rate", ylabel="test accuracy, %", xticks=grid.DROPOUTS)
+    right.set(title="dropout", xlabel="rate", ylabel="test accuracy, %", xticks=grid.DROPOUTS)
     right.legend(frameon=False)
+    figure.suptitle("chance is 10 %")
 
 
 def draw_regularisation(rows: Rows, figure: Any) -> None:
