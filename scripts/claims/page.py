@@ -292,7 +292,7 @@ def state(rows: Rows, phases: Iterable[Phase]) -> str:
     """How many runs of the plan are done, their time, and on which machine."""
     planned = grid.planned(rows, list(phases))
     made = {run: rows[run] for run in planned if run in rows}
-    count = f"- Runs: {len(made)} of about {len(planned)}, in the plan's order."
+    count = f"- Runs: {len(made)} of {'about ' * (len(made) < len(planned))}{len(planned)}, in the plan's order."
     if not made:
         return f"{count} `make claims` begins them."
     machines = "; ".join(sorted({result.machine for result in made.values()}))

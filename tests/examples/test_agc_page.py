@@ -29,8 +29,16 @@ def exempt(model, optimizer):
 
 
 def test_every_snippet_runs_without_a_warning(names, capsys):
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     assert names["without_model"].param_groups[0]["clip_axis"] == (1, 2)
+
+
+def test_skip_gains_are_spared_in_addition_to_the_classifier(names):
+    optimizer = names["gains_spared"]
+    assert exempt(names["model"], optimizer) == {f"stages.{i}.0.skipinit_gain" for i in range(4)}
+    spared = [p for group in optimizer.param_groups if group["clip_factor"] is None for p in group["params"]]
+    assert [len(p) for p in spared if p.dim() == 2] == [10]  # the classifier, which the page replaces later
+    assert len(spared) == 5
 
 
 def test_the_factor_that_was_set_after_loading_holds(names):
