@@ -175,7 +175,7 @@ def main() -> int:
         elif args.report:
             write_page(rows, FOLDER)
         else:
-            train_with((*PHASES, EXPLORED), args.csv, args.processes)
+            train_with((*PHASES, *EXPLORED), args.csv, args.processes)
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1

@@ -138,9 +138,9 @@ def layers_base(rows: Rows) -> Run:
     return Run(clip="unit", factor=factor, batch=LARGEST, lr=linear(LARGEST), seed=TUNING)
 
 
-def layers(rows: Rows) -> dict[str, Run]:
-    """Each choice of clipped layers, in words, with its run."""
-    base = replace(layers_base(rows), spared="")
+def layers(rows: Rows, base: Run | None = None) -> dict[str, Run]:
+    """Each choice of clipped layers, in words, with its run. All else is as in the base, by default the plan's."""
+    base = replace(base or layers_base(rows), spared="")
     return {
         "everything": base,
         "nothing": replace(base, clip="none", factor=0.0, spared=HEAD),
@@ -260,8 +260,18 @@ def without_gains(rows: Rows) -> Run:
     return replace(at_best(rows, CLIPPED, LARGEST), spared=f"{HEAD} {GAINS}")
 
 
-# It was chosen after the results were seen, so it decides nothing.
-EXPLORED = Phase("after the plan: skip gains are not clipped", lambda rows: over(SEEDS, [without_gains(rows)]))
+def layers_at_linear(rows: Rows) -> dict[str, Run]:
+    """Each choice of clipped layers at the rate of the linear rule."""
+    return layers(rows, at_linear(rows, CLIPPED, LARGEST))
+
+
+# They were chosen after the results were seen, so they decide nothing.
+EXPLORED = (
+    Phase("after the plan: skip gains are not clipped", lambda rows: over(SEEDS, [without_gains(rows)])),
+    Phase(
+        "after the plan: one part at the linear rule", lambda rows: over(FEWER, layers_at_linear(rows).values())
+    ),
+)  # fmt: skip
 
 
 def planned(rows: Rows, phases: Sequence[Phase] = PHASES) -> list[Run]:

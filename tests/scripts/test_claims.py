@@ -393,15 +393,19 @@ def test_what_was_explored_after_the_plan_decides_nothing(complete: tuple[Rows, 
     planned_only = {run: each for run, each in ROWS.items() if run.plan == 1} | complete[0]
     pool = Now()
     claims.write(tmp_path / "runs.csv", planned_only)
-    rows = claims.run_missing((*PHASES, grid.EXPLORED), tmp_path / "runs.csv", pool, 2)
+    rows = claims.run_missing((*PHASES, *grid.EXPLORED), tmp_path / "runs.csv", pool, 2)
     assert pool.ran == [replace(grid.without_gains(rows), seed=seed) for seed in SEEDS]
+    assert {(run.batch, run.lr) for run in grid.layers_at_linear(rows).values()} == {(LARGEST, 1.6)}
     before, after = page(planned_only, "a commit"), page(rows, "a commit")
     verdicts = re.compile(r"^\| \d \| .*", re.MULTILINE)
     assert verdicts.findall(after) == verdicts.findall(before)
-    assert "## After the plan" not in before
-    section = after[after.index("## After the plan") : after.index("## The first experiment")]
-    assert "decide nothing" in section
-    assert "Spared minus clipped, paired by seed: +0.00 (+0.00 to +0.00), within 1 point." in section
+    assert "## After the plan: skip gains" not in before
+    _, gains, layers = after[: after.index("## The first experiment")].split("## After the plan")
+    assert "decide nothing" in gains
+    assert "Spared minus clipped, paired by seed: +0.00 (+0.00 to +0.00), within 1 point." in gains
+    assert "decide nothing" in layers
+    assert "| everything | 88.4 ± 0.0 | 88.4, 88.4, 88.4 |" in layers
+    assert len(re.findall(r"^\| (?:all but )?(?:stage \d|the )", layers, re.MULTILINE)) == 2 * len(PARTS)
 
 
 def test_a_page_without_runs_says_so(tmp_path: Path):
