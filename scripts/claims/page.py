@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from scripts.claims.training import Run
 # The commit that added plan.md. It is not read from git, since a copy of the repository may have no history.
 PLAN_COMMIT = "33620fcb2bdd6da695608aa4f52ddd1ae5c6f352"
 
+LOSS = {"training loss": ("loss", 3)}
+SHIFT = {"share of means": ("mean_shift", 2)}
 VERDICTS = ("holds", "does not hold", "not decided", "not run yet")
 
 INTRODUCTION = """\
@@ -50,8 +52,8 @@ channel means in the second moment behind the blocks. There are no verdicts: the
 GAINS_SPARED = """\
 ## After the plan: skip gains that are not clipped
 
-These runs were chosen after the results were seen, so they decide nothing. Skip gains start at 0, and clipping holds
-them near it. What if they alone are spared? Batch {batch}, {setting}.
+These runs were chosen after the results were seen, so they decide nothing. Skip gains start at 0, and are clipped like
+everything else. What if they are spared, beside the classifier's weight? Batch {batch}, {setting}.
 
 {table}
 
@@ -59,11 +61,13 @@ Spared minus clipped, paired by seed: {numbers}.
 """
 
 LAYERS_AT_LINEAR = """\
-## After the plan: one part clipped or spared, at a higher rate
+## After the plan: one part clipped or spared, at the linear rule
 
-These runs were chosen after the results were seen, so they decide nothing. The plan took the smallest rate at which a
-network without clipping diverged with the seed that chooses. With most other seeds it trains there. At the linear rule
-it diverges with all of them. Batch {batch}, {setting}, three seeds.
+These runs were chosen after the results were seen, so they decide nothing. The plan took {base}, the smallest rate at
+which only the clipped network trains with the seed that chooses. With the seeds that decide, the network without
+clipping reached {nothing} % there.
+
+Here the rate is that of the linear rule. Batch {batch}, {setting}, three seeds.
 
 {table}
 """
@@ -94,6 +98,11 @@ def cell(rows: Rows, setting: Run, value: str = "accuracy", digits: int = 1) -> 
     return spread((getattr(result, value) for result in found), digits) + (
         f" ({len(found)} seeds)" if 1 < len(found) < 3 else ""
     )
+
+
+def seed_by_seed(rows: Rows, setting: Run, seeds: Sequence[int]) -> str:
+    """The accuracies, one for each seed. Every run must have its row."""
+    return ", ".join(single(rows, run) for run in grid.over(seeds, [setting]))
 
 
 def single(rows: Rows, run: Run) -> str:
@@ -169,19 +178,16 @@ def small_batch_table(rows: Rows) -> str:
     return table(["batch", "NF, not clipped", "twin"], lines) if lines else ""
 
 
-def size_table(rows: Rows, settings: dict[str, Run], with_loss: bool) -> str:
+def size_table(rows: Rows, settings: dict[str, Run], measured: Mapping[str, tuple[str, int]] = {}) -> str:
+    """A table of networks; `measured` has the heading, the name and the digits of further results."""
     lines = []
     for name, run in settings.items():
         if text := cell(rows, run):
             result = next(rows[each] for each in grid.over(SEEDS, [run]) if each in rows)
-            line = [name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M"]
-            if with_loss:
-                line.append(cell(rows, run, "loss", 3))
-            lines.append([*line, text])
-    header = ["network", "parameters", "multiply-adds"]
-    if with_loss:
-        header.append("training loss")
-    return table([*header, "accuracy"], lines) if lines else ""
+            more = (cell(rows, run, value, digits) for value, digits in measured.values())
+            lines.append([name, f"{result.params / 1e6:.2f} M", f"{result.macs / 1e6:.2f} M", *more, text])
+    header = ["network", "parameters", "multiply-adds", *measured, "accuracy"]
+    return table(header, lines) if lines else ""
 
 
 def depth_settings() -> dict[str, Run]:
@@ -202,7 +208,7 @@ def regularisation_settings() -> dict[str, Run]:
 
 
 def capacity_tables(rows: Rows) -> str:
-    found = [size_table(rows, depth_settings(), False), size_table(rows, dropout_settings(), True)]
+    found = [size_table(rows, depth_settings()), size_table(rows, dropout_settings(), LOSS)]
     return "\n\n".join(filter(None, found))
 
 
@@ -258,8 +264,9 @@ CLAIMS = dict(
             Claim(
                 "Section 3 and arXiv:2101.08692: stochastic depth stands in for a regularisation that batch "
                 "normalisation gives. Standardised weights keep the means of activations from growing.",
-                "6000 images, 20 epochs, batch 64, two blocks a stage.",
-                lambda rows: size_table(rows, regularisation_settings(), True),
+                "6000 images, 20 epochs, batch 64, two blocks a stage. The share of means is that of squared channel "
+                "means in the second moment behind the blocks.",
+                lambda rows: size_table(rows, regularisation_settings(), LOSS | SHIFT),
             ),
         ),
         strict=True,
@@ -300,15 +307,20 @@ def gains_spared(rows: Rows) -> str:
 
 def layers_at_linear(rows: Rows) -> str:
     """The section about what has to be clipped at the linear rule. It is empty if runs are missing."""
-    settings = grid.layers_at_linear(rows)
-    if any(run not in rows for run in grid.over(grid.FEWER, settings.values())):
+    settings, nothing = grid.layers_at_linear(rows), grid.layers(rows)["nothing"]
+    if any(run not in rows for run in [*grid.over(grid.FEWER, settings.values()), *grid.over(SEEDS, [nothing])]):
         return ""
     lines = []
     for name, run in settings.items():
-        values = [rows[each].accuracy for each in grid.over(grid.FEWER, [run])]
-        lines.append([name, spread(values), ", ".join(f"{value:.1f}" for value in values)])
-    shown = table(["clipped", "accuracy", "seed by seed"], lines)
-    return LAYERS_AT_LINEAR.format(batch=LARGEST, setting=setting_text(settings["everything"]), table=shown)
+        values = [rows[each].accuracy for each in grid.over(grid.FEWER, [run])]  # some settings have more seeds
+        lines.append([name, spread(values), seed_by_seed(rows, run, grid.FEWER)])
+    return LAYERS_AT_LINEAR.format(
+        base=f"rate {nothing.lr:g}",
+        nothing=seed_by_seed(rows, nothing, SEEDS),
+        batch=LARGEST,
+        setting=setting_text(settings["everything"]),
+        table=table(["clipped", "accuracy", "seed by seed"], lines),
+    )
 
 
 def state(rows: Rows, phases: Iterable[Phase]) -> str:
@@ -320,7 +332,7 @@ def state(rows: Rows, phases: Iterable[Phase]) -> str:
         return f"{count} `make claims` begins them."
     machines = "; ".join(sorted({result.machine for result in made.values()}))
     hours = sum(result.seconds for result in made.values()) / 3600
-    return f"{count} Processor time: {hours:.1f} hours, on a machine with other work. Machine: {machines} a run."
+    return f"{count} Processor time: {hours:.1f} hours. Machine: {machines} a run."
 
 
 def page(rows: Rows, commit: str, about_signals: str = "") -> str:

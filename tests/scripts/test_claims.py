@@ -408,6 +408,37 @@ def test_what_was_explored_after_the_plan_decides_nothing(complete: tuple[Rows, 
     assert len(re.findall(r"^\| (?:all but )?(?:stage \d|the )", layers, re.MULTILINE)) == 2 * len(PARTS)
 
 
+def test_the_rows_say_what_other_pages_say_of_them_in_words():
+    """docs/concepts/why.md, "What was seen here", and docs/agc.md about skip gains."""
+    parts = {part.statement: part for say in CLAIMS.values() for part in say(ROWS)}
+    verdicts = {statement: part.verdict(ROWS) for statement, part in parts.items()}
+    held = [
+        *(f"linear rule, batch {batch}: unclipped is below clipped" for batch in (1024, 2048, 4096)),
+        *(f"batch {batch}: NF is better than the twin" for batch in (2, 4)),
+        *(
+            statement
+            for statement in parts
+            if "of the two factors chosen" in statement or "the larger one" in statement
+        ),
+        "sparing the classifier's weight is better",
+    ]
+    assert len(held) == 8
+    assert {verdicts[statement][1] for statement in held} == {"**holds**"}
+    assert "above" in verdicts[f"linear rule, batch {LARGEST}: clipped is as good as the twin"][0]
+    for batch in (512, 1024, 2048, 4096):
+        behind = parts[f"best rates, batch {batch}: clipped is as good as the twin"]
+        assert -3 < behind.differences(ROWS).mean < -1
+        assert behind.differences(ROWS).worse
+    alike = [s for s in parts if s.startswith(("unit-wise", "depth 1-1-5-1", "stochastic depth", "standardised"))]
+    assert len(alike) == 7
+    assert all("within 1 point" in verdicts[statement][0] for statement in alike)
+    gained = Part("", "better", [grid.without_gains(ROWS)], behind.above).differences(ROWS)
+    assert gained.mean == pytest.approx(-behind.differences(ROWS).mean, abs=0.5)
+    standard, plain = grid.drop_paths("nf")[0], grid.without_standardisation()
+    shift = [np.mean([ROWS[run].mean_shift for run in grid.over(SEEDS, [setting])]) for setting in (standard, plain)]
+    assert shift[1] / shift[0] == pytest.approx(5, abs=0.5)
+
+
 def test_a_page_without_runs_says_so(tmp_path: Path):
     text = page({run: each for run, each in ROWS.items() if run.plan == 1}, "a commit")
     assert not re.search(r"^\| \d \| .*(holds|does not hold)", text, re.MULTILINE)
