@@ -144,7 +144,8 @@ def test_the_same_expectation_of_all_networks_has_one_line_in_the_legend(tmp_pat
         draw_signals(measured, "", tmp_path / "p.svg")  # each text is a comment beside its outlines
         return [text for text in re.findall("<!-- (.*?) -->", (tmp_path / "p.svg").read_text()) if "expected" in text]
 
-    assert labels(one=rows(1, 1.04), two=rows(1, 1.04), other=rows(None, None)) == ["expected variance"]
+    assert labels(one=rows(1, 1.04), two=rows(1, 1.04)) == ["expected variance"]
+    assert labels(one=rows(1, 1.04), other=rows(None, None)) == ["one, expected variance"]  # not of the other
     assert labels(one=rows(1, 1.04), two=rows(1, 1.2)) == ["one, expected variance", "two, expected variance"]
     assert labels(other=rows(None, None)) == []
 

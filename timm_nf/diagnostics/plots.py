@@ -73,7 +73,9 @@ def _expected(measured: Mapping[str, Sequence[SignalStats]]) -> dict[str, tuple[
         if any(value is not None for value in values):
             lines[f"{name}, expected variance"] = (f"C{index}", values)
     distinct = {tuple(values) for _, values in lines.values()}
-    return {"expected variance": ("0.4", [*distinct.pop()])} if len(distinct) == 1 else lines
+    if len(distinct) == 1 and len(lines) == len(measured):
+        return {"expected variance": ("0.4", [*distinct.pop()])}
+    return lines
 
 
 def _draw_panel(
